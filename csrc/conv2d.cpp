@@ -1,0 +1,164 @@
+// The convolution operators: schema, checks, allocation, call of a kernel.
+//
+//   conv2d              forward
+//   conv2d_grad_input   with respect to the input
+//   conv2d_grad_weight  with respect to the weight
+//   conv2d_grad_bias    with respect to the bias
+//
+// Each of the first three is linear in both its tensors and its derivatives are the other two, so derivatives of every order are
+// made of them (torchcnn/conv.py). Results have the layout that the caller asks for; bfloat16 and float16 compute in float32.
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "tensor.h"
+
+namespace torchcnn {
+namespace {
+
+// The shape checks that come before conv2d_geometry, for the weight as conv2d receives it.
+void require_conv2d_tensors(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  require_rank(op, "input", input, 4);
+  require_rank(op, "weight", weight, 4);
+  require_same_dtype(op, "input", input, "weight", weight);
+  if (!bias) return;
+  require(bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias must have shape [weight.shape[0]], got ", Shape{*bias},
+          " for weight of shape ", Shape{weight});
+  require_same_dtype(op, "input", input, "bias", *bias);
+}
+
+void require_grad_output(const char* op, const Tensor& grad_output, const Conv2dGeometry& g) {
+  require(grad_output.size(0) == g.N && grad_output.size(1) == g.K && grad_output.size(2) == g.P && grad_output.size(3) == g.Q,
+          op, "grad_output must have the shape of the output, [", g.N, ", ", g.K, ", ", g.P, ", ", g.Q, "], got ",
+          Shape{grad_output});
+}
+
+Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h,
+              int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups) {
+  const char* op = "conv2d";
+  require_conv2d_tensors(op, input, weight, bias);
+  const Layout layout = either_channels_last(input, weight);
+  const Conv2dGeometry g =
+      conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), weight.size(0), weight.size(1),
+                      weight.size(2), weight.size(3), {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
+  if (is_low_precision(input)) {
+    const ScalarType wide = ScalarType::Float;
+    std::optional<Tensor> wide_bias;
+    if (bias) wide_bias = to_dtype(*bias, wide);
+    return to_dtype(conv2d(to_dtype(input, wide), to_dtype(weight, wide), wide_bias, stride_h, stride_w, pad_h, pad_w, dilation_h,
+                           dilation_w, groups),
+                    input.scalar_type());
+  }
+  Tensor output;
+  for_floating_type(op, input.scalar_type(), [&]<class T>(T) {
+    output = empty_activation(input, g.N, g.K, g.P, g.Q, layout);
+    if (g.N == 0) return;
+    const Tensor in = in_layout(input, layout), w = in_layout(weight, Layout::nchw);
+    const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+    kernels_for<T>().conv2d_forward(g, in.const_data_ptr<T>(), w.const_data_ptr<T>(), b ? b->const_data_ptr<T>() : nullptr,
+                                    output.mutable_data_ptr<T>());
+  });
+  return output;
+}
+
+Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W, int64_t stride_h, int64_t stride_w,
+                         int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+                         bool channels_last) {
+  const char* op = "conv2d_grad_input";
+  require_rank(op, "grad_output", grad_output, 4);
+  require_rank(op, "weight", weight, 4);
+  require_same_dtype(op, "grad_output", grad_output, "weight", weight);
+  const Layout layout = layout_from(channels_last);
+  const Conv2dGeometry g = conv2d_geometry(op, grad_output.size(0), checked_mul(weight.size(1), groups, op, "input channels"), H,
+                                           W, weight.size(0), weight.size(1), weight.size(2), weight.size(3),
+                                           {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
+  require_grad_output(op, grad_output, g);
+  require_numel_fits(op, "number of input bytes", g.N, g.C, g.H, g.W);
+  if (is_low_precision(grad_output)) {
+    const ScalarType wide = ScalarType::Float;
+    return to_dtype(conv2d_grad_input(to_dtype(grad_output, wide), to_dtype(weight, wide), H, W, stride_h, stride_w, pad_h, pad_w,
+                                      dilation_h, dilation_w, groups, channels_last),
+                    grad_output.scalar_type());
+  }
+  Tensor grad_input;
+  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+    grad_input = empty_activation(grad_output, g.N, g.C, g.H, g.W, layout);
+    if (g.N == 0 || g.C == 0) return;
+    const Tensor gradient = in_layout(grad_output, layout), w = in_layout(weight, Layout::nchw);
+    kernels_for<T>().conv2d_grad_input(g, gradient.const_data_ptr<T>(), w.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>());
+  });
+  return grad_input;
+}
+
+Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S, int64_t stride_h, int64_t stride_w,
+                          int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+                          bool channels_last) {
+  const char* op = "conv2d_grad_weight";
+  require_rank(op, "grad_output", grad_output, 4);
+  require_rank(op, "input", input, 4);
+  require_same_dtype(op, "grad_output", grad_output, "input", input);
+  require(groups > 0, op, "groups must be at least 1, got ", groups);
+  const Layout layout = layout_of(input);
+  const Conv2dGeometry g =
+      conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), grad_output.size(1), input.size(1) / groups,
+                      R, S, {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
+  require_grad_output(op, grad_output, g);
+  require_numel_fits(op, "number of weight bytes", g.K, g.C_per_group(), g.R, g.S);
+  if (is_low_precision(grad_output)) {
+    const ScalarType wide = ScalarType::Float;
+    return to_dtype(conv2d_grad_weight(to_dtype(grad_output, wide), to_dtype(input, wide), R, S, stride_h, stride_w, pad_h, pad_w,
+                                       dilation_h, dilation_w, groups, channels_last),
+                    grad_output.scalar_type());
+  }
+  Tensor grad_weight;
+  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+    grad_weight = empty_activation(grad_output, g.K, g.C_per_group(), g.R, g.S, Layout::nchw);
+    if (g.C == 0) return;
+    T* to = grad_weight.mutable_data_ptr<T>();
+    if (g.N == 0) {
+      std::fill(to, to + grad_weight.numel(), T(0));
+      return;
+    }
+    const Tensor gradient = in_layout(grad_output, layout), in = in_layout(input, layout);
+    kernels_for<T>().conv2d_grad_weight(g, gradient.const_data_ptr<T>(), in.const_data_ptr<T>(), to);
+  });
+  return in_layout(grad_weight, layout_from(channels_last));
+}
+
+Tensor conv2d_grad_bias(Tensor grad_output) {
+  const char* op = "conv2d_grad_bias";
+  require_rank(op, "grad_output", grad_output, 4);
+  if (is_low_precision(grad_output))
+    return to_dtype(conv2d_grad_bias(to_dtype(grad_output, ScalarType::Float)), grad_output.scalar_type());
+  const Layout layout = layout_of(grad_output);
+  const int64_t K = grad_output.size(1);
+  Tensor grad_bias;
+  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+    grad_bias = torch::stable::new_empty(grad_output, {K});
+    const Conv2dGeometry g{
+        grad_output.size(0), 0, 0, 0, K, 0, 0, grad_output.size(2), grad_output.size(3), 1, 1, 1, 0, 0, 1, 1, layout};
+    const Tensor gradient = in_layout(grad_output, layout);
+    kernels_for<T>().conv2d_grad_bias(g, gradient.const_data_ptr<T>(), grad_bias.mutable_data_ptr<T>());
+  });
+  return grad_bias;
+}
+
+}  // namespace
+}  // namespace torchcnn
+
+#define CONV2D_OPTIONS "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, " CONV2D_OPTIONS ") -> Tensor");
+  m.def("conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt H, SymInt W, " CONV2D_OPTIONS
+        ", bool channels_last) -> Tensor");
+  m.def("conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt R, SymInt S, " CONV2D_OPTIONS
+        ", bool channels_last) -> Tensor");
+  m.def("conv2d_grad_bias(Tensor grad_output) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&torchcnn::conv2d));
+  m.impl("conv2d_grad_input", TORCH_BOX(&torchcnn::conv2d_grad_input));
+  m.impl("conv2d_grad_weight", TORCH_BOX(&torchcnn::conv2d_grad_weight));
+  m.impl("conv2d_grad_bias", TORCH_BOX(&torchcnn::conv2d_grad_bias));
+}

@@ -1,0 +1,37 @@
+// What kernels need from the machine around them: threads and scratch memory. Defined in dispatch.cpp, so that a kernel file
+// includes no framework header.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace torchcnn {
+
+int64_t thread_count();
+
+// Calls run(context, begin, end) on disjoint ranges that together cover 0 ... tasks - 1, on torch's own threads. Which thread
+// gets which range is not defined, so a task may not depend on another: that is what makes results independent of it.
+// task_cost is a task's rough number of vector instructions; cheap tasks stay on the calling thread.
+void parallel_ranges(int64_t tasks, int64_t task_cost, void (*run)(void* context, int64_t begin, int64_t end), void* context);
+
+template <class Task>
+void parallel_for(int64_t tasks, int64_t task_cost, Task&& task) {
+  auto run = [](void* context, int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) (*static_cast<std::remove_reference_t<Task>*>(context))(index);
+  };
+  parallel_ranges(tasks, task_cost, run, const_cast<void*>(static_cast<const void*>(std::addressof(task))));
+}
+
+// Scratch memory of the calling thread, 64-byte aligned, kept from call to call because touching fresh pages costs more than
+// the arithmetic of a small layer. A slot is valid until the same thread asks for it again.
+enum class Slot { tables, packed_weight, patches, tile, partial_sums, count };
+void* workspace_bytes(Slot slot, size_t bytes);
+
+template <class T>
+T* workspace(Slot slot, int64_t elements) {
+  return static_cast<T*>(workspace_bytes(slot, static_cast<size_t>(elements) * sizeof(T)));
+}
+
+}  // namespace torchcnn

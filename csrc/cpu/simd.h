@@ -1,0 +1,126 @@
+// The vector type that the kernels are written in: Vec<T> holds kLanes<T> elements and has the arithmetic of T, lane by lane.
+//
+// It is the compiler's own vector extension (GCC and Clang), so that +, *, <, ?: need no wrapper, a * b + c becomes one fused
+// multiply-add where the instruction set has it (-ffp-contract=fast), and the same kernels serve every instruction set: only
+// the width, TORCHCNN_VECTOR_BYTES, differs. The including isa_*.cpp sets it, and TORCHCNN_ISA, the namespace that keeps the
+// copies of the kernels apart.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace torchcnn::TORCHCNN_ISA {
+
+template <class T>
+struct VecOf {
+  using type [[gnu::vector_size(TORCHCNN_VECTOR_BYTES)]] = T;
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+inline constexpr int64_t kLanes = TORCHCNN_VECTOR_BYTES / sizeof(T);
+
+// The integer of the width of T: a comparison of Vec<T> gives Vec<IndexOf<T>>, all bits set where it holds.
+template <class T>
+using IndexOf = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  Vec<T> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* to, Vec<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+// The first `count` lanes; the others are zero, or left alone in memory.
+template <class T>
+inline Vec<T> load_partial(const T* from, int64_t count) {
+  Vec<T> v{};
+  for (int64_t lane = 0; lane < count; ++lane) v[lane] = from[lane];
+  return v;
+}
+
+template <class T>
+inline void store_partial(T* to, Vec<T> v, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = v[lane];
+}
+
+// Lanes 0, 2, 4, ... (odd = 0) or 1, 3, 5, ... (odd = 1) of the 2 kLanes elements of a, b.
+template <class T, size_t... lane>
+inline Vec<T> every_second(Vec<T> a, Vec<T> b, int odd, std::index_sequence<lane...>) {
+#if defined(__clang__)
+  return odd ? __builtin_shufflevector(a, b, (2 * lane + 1)...) : __builtin_shufflevector(a, b, (2 * lane)...);
+#else
+  using Mask = Vec<IndexOf<T>>;
+  return odd ? __builtin_shuffle(a, b, Mask{(2 * lane + 1)...}) : __builtin_shuffle(a, b, Mask{(2 * lane)...});
+#endif
+}
+
+// a0 b0 a1 b1 ...: the first half of that (half = 0) or the second (half = 1).
+template <class T, size_t... lane>
+inline Vec<T> interleave(Vec<T> a, Vec<T> b, int half, std::index_sequence<lane...>) {
+  constexpr int lanes = sizeof...(lane);
+#if defined(__clang__)
+  return half ? __builtin_shufflevector(a, b, (lanes / 2 + lane / 2 + lane % 2 * lanes)...)
+              : __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * lanes)...);
+#else
+  using Mask = Vec<IndexOf<T>>;
+  return half ? __builtin_shuffle(a, b, Mask{(lanes / 2 + lane / 2 + lane % 2 * lanes)...})
+              : __builtin_shuffle(a, b, Mask{(lane / 2 + lane % 2 * lanes)...});
+#endif
+}
+
+template <class T>
+inline constexpr auto kEachLane = std::make_index_sequence<kLanes<T>>{};
+
+// to[j] = from[j]
+template <class T>
+inline void copy(const T* from, int64_t count, T* to) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= count; j += kLanes<T>) store(to + j, load(from + j));
+  if (j == count) return;
+  if (count >= kLanes<T>) {  // overlap the last vector instead of a scalar tail
+    store(to + count - kLanes<T>, load(from + count - kLanes<T>));
+    return;
+  }
+  for (; j < count; ++j) to[j] = from[j];
+}
+
+// to[j] = from[j step]
+template <class T>
+inline void gather_strided(const T* from, int64_t step, int64_t count, T* to) {
+  if (step == 1) return copy(from, count, to);
+  int64_t j = 0;
+  if (step == 2) {  // reads from[0 ... 2 count - 2]: a pair of vectors ends one element later, so the last is left to the tail
+    for (; j + kLanes<T> < count; j += kLanes<T>)
+      store(to + j, every_second<T>(load(from + 2 * j), load(from + 2 * j + kLanes<T>), 0, kEachLane<T>));
+  }
+  for (; j < count; ++j) to[j] = from[j * step];
+}
+
+template <class T>
+inline void fill(T* to, int64_t count, T value) {
+  for (int64_t j = 0; j < count; ++j) to[j] = value;
+}
+
+// Lanes added in a fixed order, first to last.
+template <class T>
+inline T horizontal_sum(Vec<T> v) {
+  T sum = v[0];
+  for (int64_t lane = 1; lane < kLanes<T>; ++lane) sum += v[lane];
+  return sum;
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA

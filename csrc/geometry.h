@@ -1,0 +1,225 @@
+// Every size rule of torchcnn, stated once: the names of the sizes, what a legal operator is, and the output-size formulas.
+//
+//   convolution   P = floor((H + 2 pad_h - dilation_h (R - 1) - 1) / stride_h) + 1,   Q likewise from W and S
+//   pooling       the same; with ceil_mode the division rounds up, but a window must start inside the input or its left padding
+//   adaptive      window p of P covers the rows floor(p H / P) ... ceil((p + 1) H / P) - 1
+//
+// A rule that does not hold throws Error, whose message names the operator, the rule and both values. Nothing has been
+// computed or allocated by then. Sums and products that could leave 64 bits are checked.
+#pragma once
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace torchcnn {
+
+// Reaches Python as RuntimeError from the torch operators and as ValueError from torchcnn.numpy.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class... Parts>
+void require(bool holds, const char* op, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+inline int64_t checked_mul(int64_t a, int64_t b, const char* op, const char* what) {
+  int64_t product = 0;
+  require(!__builtin_mul_overflow(a, b, &product), op, what, " must fit in 64 bits, but ", a, " * ", b, " does not");
+  return product;
+}
+
+inline int64_t checked_add(int64_t a, int64_t b, const char* op, const char* what) {
+  int64_t sum = 0;
+  require(!__builtin_add_overflow(a, b, &sum), op, what, " must fit in 64 bits, but ", a, " + ", b, " does not");
+  return sum;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How an activation (input, output and their gradients) lies in memory. Weights are always K C/G R S.
+enum class Layout { nchw, channels_last };
+
+// Element strides of an activation.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+inline Strides activation_strides(Layout layout, int64_t C, int64_t H, int64_t W) {
+  if (layout == Layout::nchw) return {C * H * W, H * W, W, 1};
+  return {C * H * W, 1, W * C, C};
+}
+
+// One axis of a sliding window: `size` input positions, `kernel` taps, one window every `stride` positions.
+inline int64_t sliding_output_size(const char* op, const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t pad,
+                                   int64_t dilation, bool ceil_mode) {
+  require(kernel > 0, op, "kernel size must be at least 1, got ", kernel, " in ", axis);
+  require(stride > 0, op, "stride must be at least 1, got ", stride, " in ", axis);
+  require(dilation > 0, op, "dilation must be at least 1, got ", dilation, " in ", axis);
+  require(pad >= 0, op, "padding must be at least 0, got ", pad, " in ", axis);
+  const int64_t padded = checked_add(size, checked_mul(2, pad, op, "padded input size"), op, "padded input size");
+  const int64_t window = checked_add(checked_mul(dilation, kernel - 1, op, "dilated kernel size"), 1, op, "dilated kernel size");
+  require(window <= padded || (ceil_mode && window - padded < stride), op,
+          "output size must be at least 1, but the padded input (", padded, ") is smaller than the dilated kernel (", window,
+          ") in ", axis);
+  const int64_t span = padded - window;  // may be negative, down to 1 - stride, with ceil_mode only
+  int64_t out = (ceil_mode ? checked_add(span, stride - 1, op, "output size") : span) / stride + 1;
+  if (ceil_mode && (out - 1) * stride >= size + pad) --out;
+  require(out > 0, op, "output size must be at least 1, got ", out, " in ", axis);
+  return out;
+}
+
+inline void require_numel_fits(const char* op, const char* what, int64_t a, int64_t b, int64_t c, int64_t d) {
+  // 8 bytes is the widest element: the size in bytes must fit too.
+  int64_t bytes = 8;
+  for (int64_t size : {a, b, c, d}) {
+    if (size == 0) return;
+    bytes = checked_mul(bytes, size, op, what);
+  }
+}
+
+struct Conv2dGeometry {
+  int64_t N, C, H, W;  // input
+  int64_t K, R, S;     // output channels, filter height and width
+  int64_t P, Q;        // output
+  int64_t G;           // groups
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  Layout layout;
+
+  int64_t C_per_group() const { return C / G; }
+  int64_t K_per_group() const { return K / G; }
+  Strides input_strides() const { return activation_strides(layout, C, H, W); }
+  Strides output_strides() const { return activation_strides(layout, K, P, Q); }
+};
+
+// The stride, padding, dilation and groups of a convolution as the operators receive them.
+struct Conv2dOptions {
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+};
+
+inline Conv2dGeometry conv2d_geometry(const char* op, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t C_per_group,
+                                      int64_t R, int64_t S, const Conv2dOptions& o, Layout layout) {
+  require(o.groups > 0, op, "groups must be at least 1, got ", o.groups);
+  require(K > 0, op, "weight must have at least 1 output channel, got ", K);
+  require(K % o.groups == 0, op, "output channels must be divisible by groups, got ", K, " channels and groups=", o.groups);
+  require(C == checked_mul(C_per_group, o.groups, op, "weight channels * groups"), op,
+          "input channels must equal weight.shape[1] * groups, got ", C, " channels and ", C_per_group, " * ", o.groups);
+  Conv2dGeometry g{N,     C, H, W, K, R, S, 0, 0, o.groups, o.stride_h, o.stride_w, o.pad_h, o.pad_w, o.dilation_h, o.dilation_w,
+                   layout};
+  g.P = sliding_output_size(op, "height", H, R, o.stride_h, o.pad_h, o.dilation_h, false);
+  g.Q = sliding_output_size(op, "width", W, S, o.stride_w, o.pad_w, o.dilation_w, false);
+  require_numel_fits(op, "number of output bytes", N, K, g.P, g.Q);
+  return g;
+}
+
+struct Pool2dGeometry {
+  int64_t N, C, H, W;  // input
+  int64_t R, S;        // window height and width
+  int64_t P, Q;        // output
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool adaptive;  // windows from the adaptive rule; R, S, stride, padding and dilation are then unused
+  Layout layout;
+
+  Strides input_strides() const { return activation_strides(layout, C, H, W); }
+  Strides output_strides() const { return activation_strides(layout, C, P, Q); }
+};
+
+// The input positions begin, begin + dilation, ... < end of one window along one axis, and how many positions an average
+// that counts the padding divides by.
+struct Window {
+  int64_t begin, end, padded_size;
+};
+
+inline Window sliding_window(int64_t p, int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  int64_t begin = p * stride - pad;
+  int64_t end = begin + dilation * (kernel - 1) + 1;
+  const int64_t padded_size = (end < size + pad ? end : size + pad) - begin;
+  if (begin < 0) begin += ceil_div(-begin, dilation) * dilation;
+  if (end > size) end = size;
+  return {begin, end, padded_size};
+}
+
+// The taps of a dilated window can all step over a short input.
+inline void require_windows_meet_input(const char* op, const char* axis, int64_t windows, int64_t size, int64_t kernel,
+                                       int64_t stride, int64_t pad, int64_t dilation) {
+  if (dilation == 1) return;
+  for (int64_t p = 0; p < windows; ++p) {
+    const Window window = sliding_window(p, size, kernel, stride, pad, dilation);
+    require(window.begin < window.end, op, "every window must cover an input position, but window ", p, " of ", windows, " in ",
+            axis, " lies in the padding alone");
+  }
+}
+
+// Window, stride, padding and dilation of a pool as the operators receive them; average pools have dilation 1.
+struct Pool2dOptions {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool ceil_mode;
+};
+
+inline void require_pool_input(const char* op, int64_t C, int64_t H, int64_t W) {
+  require(C > 0 && H > 0 && W > 0, op, "input must have non-empty channels, height and width, got ", C, ", ", H, " and ", W);
+}
+
+inline Pool2dGeometry pool2d_geometry(const char* op, int64_t N, int64_t C, int64_t H, int64_t W, const Pool2dOptions& o,
+                                      Layout layout) {
+  require_pool_input(op, C, H, W);
+  Pool2dGeometry g{N,          C,          H,       W,       o.kernel_h,   o.kernel_w,   0,     0,
+                   o.stride_h, o.stride_w, o.pad_h, o.pad_w, o.dilation_h, o.dilation_w, false, layout};
+  g.P = sliding_output_size(op, "height", H, o.kernel_h, o.stride_h, o.pad_h, o.dilation_h, o.ceil_mode);
+  g.Q = sliding_output_size(op, "width", W, o.kernel_w, o.stride_w, o.pad_w, o.dilation_w, o.ceil_mode);
+  // A window that lies in the padding alone would have no maximum.
+  require(o.pad_h <= (o.dilation_h * (o.kernel_h - 1) + 1) / 2, op,
+          "padding must be at most half of the dilated kernel size, got padding ", o.pad_h, " and dilated kernel size ",
+          o.dilation_h * (o.kernel_h - 1) + 1, " in height");
+  require(o.pad_w <= (o.dilation_w * (o.kernel_w - 1) + 1) / 2, op,
+          "padding must be at most half of the dilated kernel size, got padding ", o.pad_w, " and dilated kernel size ",
+          o.dilation_w * (o.kernel_w - 1) + 1, " in width");
+  require_numel_fits(op, "number of output bytes", N, C, g.P, g.Q);
+  require_windows_meet_input(op, "height", g.P, H, o.kernel_h, o.stride_h, o.pad_h, o.dilation_h);
+  require_windows_meet_input(op, "width", g.Q, W, o.kernel_w, o.stride_w, o.pad_w, o.dilation_w);
+  return g;
+}
+
+inline Pool2dGeometry adaptive_pool2d_geometry(const char* op, int64_t N, int64_t C, int64_t H, int64_t W, int64_t P, int64_t Q,
+                                               Layout layout) {
+  require_pool_input(op, C, H, W);
+  require(P >= 0 && Q >= 0, op, "output_size must be at least 0, got ", P, " and ", Q);
+  require_numel_fits(op, "number of output bytes", N, C, P, Q);
+  checked_mul(P, H, op, "output height * input height");
+  checked_mul(Q, W, op, "output width * input width");
+  return {N, C, H, W, 0, 0, P, Q, 0, 0, 0, 0, 1, 1, true, layout};
+}
+
+inline Window adaptive_window(int64_t p, int64_t size, int64_t windows) {
+  const int64_t begin = p * size / windows;
+  const int64_t end = ceil_div((p + 1) * size, windows);
+  return {begin, end, end - begin};
+}
+
+inline Window row_window(const Pool2dGeometry& g, int64_t p) {
+  return g.adaptive ? adaptive_window(p, g.H, g.P) : sliding_window(p, g.H, g.R, g.stride_h, g.pad_h, g.dilation_h);
+}
+
+inline Window column_window(const Pool2dGeometry& g, int64_t q) {
+  return g.adaptive ? adaptive_window(q, g.W, g.Q) : sliding_window(q, g.W, g.S, g.stride_w, g.pad_w, g.dilation_w);
+}
+
+// What an average divides by.
+struct Divisor {
+  bool count_include_pad;
+  int64_t override_value;  // 0: none
+
+  int64_t operator()(const Window& row, const Window& column) const {
+    if (override_value != 0) return override_value;
+    if (count_include_pad) return row.padded_size * column.padded_size;
+    return (row.end - row.begin) * (column.end - column.begin);
+  }
+};
+
+}  // namespace torchcnn

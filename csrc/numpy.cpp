@@ -1,0 +1,232 @@
+// The Python module torchcnn._C: the kernels on NumPy arrays, with no tensor involved, and questions about the build. Loading it
+// also registers the torch operators of conv2d.cpp and pool2d.cpp. torchcnn/numpy.py wraps these functions.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <utility>
+
+#include "cpu/conv2d_choice.h"
+#include "cpu/kernels.h"
+#include "cpu/pool2d_indexed.h"
+#include "geometry.h"
+
+namespace py = pybind11;
+
+namespace torchcnn {
+namespace {
+
+using Pair = std::pair<int64_t, int64_t>;
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <class T>
+Array<T> empty(int64_t N, int64_t C, int64_t H, int64_t W) {
+  return Array<T>(std::vector<py::ssize_t>{N, C, H, W});
+}
+
+template <class T>
+void require_rank(const char* op, const char* name, const Array<T>& array, int64_t rank) {
+  require(array.ndim() == rank, op, name, " must have ", rank, " dimensions, got ", array.ndim());
+}
+
+template <class T>
+Conv2dGeometry geometry_of(const char* op, const Array<T>& input, const Array<T>& weight, Pair stride, Pair padding,
+                           Pair dilation, int64_t groups) {
+  require_rank(op, "input", input, 4);
+  require_rank(op, "weight", weight, 4);
+  return conv2d_geometry(op, input.shape(0), input.shape(1), input.shape(2), input.shape(3), weight.shape(0), weight.shape(1),
+                         weight.shape(2), weight.shape(3),
+                         {stride.first, stride.second, padding.first, padding.second, dilation.first, dilation.second, groups},
+                         Layout::nchw);
+}
+
+template <class T>
+Array<T> conv2d(const Array<T>& input, const Array<T>& weight, const std::optional<Array<T>>& bias, Pair stride, Pair padding,
+                Pair dilation, int64_t groups) {
+  const Conv2dGeometry g = geometry_of("conv2d", input, weight, stride, padding, dilation, groups);
+  if (bias) {
+    require_rank("conv2d", "bias", *bias, 1);
+    require(bias->shape(0) == g.K, "conv2d", "bias must have one element for each output channel, got ", bias->shape(0), " and ",
+            g.K);
+  }
+  Array<T> output = empty<T>(g.N, g.K, g.P, g.Q);
+  T* to = output.mutable_data();
+  const T* b = bias ? bias->data() : nullptr;
+  py::gil_scoped_release release;
+  if (g.N > 0) kernels_for<T>().conv2d_forward(g, input.data(), weight.data(), b, to);
+  return output;
+}
+
+template <class T>
+py::tuple conv2d_backward(const Array<T>& grad_output, const Array<T>& input, const Array<T>& weight, Pair stride, Pair padding,
+                          Pair dilation, int64_t groups) {
+  const char* op = "conv2d_backward";
+  const Conv2dGeometry g = geometry_of(op, input, weight, stride, padding, dilation, groups);
+  require_rank(op, "grad_output", grad_output, 4);
+  require(
+      grad_output.shape(0) == g.N && grad_output.shape(1) == g.K && grad_output.shape(2) == g.P && grad_output.shape(3) == g.Q,
+      op, "grad_output must have the shape of the output, (", g.N, ", ", g.K, ", ", g.P, ", ", g.Q, "), got (",
+      grad_output.shape(0), ", ", grad_output.shape(1), ", ", grad_output.shape(2), ", ", grad_output.shape(3), ")");
+  Array<T> grad_input = empty<T>(g.N, g.C, g.H, g.W), grad_weight = empty<T>(g.K, g.C_per_group(), g.R, g.S);
+  Array<T> grad_bias(std::vector<py::ssize_t>{g.K});
+  T *gi = grad_input.mutable_data(), *gw = grad_weight.mutable_data(), *gb = grad_bias.mutable_data();
+  {
+    py::gil_scoped_release release;
+    if (g.N > 0 && g.C > 0) {
+      kernels_for<T>().conv2d_grad_input(g, grad_output.data(), weight.data(), gi);
+      kernels_for<T>().conv2d_grad_weight(g, grad_output.data(), input.data(), gw);
+    } else {
+      std::fill(gw, gw + grad_weight.size(), T(0));
+    }
+    kernels_for<T>().conv2d_grad_bias(g, grad_output.data(), gb);
+  }
+  return py::make_tuple(grad_input, grad_weight, grad_bias);
+}
+
+template <class T>
+py::tuple max_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode) {
+  const char* op = "max_pool2d";
+  require_rank(op, "input", input, 4);
+  const Pool2dOptions options{kernel.first,   kernel.second,  stride.first,    stride.second, padding.first,
+                              padding.second, dilation.first, dilation.second, ceil_mode};
+  const Pool2dGeometry g =
+      pool2d_geometry(op, input.shape(0), input.shape(1), input.shape(2), input.shape(3), options, Layout::nchw);
+  Array<T> output = empty<T>(g.N, g.C, g.P, g.Q);
+  Array<int64_t> indices = empty<int64_t>(g.N, g.C, g.P, g.Q);
+  T* to = output.mutable_data();
+  int64_t* at = indices.mutable_data();
+  {
+    py::gil_scoped_release release;
+    if (g.N > 0) kernels_for<T>().max_pool2d_forward(g, input.data(), to, at);
+  }
+  return py::make_tuple(output, indices);
+}
+
+template <class T>
+Array<T> max_pool2d_backward(const Array<T>& grad_output, const Array<int64_t>& indices, Pair input_size) {
+  const char* op = "max_pool2d_backward";
+  require_rank(op, "grad_output", grad_output, 4);
+  require_rank(op, "indices", indices, 4);
+  for (int dim = 0; dim < 4; ++dim) {
+    require(indices.shape(dim) == grad_output.shape(dim), op, "indices must have the shape of grad_output, got ",
+            indices.shape(dim), " and ", grad_output.shape(dim), " in dimension ", dim);
+  }
+  const auto [H, W] = input_size;
+  const int64_t N = indices.shape(0), C = indices.shape(1);
+  require(H >= 0 && W >= 0, op, "input_size must be at least 0, got ", H, " and ", W);
+  require_numel_fits(op, "number of input bytes", N, C, H, W);
+  const int64_t bad = first_bad_index(indices.data(), indices.size(), H * W);
+  require(bad < 0, op, "indices must lie in 0 ... ", H * W - 1, ", got ", bad < 0 ? 0 : indices.data()[bad]);
+  const Pool2dGeometry g{N, C, H, W, 1, 1, indices.shape(2), indices.shape(3), 1, 1, 0, 0, 1, 1, false, Layout::nchw};
+  Array<T> grad_input = empty<T>(N, C, H, W);
+  T* to = grad_input.mutable_data();
+  py::gil_scoped_release release;
+  pool2d_scatter_add(g, grad_output.data(), indices.data(), to);
+  return grad_input;
+}
+
+struct Average {
+  Pool2dGeometry geometry;
+  Divisor divisor;
+};
+
+Average average_of(const char* op, int64_t N, int64_t C, int64_t H, int64_t W, Pair kernel, Pair stride, Pair padding,
+                   bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
+  require(!divisor_override || *divisor_override != 0, op, "divisor_override must not be 0, got ", divisor_override.value_or(0));
+  const Pool2dOptions options{kernel.first, kernel.second, stride.first, stride.second, padding.first, padding.second, 1, 1,
+                              ceil_mode};
+  return {pool2d_geometry(op, N, C, H, W, options, Layout::nchw), {count_include_pad, divisor_override.value_or(0)}};
+}
+
+template <class T>
+Array<T> avg_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair padding, bool ceil_mode, bool count_include_pad,
+                    std::optional<int64_t> divisor_override) {
+  const char* op = "avg_pool2d";
+  require_rank(op, "input", input, 4);
+  const Average average = average_of(op, input.shape(0), input.shape(1), input.shape(2), input.shape(3), kernel, stride, padding,
+                                     ceil_mode, count_include_pad, divisor_override);
+  const Pool2dGeometry& g = average.geometry;
+  Array<T> output = empty<T>(g.N, g.C, g.P, g.Q);
+  T* to = output.mutable_data();
+  py::gil_scoped_release release;
+  if (g.N > 0) kernels_for<T>().avg_pool2d_forward(g, average.divisor, input.data(), to);
+  return output;
+}
+
+template <class T>
+Array<T> avg_pool2d_backward(const Array<T>& grad_output, Pair input_size, Pair kernel, Pair stride, Pair padding, bool ceil_mode,
+                             bool count_include_pad, std::optional<int64_t> divisor_override) {
+  const char* op = "avg_pool2d_backward";
+  require_rank(op, "grad_output", grad_output, 4);
+  const Average average = average_of(op, grad_output.shape(0), grad_output.shape(1), input_size.first, input_size.second, kernel,
+                                     stride, padding, ceil_mode, count_include_pad, divisor_override);
+  const Pool2dGeometry& g = average.geometry;
+  require(grad_output.shape(2) == g.P && grad_output.shape(3) == g.Q, op, "grad_output must have the size of the output, ", g.P,
+          " x ", g.Q, ", got ", grad_output.shape(2), " x ", grad_output.shape(3));
+  Array<T> grad_input = empty<T>(g.N, g.C, g.H, g.W);
+  T* to = grad_input.mutable_data();
+  py::gil_scoped_release release;
+  if (g.N > 0) kernels_for<T>().avg_pool2d_grad_input(g, average.divisor, grad_output.data(), to);
+  return grad_input;
+}
+
+template <class T>
+void bind(py::module_& m) {
+  m.def("conv2d", &conv2d<T>);
+  m.def("conv2d_backward", &conv2d_backward<T>);
+  m.def("max_pool2d", &max_pool2d<T>);
+  m.def("max_pool2d_backward", &max_pool2d_backward<T>);
+  m.def("avg_pool2d", &avg_pool2d<T>);
+  m.def("avg_pool2d_backward", &avg_pool2d_backward<T>);
+}
+
+std::vector<std::tuple<std::string, std::string, std::string>> explain_conv2d(int64_t N, int64_t C, int64_t H, int64_t W,
+                                                                              int64_t K, int64_t C_per_group, int64_t R,
+                                                                              int64_t S, Pair stride, Pair padding, Pair dilation,
+                                                                              int64_t groups, bool channels_last) {
+  const Conv2dGeometry g =
+      conv2d_geometry("explain", N, C, H, W, K, C_per_group, R, S,
+                      {stride.first, stride.second, padding.first, padding.second, dilation.first, dilation.second, groups},
+                      channels_last ? Layout::channels_last : Layout::nchw);
+  std::vector<std::tuple<std::string, std::string, std::string>> rows;
+  for (const Direction direction : {Direction::forward, Direction::grad_input, Direction::grad_weight}) {
+    const Choice choice = choose_conv2d(g, direction);
+    rows.emplace_back(direction_name(direction), choice.algorithm, choice.reason);
+  }
+  return rows;
+}
+
+Pair output_size(const std::string& op, Pair size, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode) {
+  const auto along = [&](const char* axis, int64_t n, int64_t k, int64_t s, int64_t pad, int64_t d) {
+    return torchcnn::sliding_output_size(op.c_str(), axis, n, k, s, pad, d, ceil_mode);
+  };
+  return {along("height", size.first, kernel.first, stride.first, padding.first, dilation.first),
+          along("width", size.second, kernel.second, stride.second, padding.second, dilation.second)};
+}
+
+}  // namespace
+}  // namespace torchcnn
+
+PYBIND11_MODULE(_C, m) {
+  using namespace torchcnn;
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+    }
+  });
+  kernels();  // a wrong TORCHCNN_ISA is refused here, at import
+  py::module_ float32 = m.def_submodule("float32"), float64 = m.def_submodule("float64");
+  bind<float>(float32);
+  bind<double>(float64);
+  m.def("isa", [] { return kernels().isa; });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const KernelTable* row : available_kernels()) names.emplace_back(row->isa);
+    return names;
+  });
+  m.def("sliding_output_size", &output_size);
+  m.def("explain_conv2d", &explain_conv2d);
+}

@@ -1,0 +1,43 @@
+"""Convolution and pooling for PyTorch, with hand-written kernels: ``torchcnn.Conv2d`` in the place of ``torch.nn.Conv2d``."""
+
+import torch  # noqa: F401  (its libraries must be loaded before torchcnn._C)
+
+from torchcnn import backends, functional, numpy, reference
+from torchcnn.backends import explain, isa, isas
+from torchcnn.conv import Conv2d, Conv2dFunction
+from torchcnn.pool import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool2d,
+    AvgPool2dFunction,
+    GlobalAvgPool2d,
+    GlobalMaxPool2d,
+    MaxPool2d,
+    MaxPool2dFunction,
+    MaxUnpool2d,
+    MinPool2d,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool2d",
+    "AvgPool2dFunction",
+    "Conv2d",
+    "Conv2dFunction",
+    "GlobalAvgPool2d",
+    "GlobalMaxPool2d",
+    "MaxPool2d",
+    "MaxPool2dFunction",
+    "MaxUnpool2d",
+    "MinPool2d",
+    "backends",
+    "explain",
+    "functional",
+    "isa",
+    "isas",
+    "numpy",
+    "reference",
+]

@@ -1,0 +1,80 @@
+"""What every public function does to its arguments before the operator is called: pairs, ranks, devices, dtypes.
+
+The exception types are those of torch.nn.functional. Rules about sizes are checked in C++ (csrc/geometry.h).
+"""
+
+import operator
+
+import torch
+
+FLOATING_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+INTEGER_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def integer(op, name, value):
+    """`value` as an int, or TypeError."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}") from None
+
+
+def pair(op, name, value):
+    """An int, or a sequence of one or two ints, as (height, width)."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value, value
+    if isinstance(value, (tuple, list)):
+        if len(value) == 2:
+            return integer(op, name, value[0]), integer(op, name, value[1])
+        if len(value) == 1:
+            return (integer(op, name, value[0]),) * 2
+        raise RuntimeError(f"{op}: {name} must be an int or a pair of ints, got {len(value)} values: {value!r}")
+    return (integer(op, name, value),) * 2
+
+
+def check_tensors(op, **tensors):
+    """Every argument is a tensor (or None) and all are on one device that has kernels."""
+    first_name = first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.is_cpu and (first is None or first.is_cpu):
+            first_name, first = name, tensor
+            continue
+        if first is not None and tensor.device != first.device:
+            raise RuntimeError(
+                f"{op}: {first_name} and {name} must be on the same device, got {first.device} and {tensor.device}"
+            )
+        first_name, first = name, tensor
+        if tensor.device.type not in ("cpu", "meta"):
+            raise NotImplementedError(f"{op}: device must be cpu (there are no other kernels yet), got {tensor.device}")
+
+
+def check_dtype(op, dtype, supported):
+    if dtype not in supported:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in supported))
+        raise NotImplementedError(f"{op}: dtype must be one of {names}, got {str(dtype).removeprefix('torch.')}")
+
+
+def batched(op, name, tensor):
+    """The tensor with a batch dimension, and whether one had to be added."""
+    if tensor.dim() == 4:
+        return tensor, False
+    if tensor.dim() == 3:
+        return tensor.unsqueeze(0), True
+    raise RuntimeError(
+        f"{op}: {name} must have 4 dimensions (N, C, H, W), or 3 without a batch, got {tensor.dim()}: {list(tensor.shape)}"
+    )
+
+
+def sliding_output_size(size, kernel, stride, pad, dilation, ceil_mode=False):
+    """The formula of csrc/geometry.h, for fake tensors; the rules are checked there."""
+    span = size + 2 * pad - dilation * (kernel - 1) - 1
+    out = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (out - 1) * stride >= size + pad:
+        out = out - 1
+    return out

@@ -1,0 +1,134 @@
+"""One door between the operators and autograd: every private name of PyTorch that torchcnn relies on stands in this file.
+
+An operator (``torch.ops.torchcnn.*``, C++) gets its derivatives from a rule: a class of static methods with
+
+    op                                  the operator
+    setup_context(ctx, inputs, output)  what backward and jvp need later
+    backward(ctx, needs, *grad_outputs) gradients of the leading tensor arguments, None where ``needs[i]`` is False
+    jvp(ctx, *tangents)                 forward-mode derivative
+    vmap(info, in_dims, *args)          the operator over a batch of arguments
+
+`attach` registers the rule under the operator's Autograd dispatch key, so that the operator is right however it is reached:
+eager, torch.compile, torch.func, forward-mode AD, double backward. The function that it returns is the operator again, with
+shortcuts for plain eager calls.
+"""
+
+import torch
+from torch import _C
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import is_compiling
+
+from torchcnn import _C as _kernels  # noqa: F401  (loading it registers the operators)
+
+LIBRARY = torch.library.Library("torchcnn", "FRAGMENT")
+
+_below_autograd = _C._AutoDispatchBelowAutograd
+_functorch_active = _C._are_functorch_transforms_active
+_autocast_enabled = _C._is_any_autocast_enabled
+_any_requires_grad = _C._any_requires_grad
+_has_torch_function = _C._has_torch_function_variadic
+_AFTER_AUTOGRAD = _C._after_autograd_keyset
+
+
+def attach(rule):
+    """Register `rule` as the derivative of its operator and return the function that calls the operator."""
+    op = rule.op
+    arguments = len(op._schema.arguments)
+
+    class Node(_SingleLevelFunction):  # its `apply` is C, without the signature inspection of autograd.Function
+        @staticmethod
+        def forward(ctx, keys, *args):
+            # keys: the dispatch keys still to visit when the dispatcher called, None when `call` did.
+            if keys is None:
+                with _below_autograd():
+                    output = op(*args)
+            elif _functorch_active():
+                # A Function runs with both modes off, but outer levels of functorch still need them.
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
+                    output = op.redispatch(keys & _AFTER_AUTOGRAD, *args)
+            else:
+                with _below_autograd():
+                    output = op.redispatch(keys & _AFTER_AUTOGRAD, *args)
+            rule.setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grad_outputs):
+            grads = rule.backward(ctx, ctx.needs_input_grad[1:], *grad_outputs)
+            return (None, *grads, *(None,) * (arguments - len(grads)))
+
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            return rule.jvp(ctx, *tangents)
+
+    # What grad_fn prints: Conv2dBackward, as torch has ConvolutionBackward0.
+    Node._backward_cls.__name__ = rule.__name__.strip("_").removesuffix("Rule") + "Backward"
+    apply = Node.apply
+
+    def autograd_kernel(keys, *args):
+        if _functorch_active():
+            with enable_single_level_autograd_function():
+                return apply(keys, *args)
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
+            return apply(keys, *args)
+        with _below_autograd():
+            return op.redispatch(keys & _AFTER_AUTOGRAD, *args)
+
+    LIBRARY.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(op._name, rule.vmap, lib=LIBRARY)
+
+    def call(*args):
+        if (
+            is_compiling()
+            or _functorch_active()
+            or forward_ad._current_level >= 0
+            or _autocast_enabled()
+            or _has_torch_function(*args)
+        ):
+            return op(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
+            return apply(None, *args)
+        with _below_autograd():
+            return op(*args)
+
+    return call
+
+
+def autocast(op, key, dtype_of):
+    """Under the autocast dispatch key `key`, call `op` with its float tensors (not float64) in ``dtype_of()``."""
+    keyset = _C.DispatchKeySet(getattr(_C.DispatchKey, key))
+
+    def autocast_kernel(keys, *args):
+        dtype = dtype_of()
+        cast = [
+            x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in args
+        ]
+        with _C._ExcludeDispatchKeyGuard(keyset):
+            return op(*cast)
+
+    LIBRARY.impl(op._opname, autocast_kernel, key, with_keyset=True)
+
+
+def is_channels_last(*tensors):
+    """Whether any of the 4-D tensors has the strides that torch calls channels_last."""
+    return any(not tensor.is_contiguous() and suggest_memory_format(tensor) is torch.channels_last for tensor in tensors)
+
+
+def empty_activation(like, sizes, channels_last, dtype=None):
+    """What an operator's fake kernel returns: a tensor of the sizes, layout and dtype of the real one."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(sizes, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+def fold_batch(tensor, dim, batch_size):
+    """(..., B, ...) -> (B * N, C, H, W): a vmapped dimension becomes part of the batch."""
+    tensor = tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.reshape(-1, *tensor.shape[2:])
+
+
+def unfold_batch(tensor, batch_size):
+    """The inverse of `fold_batch`; the vmapped dimension is the first."""
+    return tensor.reshape(batch_size, -1, *tensor.shape[1:])

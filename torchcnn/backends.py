@@ -1,0 +1,45 @@
+"""What runs underneath: the instruction set in use and the algorithm that a geometry takes."""
+
+from torchcnn import _C
+from torchcnn._arguments import integer, pair
+
+
+def isa():
+    """Name of the row of CPU kernels in use; the environment variable TORCHCNN_ISA, read at import, forces one of `isas`."""
+    return _C.isa()
+
+
+def isas():
+    """Names of the rows of CPU kernels that this machine can run, from the plainest to the best."""
+    return _C.isas()
+
+
+def explain(input_size, weight_size, stride=1, padding=0, dilation=1, groups=1, channels_last=False):
+    """Which algorithm a convolution takes in each direction, and why.
+
+    Args:
+        input_size: (N, C, H, W).
+        weight_size: (K, C / groups, R, S).
+        stride, padding, dilation, groups: as in `torchcnn.functional.conv2d`.
+        channels_last: whether the tensors are in that layout.
+
+    Returns:
+        A text of three lines: forward, grad_input, grad_weight.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    op = "explain"
+    for name, size in (("input_size", input_size), ("weight_size", weight_size)):
+        if len(size) != 4:
+            raise ValueError(f"{op}: {name} must have 4 elements, got {len(size)}: {tuple(size)}")
+    rows = _C.explain_conv2d(
+        *(integer(op, "input_size", size) for size in input_size),
+        *(integer(op, "weight_size", size) for size in weight_size),
+        pair(op, "stride", stride),
+        pair(op, "padding", padding),
+        pair(op, "dilation", dilation),
+        integer(op, "groups", groups),
+        channels_last,
+    )
+    return "\n".join(f"{direction:11} {algorithm} ({isa()}): {reason}" for direction, algorithm, reason in rows)
