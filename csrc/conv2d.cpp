@@ -33,7 +33,7 @@ void require_grad_output(const char* op, const Tensor& grad_output, const Conv2d
 }
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h,
-              int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups) {
+              int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, bool relu) {
   const char* op = "conv2d";
   require_conv2d_tensors(op, input, weight, bias);
   const Layout layout = either_channels_last(input, weight);
@@ -45,7 +45,7 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
     std::optional<Tensor> wide_bias;
     if (bias) wide_bias = to_dtype(*bias, wide);
     return to_dtype(conv2d(to_dtype(input, wide), to_dtype(weight, wide), wide_bias, stride_h, stride_w, pad_h, pad_w, dilation_h,
-                           dilation_w, groups),
+                           dilation_w, groups, relu),
                     input.scalar_type());
   }
   Tensor output;
@@ -54,8 +54,8 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
     if (g.N == 0) return;
     const Tensor in = in_layout(input, layout), w = in_layout(weight, Layout::nchw);
     const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-    kernels_for<T>().conv2d_forward(g, in.const_data_ptr<T>(), w.const_data_ptr<T>(), b ? b->const_data_ptr<T>() : nullptr,
-                                    output.mutable_data_ptr<T>());
+    kernels_for<T>().conv2d_forward(g, in.const_data_ptr<T>(), w.const_data_ptr<T>(),
+                                    {b ? b->const_data_ptr<T>() : nullptr, relu}, output.mutable_data_ptr<T>());
   });
   return output;
 }
@@ -148,7 +148,7 @@ Tensor conv2d_grad_bias(Tensor grad_output) {
 #define CONV2D_OPTIONS "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
-  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, " CONV2D_OPTIONS ") -> Tensor");
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, " CONV2D_OPTIONS ", bool relu) -> Tensor");
   m.def("conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt H, SymInt W, " CONV2D_OPTIONS
         ", bool channels_last) -> Tensor");
   m.def("conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt R, SymInt S, " CONV2D_OPTIONS

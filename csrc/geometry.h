@@ -98,6 +98,14 @@ struct Conv2dGeometry {
   Strides output_strides() const { return activation_strides(layout, K, P, Q); }
 };
 
+// What happens to an output element before it is written: the bias of its channel is added (null: none), then
+// max(0, x) if relu; a NaN stays one.
+template <class T>
+struct Epilogue {
+  const T* bias;
+  bool relu;
+};
+
 // The stride, padding, dilation and groups of a convolution as the operators receive them.
 struct Conv2dOptions {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;

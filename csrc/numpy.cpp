@@ -54,7 +54,7 @@ Array<T> conv2d(const Array<T>& input, const Array<T>& weight, const std::option
   T* to = output.mutable_data();
   const T* b = bias ? bias->data() : nullptr;
   py::gil_scoped_release release;
-  if (g.N > 0) kernels_for<T>().conv2d_forward(g, input.data(), weight.data(), b, to);
+  if (g.N > 0) kernels_for<T>().conv2d_forward(g, input.data(), weight.data(), {b, false}, to);
   return output;
 }
 
@@ -184,15 +184,20 @@ void bind(py::module_& m) {
 std::vector<std::tuple<std::string, std::string, std::string>> explain_conv2d(int64_t N, int64_t C, int64_t H, int64_t W,
                                                                               int64_t K, int64_t C_per_group, int64_t R,
                                                                               int64_t S, Pair stride, Pair padding, Pair dilation,
-                                                                              int64_t groups, bool channels_last) {
+                                                                              int64_t groups, bool channels_last,
+                                                                              int64_t element_size) {
   const Conv2dGeometry g =
       conv2d_geometry("explain", N, C, H, W, K, C_per_group, R, S,
                       {stride.first, stride.second, padding.first, padding.second, dilation.first, dilation.second, groups},
                       channels_last ? Layout::channels_last : Layout::nchw);
   std::vector<std::tuple<std::string, std::string, std::string>> rows;
   for (const Direction direction : {Direction::forward, Direction::grad_input, Direction::grad_weight}) {
-    const Choice choice = choose_conv2d(g, direction);
-    rows.emplace_back(direction_name(direction), choice.algorithm, choice.reason);
+    if (&kernels() == &reference_kernels) {
+      rows.emplace_back(name_of(direction), "direct", "TORCHCNN_ISA=reference: the formula, summed in double");
+      continue;
+    }
+    const Choice choice = choose_conv2d(g, direction, static_cast<size_t>(element_size));
+    rows.emplace_back(name_of(direction), name_of(choice.algorithm), choice.reason);
   }
   return rows;
 }

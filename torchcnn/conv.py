@@ -39,7 +39,7 @@ _ops = torch.ops.torchcnn
 
 
 @torch.library.register_fake("torchcnn::conv2d", lib=LIBRARY)
-def _(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups):
+def _(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, relu):
     P = sliding_output_size(input.shape[2], weight.shape[2], stride_h, pad_h, dilation_h)
     Q = sliding_output_size(input.shape[3], weight.shape[3], stride_w, pad_w, dilation_w)
     return empty_activation(input, (input.shape[0], weight.shape[0], P, Q), is_channels_last(input, weight))
@@ -79,20 +79,27 @@ def _unfold_channels(tensor, batch_size):
     return tensor.reshape(tensor.shape[0], batch_size, -1, *tensor.shape[2:])
 
 
+def _through_relu(gradient, output=None):
+    """The derivative of the fused rectifier, which the sign of its output tells; without one the gradient as it is."""
+    return gradient if output is None else torch.ops.aten.threshold_backward(gradient, output, 0)
+
+
 class _Conv2dRule:
     op = _ops.conv2d.default
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, _bias, *options = inputs
-        ctx.save_for_backward(input, weight)
-        ctx.save_for_forward(input, weight)
+        input, weight, _bias, *options, relu = inputs
+        saved = (input, weight, output) if relu else (input, weight)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.options = options
         ctx.channels_last = is_channels_last(input, weight)
 
     @staticmethod
     def backward(ctx, needs, grad_output):
-        input, weight = ctx.saved_tensors
+        input, weight, *output = ctx.saved_tensors
+        grad_output = _through_relu(grad_output, *output)
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
             grad_input = _conv2d_grad_input(grad_output, weight, *input.shape[2:], *ctx.options, ctx.channels_last)
@@ -104,19 +111,19 @@ class _Conv2dRule:
 
     @staticmethod
     def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):
-        input, weight = ctx.saved_tensors
+        input, weight, *output = ctx.saved_tensors
         tangent = None
         if input_tangent is not None:
-            tangent = _conv2d(input_tangent, weight, None, *ctx.options)
+            tangent = _conv2d(input_tangent, weight, None, *ctx.options, False)
         if weight_tangent is not None:
-            tangent = _add(tangent, _conv2d(input, weight_tangent, None, *ctx.options))
+            tangent = _add(tangent, _conv2d(input, weight_tangent, None, *ctx.options, False))
         if bias_tangent is not None:
             bias_tangent = bias_tangent[:, None, None]
             if tangent is None:
-                tangent = bias_tangent.expand(_conv2d(input, weight, None, *ctx.options).shape)
+                tangent = bias_tangent.expand(_conv2d(input, weight, None, *ctx.options, False).shape)
             else:
                 tangent = tangent + bias_tangent
-        return tangent
+        return _through_relu(tangent, *output)
 
     @staticmethod
     def vmap(info, in_dims, input, weight, bias, *options):
@@ -124,24 +131,16 @@ class _Conv2dRule:
         input_dim, weight_dim, bias_dim = in_dims[:3]
         if weight_dim is None and bias_dim is None:
             return unfold_batch(_conv2d(fold_batch(input, input_dim, B), weight, bias, *options), B), 0
-        *window, groups = options
+        *window, groups, relu = options
         if input_dim is None and weight_dim is None:
-            output = _conv2d(input, weight, None, *options).unsqueeze(1)
+            output = _conv2d(input, weight, None, *window, groups, False).unsqueeze(1)
         else:
-            output = _unfold_channels(
-                _conv2d(
-                    _fold_channels(input, input_dim, B),
-                    fold_batch(weight, weight_dim, B),
-                    None,
-                    *window,
-                    groups * B,
-                ),
-                B,
-            )
+            folded = _fold_channels(input, input_dim, B), fold_batch(weight, weight_dim, B)
+            output = _unfold_channels(_conv2d(*folded, None, *window, groups * B, False), B)
         if bias is not None:
             bias = bias if bias_dim is None else bias.movedim(bias_dim, 0)
             output = output + bias[..., None, None]
-        return output, 1
+        return output.relu() if relu else output, 1
 
 
 class _Conv2dGradInputRule:
@@ -158,7 +157,7 @@ class _Conv2dGradInputRule:
         grad_output, weight = ctx.saved_tensors
         _, _, *options, channels_last = ctx.options
         return (
-            _conv2d(v, weight, None, *options) if needs[0] else None,
+            _conv2d(v, weight, None, *options, False) if needs[0] else None,
             _conv2d_grad_weight(grad_output, v, *weight.shape[2:], *options, channels_last) if needs[1] else None,
         )
 
@@ -202,7 +201,7 @@ class _Conv2dGradWeightRule:
         grad_output, input = ctx.saved_tensors
         _, _, *options, channels_last = ctx.options
         return (
-            _conv2d(input, v, None, *options) if needs[0] else None,
+            _conv2d(input, v, None, *options, False) if needs[0] else None,
             _conv2d_grad_input(grad_output, v, *input.shape[2:], *options, channels_last) if needs[1] else None,
         )
 
@@ -261,35 +260,43 @@ autocast(_Conv2dRule.op, "AutocastCUDA", lambda: torch.get_autocast_dtype("cuda"
 class Conv2dFunction(torch.autograd.Function):
     """Convolution as a ``torch.autograd.Function``.
 
-    ``Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups)``
+    ``Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups, activation=None)``
 
     Equivalent to: ``torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)`` with every argument
-    given, `input` of shape (N, C, H, W) and `stride`, `padding`, `dilation` pairs of ints.
+    given, `input` of shape (N, C, H, W) and `stride`, `padding`, `dilation` pairs of ints; `activation` as in `conv2d`.
     """
 
     @staticmethod
-    def forward(input, weight, bias, stride, padding, dilation, groups):
-        return _Conv2dRule.op(input, weight, bias, *stride, *padding, *dilation, groups)
+    def forward(input, weight, bias, stride, padding, dilation, groups, activation=None):
+        return _Conv2dRule.op(input, weight, bias, *stride, *padding, *dilation, groups, _is_relu(activation))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, stride, padding, dilation, groups = inputs
-        _Conv2dRule.setup_context(ctx, (input, weight, bias, *stride, *padding, *dilation, groups), output)
+        input, weight, bias, stride, padding, dilation, groups, *activation = inputs
+        arguments = (input, weight, bias, *stride, *padding, *dilation, groups, _is_relu(*activation))
+        _Conv2dRule.setup_context(ctx, arguments, output)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return (*_Conv2dRule.backward(ctx, ctx.needs_input_grad, grad_output), None, None, None, None)
+        grads = _Conv2dRule.backward(ctx, ctx.needs_input_grad, grad_output)
+        return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
 
     @classmethod
-    def apply(cls, input, weight, bias, stride, padding, dilation, groups):
+    def apply(cls, input, weight, bias, stride, padding, dilation, groups, activation=None):
         # Dynamo traces forward and backward above; everything else goes through the operator, which also has jvp and vmap.
-        return _conv2d(input, weight, bias, *stride, *padding, *dilation, groups)
+        return _conv2d(input, weight, bias, *stride, *padding, *dilation, groups, _is_relu(activation))
+
+
+def _is_relu(activation=None):
+    if activation is None or activation == "relu":
+        return activation is not None
+    raise ValueError(f"conv2d: activation must be 'relu' or None, got {activation!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------- public functions
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):
     """2-D convolution (cross-correlation) of a batch of images with a bank of filters.
 
     Equivalent to: ``torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)``
@@ -305,6 +312,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         stride, padding, dilation: an int or a (height, width) pair, in pixels. `padding` may also be "valid" (none) or, for
             stride 1, "same" (output as large as the input; an odd total puts the extra row below and column right).
         groups: input and output channels are split into so many groups that do not see each other.
+        activation: "relu" to rectify the output in the same pass; backward then also keeps the output, for its sign.
 
     Returns:
         (N, K, P, Q) with P = floor((H + 2 pad_h - dilation_h (R - 1) - 1) / stride_h) + 1 and Q likewise; in channels_last if
@@ -313,7 +321,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     Raises:
         RuntimeError: sizes that do not fit each other, different dtypes or devices.
         NotImplementedError: an integer or complex dtype.
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong kind. ValueError: another activation.
 
     Numerics: sums are in the dtype of the input (float32 for bfloat16 and float16, rounded once), in an order that depends on
     the geometry alone: the result has the same bits for any number of threads.
@@ -331,7 +339,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     else:
         pad_h, pad_w = pair("conv2d", "padding", padding)
     groups = integer("conv2d", "groups", groups)
-    output = _conv2d(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups)
+    options = stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, _is_relu(activation)
+    output = _conv2d(input, weight, bias, *options)
     return output.squeeze(0) if unbatched else output
 
 
@@ -422,11 +431,12 @@ class Conv2d(torch.nn.Conv2d):
             2 / fan_in, for layers before a ReLU (He et al., 2015, section 2.2). "xavier": uniform with variance
             2 / (fan_in + fan_out) (Glorot and Bengio, 2010, section 4.2.1). Or a function that fills the weight in place.
             The last three set the bias to zero.
+        activation: "relu" to rectify the output in the same pass, or None.
     """
 
-    init = None  # also for layers that did not come through the constructor
+    init = activation = None  # also for layers that did not come through the constructor
 
-    def __init__(self, *args, init=None, **kwargs):
+    def __init__(self, *args, init=None, activation=None, **kwargs):
         if isinstance(init, str) and init not in _INITS:
             raise ValueError(f"Conv2d: init must be 'kaiming', 'xavier', a function or None, got {init!r}")
         if init is not None and not isinstance(init, str) and not callable(init):
@@ -434,6 +444,8 @@ class Conv2d(torch.nn.Conv2d):
         # Before torch's constructor, which calls reset_parameters; a plain attribute set that early would be refused.
         object.__setattr__(self, "init", init)
         super().__init__(*args, **kwargs)
+        _is_relu(activation)
+        self.activation = activation
 
     def reset_parameters(self):
         if self.init is None:
@@ -445,13 +457,14 @@ class Conv2d(torch.nn.Conv2d):
                 self.bias.zero_()
 
     def extra_repr(self):
-        if self.init is None:
-            return super().extra_repr()
-        init = self.init if isinstance(self.init, str) else getattr(self.init, "__name__", repr(self.init))
-        return f"{super().extra_repr()}, init={init}"
+        text = super().extra_repr()
+        if self.init is not None:
+            text += f", init={self.init if isinstance(self.init, str) else getattr(self.init, '__name__', repr(self.init))}"
+        return text if self.activation is None else f"{text}, activation={self.activation}"
 
     def _conv_forward(self, input, weight, bias):
-        if self.padding_mode == "zeros":
-            return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        padded = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self.activation)

@@ -133,8 +133,8 @@ void pack_weight_panel(const T* weight, const WeightView& view, const Taps& taps
 // panel_begin ... panel_end - 1.
 template <class T>
 void correlate_block(const Source<T>& source, const Grid& grid, const Taps& taps, int64_t channels, const T* packed_weight,
-                     int64_t panel_begin, int64_t panel_end, int64_t filters, const T* bias, int64_t x_begin, int64_t x_end,
-                     const OutputView<T>& output) {
+                     int64_t panel_begin, int64_t panel_end, int64_t filters, const Epilogue<T>& epilogue, int64_t x_begin,
+                     int64_t x_end, const OutputView<T>& output) {
   const int64_t gemm_k = channels * taps.count, width = x_end - x_begin;
   const int64_t padded_width = ceil_div(width, nr<T>) * nr<T>;
   const int64_t first = panel_begin * mr, last = std::min(filters, panel_end * mr);
@@ -142,7 +142,7 @@ void correlate_block(const Source<T>& source, const Grid& grid, const Taps& taps
   T* tile = workspace<T>(Slot::tile, (panel_end - panel_begin) * mr * nc<T>);
 
   for (int64_t k = first; k < panel_end * mr; ++k) {
-    const Vec<T> start = broadcast(bias != nullptr && k < last ? bias[k] : T(0));
+    const Vec<T> start = broadcast(epilogue.bias != nullptr && k < last ? epilogue.bias[k] : T(0));
     for (int64_t x = 0; x < padded_width; x += kLanes<T>) store(tile + (k - first) * nc<T> + x, start);
   }
   for (int64_t k_begin = 0; k_begin < gemm_k; k_begin += kc) {
@@ -166,7 +166,10 @@ void correlate_block(const Source<T>& source, const Grid& grid, const Taps& taps
   }
   const bool contiguous = output.column_stride == 1 && output.row_stride == grid.columns;
   for (int64_t k = first; k < last; ++k) {
-    const T* from = tile + (k - first) * nc<T>;
+    T* from = tile + (k - first) * nc<T>;
+    if (epilogue.relu) {
+      for (int64_t x = 0; x < padded_width; x += kLanes<T>) store(from + x, rectified<T>(load(from + x)));
+    }
     T* to = output.data + k * output.k_stride;
     if (contiguous) {
       copy(from, width, to + x_begin);
@@ -181,10 +184,11 @@ void correlate_block(const Source<T>& source, const Grid& grid, const Taps& taps
 }
 
 // A correlation over all images and groups. source_of(n, group) and output_of(n, group) give the views; the weights of a group
-// start at weight + group * group_stride, its filters at bias + group * filters.
+// start at weight + group * group_stride, its filters at epilogue.bias + group * filters.
 template <class T, class SourceOf, class OutputOf>
 void correlate(int64_t N, int64_t groups, int64_t channels, int64_t filters, const Grid& grid, const Taps& taps, const T* weight,
-               int64_t group_stride, const WeightView& weight_view, const T* bias, SourceOf source_of, OutputOf output_of) {
+               int64_t group_stride, const WeightView& weight_view, const Epilogue<T>& epilogue, SourceOf source_of,
+               OutputOf output_of) {
   const int64_t panels = ceil_div(filters, mr), panel_size = channels * taps.count * mr;
   T* packed_weight = workspace<T>(Slot::packed_weight, groups * panels * panel_size);
   parallel_for(groups * panels, panel_size, [&](int64_t task) {
@@ -205,8 +209,9 @@ void correlate(int64_t N, int64_t groups, int64_t channels, int64_t filters, con
     const int64_t panel_begin = part * part_panels, panel_end = std::min(panels, panel_begin + part_panels);
     if (panel_begin >= panel_end) return;
     correlate_block(source_of(n, group), grid, taps, channels, packed_weight + group * panels * panel_size, panel_begin,
-                    panel_end, filters, bias == nullptr ? nullptr : bias + group * filters, x_block * nc<T>,
-                    std::min(grid.size(), (x_block + 1) * nc<T>), output_of(n, group));
+                    panel_end, filters,
+                    Epilogue<T>{epilogue.bias == nullptr ? nullptr : epilogue.bias + group * filters, epilogue.relu},
+                    x_block * nc<T>, std::min(grid.size(), (x_block + 1) * nc<T>), output_of(n, group));
   });
 }
 
@@ -222,13 +227,13 @@ inline void input_taps(const Conv2dGeometry& g, Tap* taps) {
 }
 
 template <class T>
-void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const T* bias, T* output) {
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const Strides in = g.input_strides(), out = g.output_strides();
   Tap* taps = workspace<Tap>(Slot::tables, g.R * g.S);
   input_taps(g, taps);
   const int64_t filter_size = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
   correlate<T>(g.N, g.G, C, K, {g.P, g.Q, g.stride_h, g.stride_w}, {taps, filter_size}, weight, K * C * filter_size,
-               {C * filter_size, filter_size}, bias, [&](int64_t n, int64_t group) {
+               {C * filter_size, filter_size}, epilogue, [&](int64_t n, int64_t group) {
     return source_view(input, in, n, group * C, g.H, g.W);
   }, [&](int64_t n, int64_t group) { return OutputView<T>{output + n * out.n + group * K * out.c, out.c, out.h, out.w}; });
 }
@@ -250,9 +255,10 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
         }
       }
       const Grid grid{ceil_div(g.H - phase_h, g.stride_h), ceil_div(g.W - phase_w, g.stride_w), 1, 1};
-      correlate<T>(g.N, g.G, K, C, grid, {taps, tap_count}, weight, K * C * filter_size, {filter_size, C * filter_size}, nullptr,
-                   [&](int64_t n, int64_t group) { return source_view(grad_output, out, n, group * K, g.P, g.Q); },
-                   [&](int64_t n, int64_t group) {
+      correlate<T>(g.N, g.G, K, C, grid, {taps, tap_count}, weight, K * C * filter_size, {filter_size, C * filter_size},
+                   {nullptr, false}, [&](int64_t n, int64_t group) {
+        return source_view(grad_output, out, n, group * K, g.P, g.Q);
+      }, [&](int64_t n, int64_t group) {
         T* first = grad_input + n * in.n + group * C * in.c + phase_h * in.h + phase_w * in.w;
         return OutputView<T>{first, in.c, g.stride_h * in.h, g.stride_w * in.w};
       });
@@ -359,38 +365,6 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * weights + i];
     grad_weight[i] = sum;
   }
-}
-
-template <class T>
-void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
-  const Strides out = g.output_strides();
-  constexpr int64_t lanes = kLanes<double>;
-  if (g.layout == Layout::nchw) {
-    parallel_for(g.K, g.N * g.P * g.Q / lanes, [&](int64_t k) {
-      Vec<double> sum[4] = {};
-      double tail = 0.0;
-      for (int64_t n = 0; n < g.N; ++n) {
-        const T* plane = grad_output + n * out.n + k * out.c;
-        const int64_t size = g.P * g.Q;
-        int64_t x = 0;
-        for (; x + 4 * lanes <= size; x += 4 * lanes)
-          for (int v = 0; v < 4; ++v)
-            for (int64_t lane = 0; lane < lanes; ++lane) sum[v][lane] += double(plane[x + v * lanes + lane]);
-        for (; x < size; ++x) tail += double(plane[x]);
-      }
-      grad_bias[k] = static_cast<T>(horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail);
-    });
-    return;
-  }
-  // channels_last: a thread owns 64 channels and adds whole rows of them.
-  constexpr int64_t chunk = 64;
-  parallel_for(ceil_div(g.K, chunk), g.N * g.P * g.Q * chunk / lanes, [&](int64_t task) {
-    const int64_t k_begin = task * chunk, channels = std::min(chunk, g.K - k_begin);
-    double sum[chunk] = {};
-    for (int64_t x = 0; x < g.N * g.P * g.Q; ++x)
-      for (int64_t k = 0; k < channels; ++k) sum[k] += double(grad_output[x * g.K + k_begin + k]);
-    for (int64_t k = 0; k < channels; ++k) grad_bias[k_begin + k] = static_cast<T>(sum[k]);
-  });
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::implicit_gemm

@@ -1,6 +1,6 @@
 // Convolution as the formulas write it: the executable specification that every other kernel is tested against.
 //
-//   output[n,k,p,q]      = bias[k] + sum_{c,r,s}   input[n,c,h,w] weight[k,c,r,s]
+//   output[n,k,p,q]      = bias[k] + sum_{c,r,s}   input[n,c,h,w] weight[k,c,r,s], rectified if the epilogue asks for it
 //   grad_input[n,c,h,w]  =           sum_{k,p,q,r,s} grad_output[n,k,p,q] weight[k,c,r,s]
 //   grad_weight[k,c,r,s] =           sum_{n,p,q}   grad_output[n,k,p,q] input[n,c,h,w]
 //   grad_bias[k]         =           sum_{n,p,q}   grad_output[n,k,p,q]
@@ -52,14 +52,21 @@ void round_to(const std::vector<double>& sums, T* to) {
 }
 
 template <class T>
-void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const T* bias, T* output) {
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   std::vector<double> sum(g.N * g.K * g.P * g.Q, 0.0);
   conv2d_products(g, [&](int64_t i, int64_t w, int64_t o, int64_t) { sum[o] += double(input[i]) * double(weight[w]); });
   const Strides out = g.output_strides();
-  for (int64_t n = 0; n < g.N && bias != nullptr; ++n)
-    for (int64_t k = 0; k < g.K; ++k)
-      for (int64_t p = 0; p < g.P; ++p)
-        for (int64_t q = 0; q < g.Q; ++q) sum[n * out.n + k * out.c + p * out.h + q * out.w] += double(bias[k]);
+  for (int64_t n = 0; n < g.N; ++n) {
+    for (int64_t k = 0; k < g.K; ++k) {
+      for (int64_t p = 0; p < g.P; ++p) {
+        for (int64_t q = 0; q < g.Q; ++q) {
+          double& element = sum[n * out.n + k * out.c + p * out.h + q * out.w];
+          if (epilogue.bias != nullptr) element += double(epilogue.bias[k]);
+          if (epilogue.relu && element < 0.0) element = 0.0;
+        }
+      }
+    }
+  }
   round_to(sum, output);
 }
 

@@ -11,7 +11,7 @@ namespace torchcnn {
 
 template <class T>
 struct FloatKernels {
-  void (*conv2d_forward)(const Conv2dGeometry&, const T* input, const T* weight, const T* bias_or_null, T* output);
+  void (*conv2d_forward)(const Conv2dGeometry&, const T* input, const T* weight, const Epilogue<T>&, T* output);
   void (*conv2d_grad_input)(const Conv2dGeometry&, const T* grad_output, const T* weight, T* grad_input);
   void (*conv2d_grad_weight)(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight);
   void (*conv2d_grad_bias)(const Conv2dGeometry&, const T* grad_output, T* grad_bias);

@@ -115,6 +115,12 @@ inline void fill(T* to, int64_t count, T value) {
   for (int64_t j = 0; j < count; ++j) to[j] = value;
 }
 
+// max(0, v); NaN stays NaN.
+template <class T>
+inline Vec<T> rectified(Vec<T> v) {
+  return v < Vec<T>{} ? Vec<T>{} : v;
+}
+
 // Lanes added in a fixed order, first to last.
 template <class T>
 inline T horizontal_sum(Vec<T> v) {

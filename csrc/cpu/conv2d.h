@@ -1,0 +1,69 @@
+// The convolution kernels of one instruction set: each call goes to the algorithm that conv2d_choice.h names.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../geometry.h"
+#include "conv2d_choice.h"
+#include "conv2d_implicit_gemm.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace torchcnn::TORCHCNN_ISA {
+
+template <class T>
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  switch (choose_conv2d(g, Direction::forward, sizeof(T)).algorithm) {
+    default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
+  }
+}
+
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
+  switch (choose_conv2d(g, Direction::grad_input, sizeof(T)).algorithm) {
+    default: return implicit_gemm::conv2d_grad_input(g, grad_output, weight, grad_input);
+  }
+}
+
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  switch (choose_conv2d(g, Direction::grad_weight, sizeof(T)).algorithm) {
+    default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
+  }
+}
+
+// Sums over a whole batch of planes are in double: they are long, and the loop waits for memory anyway.
+template <class T>
+void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
+  const Strides out = g.output_strides();
+  constexpr int64_t lanes = kLanes<double>;
+  if (g.layout == Layout::nchw) {
+    parallel_for(g.K, g.N * g.P * g.Q / lanes, [&](int64_t k) {
+      Vec<double> sum[4] = {};
+      double tail = 0.0;
+      for (int64_t n = 0; n < g.N; ++n) {
+        const T* plane = grad_output + n * out.n + k * out.c;
+        const int64_t size = g.P * g.Q;
+        int64_t x = 0;
+        for (; x + 4 * lanes <= size; x += 4 * lanes)
+          for (int v = 0; v < 4; ++v)
+            for (int64_t lane = 0; lane < lanes; ++lane) sum[v][lane] += double(plane[x + v * lanes + lane]);
+        for (; x < size; ++x) tail += double(plane[x]);
+      }
+      grad_bias[k] = static_cast<T>(horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail);
+    });
+    return;
+  }
+  // channels_last: a thread owns 64 channels and adds whole rows of them.
+  constexpr int64_t chunk = 64;
+  parallel_for(ceil_div(g.K, chunk), g.N * g.P * g.Q * chunk / lanes, [&](int64_t task) {
+    const int64_t k_begin = task * chunk, channels = std::min(chunk, g.K - k_begin);
+    double sum[chunk] = {};
+    for (int64_t x = 0; x < g.N * g.P * g.Q; ++x)
+      for (int64_t k = 0; k < channels; ++k) sum[k] += double(grad_output[x * g.K + k_begin + k]);
+    for (int64_t k = 0; k < channels; ++k) grad_bias[k_begin + k] = static_cast<T>(sum[k]);
+  });
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA
