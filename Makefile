@@ -1,0 +1,87 @@
+# Everything that is done with a checkout. Each target sets up what it needs first; nothing is done twice.
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+USE_CURRENT_ENV ?= 0
+ARGS =
+
+ifeq ($(USE_CURRENT_ENV),1)
+PY := $(PYTHON)
+STAMPS := build/stamps$(subst /,-,$(shell $(PYTHON) -c 'import sys; print(sys.prefix)' 2>/dev/null))
+else
+PY := .venv/bin/python
+STAMPS := .venv
+endif
+PIP := $(PY) -m pip --disable-pip-version-check
+
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+
+.PHONY: help setup train test test-full bench lint docs cuda-check sanitize clean FORCE
+
+help: ## show this list (the default)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo 'PYTHON=python3.12        the interpreter that .venv is created with (>= 3.10)'
+	@echo 'TORCH_INDEX_URL=URL      the package index that torch comes from (for a CPU-only torch, say)'
+	@echo 'USE_CURRENT_ENV=1        no .venv: the active environment, with its own torch >= 2.10'
+	@echo 'ARGS="..."               options for train, test, test-full, bench'
+	@echo 'TORCHCNN_CUDA=0|1|auto, CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX, CFLAGS, MAX_JOBS   the build'
+
+setup: $(STAMPS)/built ## create .venv, install the requirements, build and install torchcnn (editable)
+
+train: $(STAMPS)/built ## train LeNet-5 on MNIST digits
+	$(PY) examples/train_mnist.py $(ARGS)
+
+test: $(STAMPS)/built ## run the tests, without the slow ones
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-full: $(STAMPS)/built ## run every test
+	$(PY) -m pytest $(ARGS)
+
+bench: $(STAMPS)/built ## run the benchmarks
+	@test -f benchmarks/run.py || { echo 'make bench: there are no benchmarks yet.' >&2; exit 1; }
+	$(PY) benchmarks/run.py $(ARGS)
+
+lint: $(STAMPS)/required ## check style: ruff, clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CSRC)
+
+docs: ## check the documentation (not there yet)
+	@echo 'make docs: there is no documentation to check yet.' >&2; exit 1
+
+cuda-check: ## run the CUDA kernels on the CPU (not there yet)
+	@echo 'make cuda-check: there are no CUDA kernels yet.' >&2; exit 1
+
+sanitize: ## run the tests under sanitizers (not there yet)
+	@echo 'make sanitize: there is no sanitizer run yet.' >&2; exit 1
+
+clean: ## remove what was built and cached; .venv and runs/ stay
+	rm -rf build dist torchcnn.egg-info torchcnn/_C.*.so .venv/built
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find csrc torchcnn tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A stamp takes the time at which its recipe began, so that a file edited meanwhile counts as newer.
+$(STAMPS)/required: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "make: PYTHON=$(PYTHON) is not Python >= 3.10; name one, such as: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@.begun
+ifeq ($(USE_CURRENT_ENV),1)
+	@$(PY) -c 'import re, torch; assert [int(n) for n in re.findall("[0-9]+", torch.__version__)[:2]] >= [2, 10]' 2>/dev/null || { \
+	  echo "make: USE_CURRENT_ENV=1 needs torch >= 2.10 in the environment of $(PYTHON); install it first" >&2; exit 1; }
+	grep -Ev '^(torch|numpy)==' requirements-dev.txt | $(PIP) install -r /dev/stdin
+else
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX_URL),$(PIP) install --no-deps --index-url $(TORCH_INDEX_URL) $(shell grep '^torch==' requirements-dev.txt))
+	$(PIP) install -r requirements-dev.txt
+endif
+	@mv $@.begun $@
+
+# torchcnn/__init__.py states the version.
+$(STAMPS)/built: $(STAMPS)/required setup.py pyproject.toml torchcnn/__init__.py $(CSRC) $(if $(wildcard torchcnn/_C.*),,FORCE)
+	@touch $@.begun
+	@echo 'Building torchcnn (a minute or two the first time).'
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@mv $@.begun $@
+
+FORCE:
