@@ -367,7 +367,7 @@ class AvgPool2dFunction(torch.autograd.Function):
 def _window(op, kernel_size, stride, padding, dilation=1):
     """The eight ints of a sliding window as the operators take them."""
     kernel = pair(op, "kernel_size", kernel_size)
-    stride = kernel if stride is None or stride == [] else pair(op, "stride", stride)
+    stride = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
     return *kernel, *stride, *pair(op, "padding", padding), *pair(op, "dilation", dilation)
 
 
@@ -590,7 +590,7 @@ def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_siz
     check_tensors(op, input=input, indices=indices)
     check_dtype(op, input.dtype, FLOATING_DTYPES)
     kernel = pair(op, "kernel_size", kernel_size)
-    stride = kernel if stride is None or stride == [] else pair(op, "stride", stride)
+    stride = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
     pad = pair(op, "padding", padding)
     if indices.shape != input.shape:
         raise RuntimeError(f"{op}: indices must have the shape of input, got {list(indices.shape)} and {list(input.shape)}")

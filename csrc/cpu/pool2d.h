@@ -126,7 +126,8 @@ void for_each_packed_band(const Pool2dGeometry& g, const T* input, T neutral, Vi
                 bands = ceil_div(g.P, band_windows);
   parallel_for(g.N * g.C * bands, window_cost<T>(g) * std::min(g.P, band_windows), [&](int64_t task) {
     const int64_t plane = task / bands, p_begin = task % bands * band_windows, p_end = std::min(g.P, p_begin + band_windows);
-    const int64_t first_row = row_window(g, p_begin).begin;
+    // Not row_window(g, p_begin).begin: a dilated window that starts in the padding begins below the next one.
+    const int64_t first_row = std::max<int64_t>(0, p_begin * g.stride_h - g.pad_h);
     const PackedBand<T> band = packed_band<T>(g, first_row, row_window(g, p_end - 1).end - first_row);
     pack_band(g, input + plane * g.H * g.W, neutral, band);
     visit(plane, band, p_begin, p_end);
