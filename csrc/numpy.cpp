@@ -202,9 +202,12 @@ std::vector<std::tuple<std::string, std::string, std::string>> explain_conv2d(in
   return rows;
 }
 
-Pair output_size(const std::string& op, Pair size, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode) {
+Pair output_size(const std::string& op, Pair size, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
+                 bool pool) {
   const auto along = [&](const char* axis, int64_t n, int64_t k, int64_t s, int64_t pad, int64_t d) {
-    return torchcnn::sliding_output_size(op.c_str(), axis, n, k, s, pad, d, ceil_mode);
+    const int64_t out = sliding_output_size(op.c_str(), axis, n, k, s, pad, d, ceil_mode);
+    if (pool) require_pool_padding(op.c_str(), axis, pad, k, d);
+    return out;
   };
   return {along("height", size.first, kernel.first, stride.first, padding.first, dilation.first),
           along("width", size.second, kernel.second, stride.second, padding.second, dilation.second)};

@@ -482,7 +482,9 @@ def avg_pool2d(
 
 
 def _adaptive_size(op, output_size, input):
-    """(P, Q); None stands for the size of the input."""
+    """(P, Q); None in the place of one stands for the size of the input."""
+    if output_size is None:
+        raise TypeError(f"{op}: output_size must be an int or a pair of ints, got None")
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     if len(sizes) == 1:
         sizes = (*sizes, *sizes)
@@ -609,7 +611,7 @@ def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_siz
 
 def _unpool_size(op, output_size, default, stride):
     size = tuple(integer(op, "output_size", s) for s in output_size)
-    if len(size) in (3, 4):
+    if len(size) == 4:
         size = size[-2:]  # a whole shape is accepted as well
     if len(size) != 2:
         raise ValueError(f"{op}: output_size must have 2 elements, or be a whole shape, got {len(size)}: {output_size}")
@@ -635,7 +637,7 @@ def pool2d_output_size(input_size, kernel_size, stride=None, padding=0, dilation
     window = _window(op, kernel_size, stride, padding, dilation)
     kernel, stride, pad, dilation = (window[i : i + 2] for i in (0, 2, 4, 6))
     size = pair(op, "input_size", input_size)
-    return _C.sliding_output_size(op, size, kernel, stride, pad, dilation, bool(ceil_mode))
+    return _C.sliding_output_size(op, size, kernel, stride, pad, dilation, bool(ceil_mode), True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ modules
