@@ -38,7 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 DEFAULT_EPOCHS = {"mnist-5k": 20, "mnist": 10}
-DEFAULT_LR = {"adam": 3e-3, "sgd": 5e-2}
+DEFAULT_LR = {"adam": 3e-3, "sgd": 2e-2}
 # What may differ between a run and its continuation: nothing that the numbers depend on.
 FREE_ON_RESUME = ("resume", "threads", "data_dir", "download")
 
@@ -377,7 +377,7 @@ def argument_parser():
     add("--epochs", type=positive(int), help="default: 20 for mnist-5k, 10 for mnist")
     add("--batch-size", type=positive(int), default=32, help="default: %(default)s")
     add("--optimizer", choices=DEFAULT_LR, default="adam", help="default: %(default)s")
-    add("--lr", type=positive(float), help="peak of the one-cycle schedule (0.003 for adam, 0.05 for sgd)")
+    add("--lr", type=positive(float), help="peak of the one-cycle schedule (0.003 for adam, 0.02 for sgd)")
     add("--augment", action="store_true", help="shift and rotate the training digits a little, at random")
     add("--seed", type=seed, default=0, help="default: %(default)s")
     add("--threads", type=positive(int), help="changes the time, not the numbers (default: torch's choice)")
