@@ -164,18 +164,22 @@ struct Correlation {
 };
 
 // U of some panels, at U + xi position_stride.
-template <class F, class T>
-void transform_weights(const Correlation<T>& x, const Panels& of, T* U, int64_t position_stride) {
+template <class F, bool flipped, class T>
+void transform_weight_panels(const Correlation<T>& x, const Panels& of, T* U, int64_t position_stride) {
   for (int64_t panel = of.begin; panel < of.end; ++panel) {
     for (int64_t c = 0; c < x.C; ++c) {
-      for (int64_t v = 0; v < 2; ++v) {
-        const int64_t k = panel * nr<T> + v * kLanes<T>;
-        transform_weight_tile<F>(x.weight + std::min(k, x.K - 1) * x.k_stride + c * x.c_stride, x.k_stride,
-                                 std::clamp<int64_t>(x.K - k, 0, kLanes<T>), x.flipped,
-                                 U + ((panel - of.begin) * x.C + c) * nr<T> + v * kLanes<T>, position_stride);
+      for (int64_t k = panel * nr<T>; k < (panel + 1) * nr<T>; k += kLanes<T>) {
+        const T* weight = x.weight + std::min(k, x.K - 1) * x.k_stride + c * x.c_stride;
+        transform_weight_tile<F, flipped>(weight, x.k_stride, std::clamp<int64_t>(x.K - k, 0, kLanes<T>), U, position_stride);
+        U += kLanes<T>;
       }
     }
   }
+}
+template <class F, class T>
+void transform_weights(const Correlation<T>& x, const Panels& of, T* U, int64_t position_stride) {
+  if (x.flipped) return transform_weight_panels<F, true>(x, of, U, position_stride);
+  transform_weight_panels<F, false>(x, of, U, position_stride);
 }
 
 template <class F, class T>

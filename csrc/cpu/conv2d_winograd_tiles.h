@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "../geometry.h"
@@ -157,86 +159,115 @@ struct Images {
   int64_t before, after;
 };
 
-// x[j] = the kLanes<T> channels from c of image n at (h, w + j), zero outside the image.
+// x[i][j] = the kLanes<T> channels from c of image n at (h + i, w + j), zero outside the image.
 template <int count, class T>
-[[gnu::always_inline]] inline void load_row(const Images<T>& images, int64_t n, int64_t c, int64_t h, int64_t w,
-                                            Vec<T> (&x)[count]) {
+[[gnu::noinline]] inline void load_edge_tile(const Images<T>& images, int64_t n, int64_t c, int64_t h, int64_t w,
+                                             Vec<T> (&x)[count][count]) {
   const Strides& s = images.strides;
-  if (h < 0 || h >= images.rows) {
-    TORCHCNN_UNROLL
-    for (int j = 0; j < count; ++j) x[j] = Vec<T>{};
-    return;
-  }
-  const int64_t at = n * s.n + c * s.c + h * s.h + w * s.w;
-  if (images.layout == Layout::channels_last) {
-    TORCHCNN_UNROLL
-    for (int j = 0; j < count; ++j) x[j] = w + j >= 0 && w + j < images.columns ? load(images.data + at + j * s.w) : Vec<T>{};
-    return;
-  }
   constexpr int64_t reach = std::max(count, group<T>);
-  if (at >= images.before && at + (kLanes<T> - 1) * s.c + reach <= images.after) {
-    load_columns(images.data + at, s.c, x);
-  } else {  // at the first or last elements of the tensor
-    T copied[kLanes<T> * reach] = {};
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane)
-      for (int64_t j = std::max<int64_t>(0, -w); j < std::min<int64_t>(count, images.columns - w); ++j)
-        copied[lane * reach + j] = images.data[at + lane * s.c + j];
-    load_columns(copied, reach, x);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = n * s.n + c * s.c + (h + i) * s.h + w * s.w;
+    if (h + i < 0 || h + i >= images.rows) {
+      for (int64_t j = 0; j < count; ++j) x[i][j] = Vec<T>{};
+      continue;
+    }
+    if (images.layout == Layout::channels_last) {
+      for (int64_t j = 0; j < count; ++j)
+        x[i][j] = w + j >= 0 && w + j < images.columns ? load(images.data + at + j * s.w) : Vec<T>{};
+      continue;
+    }
+    if (at >= images.before && at + (kLanes<T> - 1) * s.c + reach <= images.after) {
+      load_columns(images.data + at, s.c, x[i]);
+    } else {  // at the first or last elements of the tensor
+      T copied[kLanes<T> * reach] = {};
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+        for (int64_t j = std::max<int64_t>(0, -w); j < std::min<int64_t>(count, images.columns - w); ++j)
+          copied[lane * reach + j] = images.data[at + lane * s.c + j];
+      load_columns(copied, reach, x[i]);
+    }
+    for (int64_t j = 0; j < count; ++j)
+      if (w + j < 0 || w + j >= images.columns) x[i][j] = Vec<T>{};
   }
-  if (w >= 0 && w + count <= images.columns) return;
-  TORCHCNN_UNROLL
-  for (int j = 0; j < count; ++j)
-    if (w + j < 0 || w + j >= images.columns) x[j] = Vec<T>{};
+}
+
+// Calls transform(load_row), load_row(i, x) giving row i of that tile. There are three of them, each free of branches: the
+// transform is compiled into each.
+template <int count, class T, class Transform>
+[[gnu::always_inline]] inline void with_tile(const Images<T>& images, int64_t n, int64_t c, int64_t h, int64_t w,
+                                             Transform transform) {
+  const Strides& s = images.strides;
+  const int64_t at = n * s.n + c * s.c + h * s.h + w * s.w;
+  constexpr int64_t reach = std::max(count, group<T>);
+  const bool inside = h >= 0 && w >= 0 && h + count <= images.rows && w + count <= images.columns;
+  if (inside && images.layout == Layout::channels_last) {
+    transform([&](int i, Vec<T>(&x)[count]) __attribute__((always_inline)) {
+      TORCHCNN_UNROLL
+      for (int j = 0; j < count; ++j) x[j] = load(images.data + at + i * s.h + j * s.w);
+    });
+  } else if (inside && at + (count - 1) * s.h + (kLanes<T> - 1) * s.c + reach <= images.after) {
+    transform([&](int i, Vec<T>(&x)[count])
+                  __attribute__((always_inline)) { load_columns(images.data + at + i * s.h, s.c, x); });
+  } else {
+    Vec<T> tile[count][count];
+    load_edge_tile(images, n, c, h, w, tile);
+    transform([&](int i, Vec<T>(&x)[count]) __attribute__((always_inline)) {
+      TORCHCNN_UNROLL
+      for (int j = 0; j < count; ++j) x[j] = tile[i][j];
+    });
+  }
 }
 
 // to[xi position_stride] = B^T x B of one tile, for the channels c ... c + kLanes<T> - 1.
 template <class F, class T>
 inline void transform_input_tile(const Images<T>& images, int64_t n, int64_t c, int64_t h, int64_t w, T* to,
                                  int64_t position_stride) {
-  Vec<T> half[F::tile][F::tile];
-  TORCHCNN_UNROLL
-  for (int i = 0; i < F::tile; ++i) {
-    Vec<T> x[F::tile];
-    load_row(images, n, c, h + i, w, x);
-    F::template input<T>(x, half[i]);
-  }
-  TORCHCNN_UNROLL
-  for (int j = 0; j < F::tile; ++j) {
-    Vec<T> column[F::tile], value[F::tile];
+  with_tile<F::tile>(images, n, c, h, w, [&](auto load_row) __attribute__((always_inline)) {
+    Vec<T> half[F::tile][F::tile];
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::tile; ++i) column[i] = half[i][j];
-    F::template input<T>(column, value);
+    for (int i = 0; i < F::tile; ++i) {
+      Vec<T> x[F::tile];
+      load_row(i, x);
+      F::template input<T>(x, half[i]);
+    }
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::tile; ++i) store(to + (i * F::tile + j) * position_stride, value[i]);
-  }
+    for (int j = 0; j < F::tile; ++j) {
+      Vec<T> column[F::tile], value[F::tile];
+      TORCHCNN_UNROLL
+      for (int i = 0; i < F::tile; ++i) column[i] = half[i][j];
+      F::template input<T>(column, value);
+      TORCHCNN_UNROLL
+      for (int i = 0; i < F::tile; ++i) store(to + (i * F::tile + j) * position_stride, value[i]);
+    }
+  });
 }
 
 // to[xi position_stride] = A y A^T of one tile of grad_output.
 template <class F, class T>
 inline void transform_grad_output_tile(const Images<T>& images, int64_t n, int64_t k, int64_t p, int64_t q, T* to,
                                        int64_t position_stride) {
-  Vec<T> half[F::m][F::tile];
-  TORCHCNN_UNROLL
-  for (int i = 0; i < F::m; ++i) {
-    Vec<T> y[F::m];
-    load_row(images, n, k, p + i, q, y);
-    F::template output_transposed<T>(y, half[i]);
-  }
-  TORCHCNN_UNROLL
-  for (int j = 0; j < F::tile; ++j) {
-    Vec<T> column[F::m], value[F::tile];
+  with_tile<F::m>(images, n, k, p, q, [&](auto load_row) __attribute__((always_inline)) {
+    Vec<T> half[F::m][F::tile];
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::m; ++i) column[i] = half[i][j];
-    F::template output_transposed<T>(column, value);
+    for (int i = 0; i < F::m; ++i) {
+      Vec<T> y[F::m];
+      load_row(i, y);
+      F::template output_transposed<T>(y, half[i]);
+    }
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::tile; ++i) store(to + (i * F::tile + j) * position_stride, value[i]);
-  }
+    for (int j = 0; j < F::tile; ++j) {
+      Vec<T> column[F::m], value[F::tile];
+      TORCHCNN_UNROLL
+      for (int i = 0; i < F::m; ++i) column[i] = half[i][j];
+      F::template output_transposed<T>(column, value);
+      TORCHCNN_UNROLL
+      for (int i = 0; i < F::tile; ++i) store(to + (i * F::tile + j) * position_stride, value[i]);
+    }
+  });
 }
 
 // to[xi position_stride] = G g G^T of kLanes<T> filters, of which `filters` exist; the others are zero.
-template <class F, class T>
-inline void transform_weight_tile(const T* weight, int64_t filter_stride, int64_t filters, bool flipped, T* to,
-                                  int64_t position_stride) {
+template <class F, bool flipped, class T>
+inline void transform_weight_tile(const T* weight, int64_t filter_stride, int64_t filters, T* to, int64_t position_stride) {
   constexpr int taps = F::r * F::r;
   Vec<T> g[taps];
   if (filters >= kLanes<T>) {
@@ -300,13 +331,27 @@ inline bool store_grad_weight_tile(const T* value, int64_t position_stride, int6
   return finite;
 }
 
-// Where a tile of the result goes: kLanes<T> channels, the first `rows` x `columns` positions of F::m x F::m.
+// Where tiles of the result go.
 template <class T>
 struct Result {
   T* data;
   Strides strides;
   Layout layout;
 };
+
+// Rows and columns outside the output are left out; `bias` and relu as in the epilogue.
+template <int m, class T>
+[[gnu::noinline]] inline void store_edge_tile(const Vec<T> (&y)[m][m], const Result<T>& result, int64_t offset, int64_t rows,
+                                              int64_t columns) {
+  for (int64_t i = 0; i < std::min<int64_t>(m, rows); ++i) {
+    T* to = result.data + offset + i * result.strides.h;
+    if (result.layout == Layout::channels_last) {
+      for (int64_t j = 0; j < std::min<int64_t>(m, columns); ++j) store(to + j * result.strides.w, y[i][j]);
+    } else {
+      store_columns(to, result.strides.c, y[i], columns);
+    }
+  }
+}
 
 // to = epilogue(A^T value A). False where a sum is not finite before the epilogue.
 template <class F, class T>
@@ -323,25 +368,39 @@ inline bool store_output_tile(const T* value, int64_t position_stride, Vec<T> bi
     for (int i = 0; i < F::m; ++i) half[i][j] = y[i];
   }
   Vec<T> zero{};  // stays zero as long as everything is finite: Inf 0 = NaN
-  TORCHCNN_UNROLL
-  for (int i = 0; i < F::m; ++i) {
-    Vec<T> y[F::m];
-    F::template output<T>(half[i], y);
+  const Vec<T> least = broadcast(relu ? T(0) : -std::numeric_limits<T>::infinity());
+  const auto finish = [&](auto store_row) __attribute__((always_inline)) {
     TORCHCNN_UNROLL
-    for (int j = 0; j < F::m; ++j) {
-      zero += y[j] * T(0);
-      y[j] = y[j] + bias;
-      if (relu) y[j] = rectified<T>(y[j]);
-    }
-    if (i >= rows) continue;
-    T* to = result.data + offset + i * result.strides.h;
-    if (result.layout == Layout::channels_last) {
+    for (int i = 0; i < F::m; ++i) {
+      Vec<T> y[F::m];
+      F::template output<T>(half[i], y);
       TORCHCNN_UNROLL
-      for (int j = 0; j < F::m; ++j)
-        if (j < columns) store(to + j * result.strides.w, y[j]);
-    } else {
-      store_columns(to, result.strides.c, y, columns);
+      for (int j = 0; j < F::m; ++j) {
+        zero += y[j] * T(0);
+        y[j] = y[j] + bias;
+        y[j] = y[j] < least ? least : y[j];
+      }
+      store_row(i, y);
     }
+  };
+  const bool whole = rows >= F::m && columns >= F::m;
+  T* const to = result.data + offset;
+  if (whole && result.layout == Layout::channels_last) {
+    finish([&](int i, const Vec<T>(&y)[F::m]) __attribute__((always_inline)) {
+      TORCHCNN_UNROLL
+      for (int j = 0; j < F::m; ++j) store(to + i * result.strides.h + j * result.strides.w, y[j]);
+    });
+  } else if (whole) {
+    finish([&](int i, const Vec<T>(&y)[F::m]) __attribute__((always_inline)) {
+      store_columns(to + i * result.strides.h, result.strides.c, y, std::integral_constant<int64_t, F::m>{});
+    });
+  } else {
+    Vec<T> tile[F::m][F::m];
+    finish([&](int i, const Vec<T>(&y)[F::m]) __attribute__((always_inline)) {
+      TORCHCNN_UNROLL
+      for (int j = 0; j < F::m; ++j) tile[i][j] = y[j];
+    });
+    store_edge_tile(tile, result, offset, rows, columns);
   }
   bool finite = true;
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) finite &= zero[lane] == T(0);

@@ -49,13 +49,25 @@ struct Transform {
   static_assert(tile == 4 || tile == 6);
   static constexpr double point[2] = {tile == 4 ? 1.0 : 0.625, 1.5};
 
-  static constexpr double power(int pair, int exponent) { return exponent == 0 ? 1.0 : point[pair] * power(pair, exponent - 1); }
-
-  // 1 / M_i(point_i): of the point 0 (up to the sign, which its row of B^T takes over), and of both points of a pair.
-  static constexpr double zero_scale = tile == 4 ? 1.0 : 1.0 / (power(0, 2) * power(1, 2));
-  static constexpr double pair_scale(int pair) {
-    return tile == 4 ? 0.5 : 0.5 / (power(pair, 2) * (power(pair, 2) - power(1 - pair, 2)));
-  }
+  struct Constants {
+    double power[2][6] = {};     // [pair][exponent]
+    double zero_scale = 1;       // 1 / M_i(point_i) at the point 0, up to the sign, which its row of B^T takes over
+    double pair_scale[2] = {};   // and at both points of a pair
+    constexpr Constants() {
+      for (int pair = 0; pair < 2; ++pair) {
+        power[pair][0] = 1;
+        for (int j = 1; j < 6; ++j) power[pair][j] = power[pair][j - 1] * point[pair];
+      }
+      if (tile == 4) {
+        pair_scale[0] = 0.5;
+        return;
+      }
+      zero_scale = 1 / (power[0][2] * power[1][2]);
+      for (int pair = 0; pair < 2; ++pair)
+        pair_scale[pair] = 0.5 / (power[pair][2] * (power[pair][2] - power[1 - pair][2]));
+    }
+  };
+  static constexpr Constants constant{};
 
   // The polynomial of n coefficients at every point: A. Its even part is shared by p and -p, its odd part up to the sign.
   template <class T, class V, int n>
@@ -65,9 +77,9 @@ struct Transform {
     for (int pair = 0; pair < pairs; ++pair) {
       V part[2] = {coefficient[(n - 1) / 2 * 2], coefficient[n / 2 * 2 - 1]};  // even and odd, by Horner's rule in p^2
       TORCHCNN_UNROLL
-      for (int j = n - 3; j >= 0; --j) part[j % 2] = part[j % 2] * T(power(pair, 2)) + coefficient[j];
-      value[1 + 2 * pair] = part[1] * T(power(pair, 1)) + part[0];
-      value[2 + 2 * pair] = part[0] - part[1] * T(power(pair, 1));
+      for (int j = n - 3; j >= 0; --j) part[j % 2] = part[j % 2] * T(constant.power[pair][2]) + coefficient[j];
+      value[1 + 2 * pair] = part[1] * T(constant.power[pair][1]) + part[0];
+      value[2 + 2 * pair] = part[0] - part[1] * T(constant.power[pair][1]);
     }
     value[tile - 1] = coefficient[n - 1];
   }
@@ -86,23 +98,23 @@ struct Transform {
       const V(&part)[pairs] = j % 2 == 0 ? even : odd;
       V sum = part[0];
       if (j == n - 1) {
-        sum = part[0] * T(power(0, j)) + value[tile - 1];
+        sum = part[0] * T(constant.power[0][j]) + value[tile - 1];
       } else if (j > 0) {
-        sum = rounded(part[0] * T(power(0, j)));
+        sum = rounded(part[0] * T(constant.power[0][j]));
       }
       if (j == 0) sum = sum + value[0];
-      if (pairs == 2) sum = part[pairs - 1] * T(power(1, j)) + sum;
+      if (pairs == 2) sum = part[pairs - 1] * T(constant.power[1][j]) + sum;
       coefficient[j] = sum;
     }
   }
 
   template <class T, class V>
   [[gnu::always_inline]] static inline void scale(V (&value)[tile]) {
-    if (tile != 4) value[0] = value[0] * T(zero_scale);
+    if (tile != 4) value[0] = value[0] * T(constant.zero_scale);
     TORCHCNN_UNROLL
     for (int pair = 0; pair < pairs; ++pair) {
-      value[1 + 2 * pair] = value[1 + 2 * pair] * T(pair_scale(pair));
-      value[2 + 2 * pair] = value[2 + 2 * pair] * T(pair_scale(pair));
+      value[1 + 2 * pair] = value[1 + 2 * pair] * T(constant.pair_scale[pair]);
+      value[2 + 2 * pair] = value[2 + 2 * pair] * T(constant.pair_scale[pair]);
     }
   }
 
@@ -115,14 +127,15 @@ struct Transform {
       value[2] = x[2] - x[1];
       value[3] = x[3] - x[1];
     } else {
-      constexpr T product = T(power(0, 2) * power(1, 2)), sum = T(power(0, 2) + power(1, 2));
+      constexpr T product = T(constant.power[0][2] * constant.power[1][2]),
+                  sum = T(constant.power[0][2] + constant.power[1][2]);
       value[0] = x[0] * product + (x[4] - x[2] * sum);
       value[tile - 1] = x[1] * product + (x[tile - 1] - x[3] * sum);
       TORCHCNN_UNROLL
       for (int pair = 0; pair < pairs; ++pair) {  // M_i = x (x +- p) (x^2 - q^2), q the point of the other pair
-        const V even = x[4] - x[2] * T(power(1 - pair, 2)), odd = x[3] - x[1] * T(power(1 - pair, 2));
-        value[1 + 2 * pair] = odd * T(power(pair, 1)) + even;
-        value[2 + 2 * pair] = even - odd * T(power(pair, 1));
+        const V even = x[4] - x[2] * T(constant.power[1 - pair][2]), odd = x[3] - x[1] * T(constant.power[1 - pair][2]);
+        value[1 + 2 * pair] = odd * T(constant.power[pair][1]) + even;
+        value[2 + 2 * pair] = even - odd * T(constant.power[pair][1]);
       }
     }
   }
