@@ -235,6 +235,8 @@ PYBIND11_MODULE(_C, m) {
     for (const KernelTable* row : available_kernels()) names.emplace_back(row->isa);
     return names;
   });
+  m.def("allow_winograd", &allow_winograd);
+  m.def("set_allow_winograd", &set_allow_winograd);
   m.def("sliding_output_size", &output_size);
   m.def("explain_conv2d", &explain_conv2d);
 }

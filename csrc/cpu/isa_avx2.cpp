@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../geometry.h"
+#include "conv2d_choice.h"
 #include "kernels.h"
 #include "pool2d_reference.h"
 #include "runtime.h"
