@@ -18,10 +18,11 @@ inline const char* name_of(Direction direction) {
   }
 }
 
-enum class Algorithm { implicit_gemm };
+enum class Algorithm { implicit_gemm, small_channels };
 
 inline const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
+    case Algorithm::small_channels: return "small_channels";
     default: return "implicit_gemm";
   }
 }
@@ -31,7 +32,19 @@ struct Choice {
   const char* reason;
 };
 
+// Whether vectors of pixels beat vectors of channels (conv2d_small_channels.h): rows long enough to fill vectors, and either so
+// few channels on the broadcast side that most lanes of a panel would be empty, or so short a sum that moving panels around
+// would cost more than the products.
+inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
+  if (g.layout != Layout::nchw || direction == Direction::grad_weight) return false;
+  const int64_t C = g.C_per_group(), K = g.K_per_group();
+  if (direction == Direction::forward) return g.Q >= 8 && (K <= 12 || C * g.R * g.S <= 512 && C <= 4);
+  return g.W / g.stride_w >= 8 && C <= 12;
+}
+
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, [[maybe_unused]] size_t element_size) {
+  if (suits_small_channels(g, direction))
+    return {Algorithm::small_channels, "few channels: vectors of pixels, straight from the rows of the image"};
   if (direction == Direction::grad_input && (g.stride_h > 1 || g.stride_w > 1))
     return {Algorithm::implicit_gemm, "stride above 1: one correlation of grad_output for each phase of the input"};
   if (direction == Direction::grad_weight)

@@ -334,15 +334,24 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
                packed_weight, epilogue);
 }
 
-template <class T>
-void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
-  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
-  const int64_t phases_h = std::min(g.stride_h, g.H), phases_w = std::min(g.stride_w, g.W), phase_count = phases_h * phases_w;
-  Tap* taps = workspace<Tap>(Slot::tables, taps_count + 1);
-  Phase* phases = workspace<Phase>(Slot::phases, phase_count);
+// The phases (h mod stride_h, w mod stride_w) of the input and the taps by which grad_output reaches each. The first tap exists
+// even if there is none.
+struct InputPhases {
+  int64_t along_h, along_w;
+  const Phase* data;
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t count() const { return along_h * along_w; }
+};
+
+inline InputPhases input_phases(const Conv2dGeometry& g) {
+  const int64_t along_h = std::min(g.stride_h, g.H), along_w = std::min(g.stride_w, g.W);
+  Tap* taps = workspace<Tap>(Slot::tables, g.R * g.S + 1);
+  Phase* phases = workspace<Phase>(Slot::phases, along_h * along_w);
+  taps[0] = {0, 0, 0};
   int64_t tap_count = 0;
-  for (int64_t f = 0; f < phase_count; ++f) {
-    const int64_t h = f / phases_w, w = f % phases_w;
+  for (int64_t f = 0; f < along_h * along_w; ++f) {
+    const int64_t h = f / along_w, w = f % along_w;
     phases[f] = {tap_count, 0, ceil_div(g.H - h, g.stride_h), ceil_div(g.W - w, g.stride_w)};
     for (int64_t r = 0; r < g.R; ++r) {
       const int64_t row = h + g.pad_h - r * g.dilation_h;
@@ -354,9 +363,14 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
     }
     phases[f].taps = tap_count - phases[f].first_tap;
   }
-  if (tap_count == 0) taps[0] = {0, 0, 0};  // the filter falls between the positions of a small input
+  return {along_h, along_w, phases, taps, tap_count};
+}
 
-  const int64_t patch_size = K * tap_count, panels = ceil_div(C, nr<T>);
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
+  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
+  const InputPhases p = input_phases(g);
+  const int64_t patch_size = K * p.tap_count, panels = ceil_div(C, nr<T>);
   T* packed_weight = workspace<T>(Slot::packed_weight, g.G * panels * patch_size * nr<T>);
   parallel_for(g.G * panels, patch_size * 2, [&](int64_t task) {
     const int64_t group = task / panels, c = task % panels * nr<T>, lanes = std::min(nr<T>, C - c);
@@ -365,19 +379,20 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
     int64_t* first = workspace<int64_t>(Slot::positions, 2 * taps_count);
     int64_t* step = first + taps_count;
     for (int64_t t = 0; t < taps_count; ++t) first[t] = -1, step[t] = 0;
-    for (int64_t f = 0; f < phase_count; ++f) {
-      const PatchOrder order = patch_order(g.layout, K, phases[f].taps);
-      for (int64_t t = 0; t < phases[f].taps; ++t) {
-        const int64_t w = taps[phases[f].first_tap + t].weight;
-        first[w] = phases[f].first_tap * K + t * order.tap_step;
+    for (int64_t f = 0; f < p.count(); ++f) {
+      const Phase& phase = p.data[f];
+      const PatchOrder order = patch_order(g.layout, K, phase.taps);
+      for (int64_t t = 0; t < phase.taps; ++t) {
+        const int64_t w = p.taps[phase.first_tap + t].weight;
+        first[w] = phase.first_tap * K + t * order.tap_step;
         step[w] = order.channel_step;
       }
     }
     for (int64_t k = 0; k < K; ++k) {
       const T* from = weight + ((group * K + k) * C + c) * taps_count;
-      if (taps_count == 1 && lanes == nr<T> && tap_count == 1) {
+      if (taps_count == 1 && lanes == nr<T> && p.tap_count == 1) {
         for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + (first[0] + k * step[0]) * nr<T> + v, load(from + v));
-      } else if (tap_count == taps_count) {
+      } else if (p.tap_count == taps_count) {
         gemm::pack_transposed(from, taps_count, lanes, taps_count, to, [&](int64_t t) { return first[t] + k * step[t]; });
       } else {
         for (int64_t t = 0; t < taps_count; ++t)
@@ -387,7 +402,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
     }
   });
   correlate<T>({g.N, g.G, K, C, g.layout, {grad_output, g.output_strides(), g.P, g.Q}, {grad_input, g.input_strides(), g.H, g.W},
-                1, 1, phases_h, phases_w, taps, phases, std::max<int64_t>(tap_count, 0)},
+                1, 1, p.along_h, p.along_w, p.taps, p.data, p.tap_count},
                packed_weight, {nullptr, false});
 }
 

@@ -112,9 +112,31 @@ void fill_buffer(const Correlation<T>& p, const Buffer<T>& b, int64_t n, int64_t
   }
 }
 
-// Runs the correlation; element (k, c, t) of a group's weights is weight[k k_stride + c c_stride + t.weight].
+// to[column] = from[column % phases][column / phases] + bias, rectified if asked for.
 template <class T>
-void correlate(const Correlation<T>& p, const T* weight, int64_t k_stride, int64_t c_stride, const Epilogue<T>& epilogue) {
+void merge_phases(const T* from, int64_t phase_stride, int64_t phases, int64_t columns, T bias, bool relu, T* to) {
+  constexpr int64_t L = kLanes<T>;
+  const auto finish = [&](T x) { return relu && x + bias < T(0) ? T(0) : x + bias; };
+  if (phases > 2) {
+    for (int64_t phase = 0; phase < phases; ++phase, from += phase_stride)
+      for (int64_t j = 0, column = phase; column < columns; ++j, column += phases) to[column] = finish(from[j]);
+    return;
+  }
+  int64_t column = 0;
+  if (phases == 2 && !relu && bias == T(0)) {
+    for (; column + 2 * L <= columns; column += 2 * L) {
+      const Vec<T> even = load(from + column / 2), odd = load(from + phase_stride + column / 2);
+      store(to + column, interleave<T>(even, odd, 0, kEachLane<T>));
+      store(to + column + L, interleave<T>(even, odd, 1, kEachLane<T>));
+    }
+  }
+  for (; column < columns; ++column) to[column] = finish(from[column % phases * phase_stride + column / phases]);
+}
+
+// Runs the correlation; element (k, c, t) of a group's weights is at group group_stride + k k_stride + c c_stride + t.weight.
+template <class T>
+void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, int64_t k_stride, int64_t c_stride,
+               const Epilogue<T>& epilogue) {
   constexpr int64_t L = kLanes<T>;
   const int64_t phases = p.phases_h * p.phases_w, patch_size = p.channels * p.tap_count;
   const Phase& largest = p.phases[0];
@@ -132,7 +154,10 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t k_stride, int64
   const int64_t chunk = std::clamp<int64_t>(buffer_elements / (channel_size * (wanted_rows * p.step_h + halo)), 1, p.channels);
   const int64_t chunks = ceil_div(p.channels, chunk);
   b.row = chunk * channel_size;
-  const int64_t block_rows = std::clamp<int64_t>((buffer_elements / b.row - halo) / p.step_h, std::min<int64_t>(4, largest.rows), largest.rows);
+  // Each thread should get several blocks; rows may be split at will, since that changes no sum.
+  const int64_t share = ceil_div(p.N * p.groups * largest.rows, 4 * thread_count());
+  const int64_t block_rows = std::clamp<int64_t>(std::min((buffer_elements / b.row - halo) / p.step_h, share),
+                                                 std::min<int64_t>(4, largest.rows), largest.rows);
   const int64_t blocks = ceil_div(largest.rows, block_rows);
 
   // [chunk][phase][(r, c, s)], and for each phase the list of its filter rows.
@@ -158,10 +183,7 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t k_stride, int64
   for (int64_t group = 0, at = 0; group < p.groups; ++group) {
     for (int64_t k = 0; k < p.filters;) {
       const int64_t rows = gemm::tile_rows(p.filters - k);
-      const T* from = weight + (group * p.filters + k) * k_stride;
-      if (p.phases_h * p.phases_w > 0 && c_stride != 0) {
-        from = weight + group * (k_stride > c_stride ? p.filters * k_stride : p.channels * c_stride) + k * k_stride;
-      }
+      const T* from = weight + group * group_stride + k * k_stride;
       int64_t column = 0;
       for (int64_t c = 0; c < p.channels; c += chunk) {
         const int64_t c_end = std::min(p.channels, c + chunk);
@@ -242,6 +264,26 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t k_stride, int64
       }
     }
   });
+}
+
+template <class T>
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
+  Tap* taps = workspace<Tap>(Slot::tables, taps_count);
+  implicit_gemm::input_taps(g, taps);
+  const Phase phase{0, taps_count, g.P, g.Q};
+  correlate<T>({g.N, g.G, C, K, g.layout, {input, g.input_strides(), g.H, g.W}, {output, g.output_strides(), g.P, g.Q},
+                g.stride_h, g.stride_w, 1, 1, taps, &phase, taps_count},
+               weight, K * C * taps_count, C * taps_count, taps_count, epilogue);
+}
+
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
+  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
+  const implicit_gemm::InputPhases phases = implicit_gemm::input_phases(g);
+  correlate<T>({g.N, g.G, K, C, g.layout, {grad_output, g.output_strides(), g.P, g.Q}, {grad_input, g.input_strides(), g.H, g.W},
+                1, 1, phases.along_h, phases.along_w, phases.taps, phases.data, phases.tap_count},
+               weight, K * C * taps_count, taps_count, C * taps_count, {nullptr, false});
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::small_channels
