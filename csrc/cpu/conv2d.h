@@ -7,6 +7,7 @@
 #include "../geometry.h"
 #include "conv2d_choice.h"
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_pointwise.h"
 #include "conv2d_small_channels.h"
 #include "runtime.h"
 #include "simd.h"
@@ -16,6 +17,7 @@ namespace torchcnn::TORCHCNN_ISA {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   switch (choose_conv2d(g, Direction::forward, sizeof(T)).algorithm) {
+    case Algorithm::pointwise: return pointwise::conv2d_forward(g, input, weight, epilogue, output);
     case Algorithm::small_channels: return small_channels::conv2d_forward(g, input, weight, epilogue, output);
     default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
   }
@@ -24,6 +26,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   switch (choose_conv2d(g, Direction::grad_input, sizeof(T)).algorithm) {
+    case Algorithm::pointwise: return pointwise::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::small_channels: return small_channels::conv2d_grad_input(g, grad_output, weight, grad_input);
     default: return implicit_gemm::conv2d_grad_input(g, grad_output, weight, grad_input);
   }

@@ -18,10 +18,11 @@ inline const char* name_of(Direction direction) {
   }
 }
 
-enum class Algorithm { implicit_gemm, small_channels };
+enum class Algorithm { implicit_gemm, pointwise, small_channels };
 
 inline const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
+    case Algorithm::pointwise: return "pointwise";
     case Algorithm::small_channels: return "small_channels";
     default: return "implicit_gemm";
   }
@@ -38,11 +39,14 @@ struct Choice {
 inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
   if (g.layout != Layout::nchw || direction == Direction::grad_weight) return false;
   const int64_t C = g.C_per_group(), K = g.K_per_group();
-  if (direction == Direction::forward) return g.Q >= 8 && (K <= 12 || C * g.R * g.S <= 512 && C <= 4);
+  if (direction == Direction::forward) return g.Q >= 8 && (K <= 12 || C <= 4);
   return g.W / g.stride_w >= 8 && C <= 12;
 }
 
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, [[maybe_unused]] size_t element_size) {
+  if (g.layout == Layout::nchw && direction != Direction::grad_weight && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 &&
+      g.C_per_group() >= 8 && g.K_per_group() >= 8)
+    return {Algorithm::pointwise, "1x1 without padding: the weight matrix times the planes of the tensor"};
   if (suits_small_channels(g, direction))
     return {Algorithm::small_channels, "few channels: vectors of pixels, straight from the rows of the image"};
   if (direction == Direction::grad_input && (g.stride_h > 1 || g.stride_w > 1))

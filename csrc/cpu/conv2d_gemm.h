@@ -7,8 +7,8 @@
 //       section 3); StridedA at data + m row_stride + k step.
 //   B   a vector at a time, packed [k][nr] (PackedB), or rows of an image at data + offset[k] (IndirectB).
 //
-// The method is that of BLIS (Van Zee and van de Geijn 2015, sections 2 and 5): the tile lives in registers, a depth of 256 keeps
-// the packed operand (16 KiB) in L1. An element of C is always summed in the order of k, whatever tile it falls into, so results
+// The method is that of BLIS (Van Zee and van de Geijn 2015, sections 2 and 5): the tile lives in registers, a depth of 384 keeps
+// the packed operand (24 KiB) in L1. An element of C is always summed in the order of k, whatever tile it falls into, so results
 // do not depend on how the loops around are split among threads or on the neighbours in the batch.
 #pragma once
 
@@ -24,8 +24,8 @@ namespace torchcnn::TORCHCNN_ISA::gemm {
 inline constexpr int64_t mr = 6;
 template <class T>
 inline constexpr int64_t nr = 2 * kLanes<T>;
-// 256 x 16 floats are 16 KiB, half of L1.
-inline constexpr int64_t max_depth = 256;
+// 384 x 16 floats are 24 KiB, three quarters of L1.
+inline constexpr int64_t max_depth = 384;
 
 template <class T>
 struct IndirectA {

@@ -240,9 +240,9 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
       const int64_t lanes = std::min(nr<T>, p.filters - panel * nr<T>);
       for (int64_t f = 0; f < phases; ++f) {
         const int64_t depth = p.phases[f].taps * p.channels;
-        int64_t k = 0;
-        do {  // once also for a phase without taps, which is zero
-          const int64_t k_count = std::min(max_depth, depth - k), first = p.phases[f].first_tap * p.channels + k;
+        const int64_t depths = std::max<int64_t>(1, ceil_div(depth, max_depth));  // a phase without taps is zero
+        for (int64_t d = 0; d < depths; ++d) {
+          const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k, first = p.phases[f].first_tap * p.channels + k;
           const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
           for (int64_t x = first_position[f]; x < first_position[f + 1];) {
             const int64_t rows = gemm::tile_rows(first_position[f + 1] - x);
@@ -256,8 +256,7 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
             });
             x += rows;
           }
-          k += k_count;
-        } while (k < depth);
+        }
       }
 
       const int64_t filter = group * p.filters + panel * nr<T>;
