@@ -217,8 +217,9 @@ void multiply_and_store(const Correlation<T>& x, const Tiling<F>& tiling, int64_
     const auto store_vector = [&](int64_t k) {
       const Strides& s = x.output.strides;
       const Vec<T> bias = x.epilogue.bias == nullptr ? Vec<T>{} : load(x.epilogue.bias + k_begin + k);
-      finite &= store_output_tile<F>(M + (tile - begin) * M_row + k, M_position, bias, x.epilogue.relu, x.output,
-                                     at.n * s.n + (k_begin + k) * s.c + at.p * s.h + at.q * s.w, tiling.P - at.p, tiling.Q - at.q);
+      finite &=
+          store_output_tile<F>(M + (tile - begin) * M_row + k, M_position, bias, x.epilogue.relu, x.output,
+                               at.n * s.n + (k_begin + k) * s.c + at.p * s.h + at.q * s.w, tiling.P - at.p, tiling.Q - at.q);
     };
     for_each_vector<T>(filters, store_vector);
     if (!finite) __atomic_store_n(x.not_finite + at.n, 1, __ATOMIC_RELAXED);
@@ -236,9 +237,8 @@ void correlate(const Correlation<T>& x, const Tiling<F>& tiling) {
   if (!filters_outside) {
     const int64_t U_position = panels * panel_size + 16;
     T* U = workspace<T>(Slot::packed_weight, positions * U_position);
-    parallel_for(panels, x.C * transform_cost, [&](int64_t panel) {
-      transform_weights<F>(x, {panel, panel + 1}, U + panel * panel_size, U_position);
-    });
+    parallel_for(panels, x.C * transform_cost,
+                 [&](int64_t panel) { transform_weights<F>(x, {panel, panel + 1}, U + panel * panel_size, U_position); });
     const int64_t parts = parts_of(tiles, max_tiles);
     parallel_for(parts, tiles / parts * x.C * x.K * positions / kLanes<T>, [&](int64_t part) {
       const int64_t begin = part * tiles / parts, end = (part + 1) * tiles / parts, V_position = (end - begin) * V_row + 16;
@@ -254,7 +254,8 @@ void correlate(const Correlation<T>& x, const Tiling<F>& tiling) {
   }
 
   // As many tiles as V may hold, transformed once; then each part of the filters is transformed and multiplied with all of them.
-  const int64_t chunk = std::max<int64_t>(max_tiles, chunk_bytes / (positions * V_row * int64_t(sizeof(T))) / max_tiles * max_tiles);
+  const int64_t chunk =
+      std::max<int64_t>(max_tiles, chunk_bytes / (positions * V_row * int64_t(sizeof(T))) / max_tiles * max_tiles);
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
     const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), V_position = (chunk_end - chunk_begin) * V_row + 16;
     T* V = workspace<T>(Slot::patches, positions * V_position);
@@ -320,9 +321,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
                                not_finite},
                 Tiling<F>{g.P, g.Q});
     }
-  }, [&](int64_t n) {
-    implicit_gemm::conv2d_forward(one_image(g), input + n * in.n, weight, epilogue, output + n * out.n);
-  });
+  }, [&](int64_t n) { implicit_gemm::conv2d_forward(one_image(g), input + n * in.n, weight, epilogue, output + n * out.n); });
 }
 
 template <class F, class T>
@@ -346,9 +345,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
                                not_finite},
                 Tiling<F>{g.H, g.W});
     }
-  }, [&](int64_t n) {
-    implicit_gemm::conv2d_grad_input(one_image(g), grad_output + n * out.n, weight, grad_input + n * in.n);
-  });
+  }, [&](int64_t n) { implicit_gemm::conv2d_grad_input(one_image(g), grad_output + n * out.n, weight, grad_input + n * in.n); });
 }
 
 // grad_weight: sums run over `block` tiles in registers, then from block to block in U.
@@ -367,7 +364,8 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
 
   // All of V and D where they are small; else a chunk at a time, with U of all parts kept in between.
   const int64_t tile_bytes = positions * (V_row + D_row) * int64_t(sizeof(T));
-  const int64_t chunk = tiles * tile_bytes <= chunk_bytes ? tiles : std::max<int64_t>(1, chunk_bytes / 4 / tile_bytes / block) * block;
+  const int64_t chunk =
+      tiles * tile_bytes <= chunk_bytes ? tiles : std::max<int64_t>(1, chunk_bytes / 4 / tile_bytes / block) * block;
   const int64_t c_parts = parts_of(ceil_div(C, mr), part_channels / mr);
   const int64_t k_parts = ceil_div(panels, max_filters<T> / nr<T>), parts = c_parts * k_parts;
   const int64_t c_part = ceil_div(ceil_div(C, mr), c_parts) * mr, k_part = ceil_div(panels, k_parts);

@@ -205,8 +205,7 @@ template <int count, class T, class Transform>
       for (int j = 0; j < count; ++j) x[j] = load(images.data + at + i * s.h + j * s.w);
     });
   } else if (inside && at + (count - 1) * s.h + (kLanes<T> - 1) * s.c + reach <= images.after) {
-    transform([&](int i, Vec<T>(&x)[count])
-                  __attribute__((always_inline)) { load_columns(images.data + at + i * s.h, s.c, x); });
+    transform([&](int i, Vec<T>(&x)[count]) __attribute__((always_inline)) { load_columns(images.data + at + i * s.h, s.c, x); });
   } else {
     Vec<T> tile[count][count];
     load_edge_tile(images, n, c, h, w, tile);
