@@ -112,7 +112,10 @@ def measure(case, args):
     turns = {name: (function, args.threads) for name, function in functions.items()}
     if scaling:
         turns |= {f"{name} alone": (function, 1) for name, function in functions.items()}
-    seconds, rounds = (0.05, 5) if args.quick or args.allocator == "default" else (0.3, 5)
+    if args.allocator == "default":
+        seconds, rounds = 0.1, 3
+    else:
+        seconds, rounds = (0.05, 5) if args.quick else (0.3, 5)
     times = timing.interleave(turns, seconds, rounds, use_threads)
     least = {name: min(taken) for name, taken in times.items()}
 
@@ -255,7 +258,7 @@ def main(argv):
         f"{args.table}, torchcnn {args.layout} on {args.threads} thread(s): torchcnn {torchcnn.__version__} ({machine['isa']}) "
         f"beside torch {torch.__version__} ({machine['torch_isa']}) on {machine['cpu']} under {platform.system()}"
     )
-    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 1:
         print(f"(other programs are running, about {load:.0f} of them on {os.cpu_count()} cores: the times suffer)")
     default_ratios = default_allocator_ratios(argv) if args.allocator == "warm" and not args.quick else {}
 
