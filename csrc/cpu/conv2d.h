@@ -16,9 +16,12 @@ namespace torchcnn::TORCHCNN_ISA {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   switch (choose_conv2d(g, Direction::forward, sizeof(T)).algorithm) {
-    case Algorithm::winograd_4x4_3x3: return winograd::conv2d_forward<winograd::Transform<4, 3>>(g, input, weight, epilogue, output);
-    case Algorithm::winograd_2x2_3x3: return winograd::conv2d_forward<winograd::Transform<2, 3>>(g, input, weight, epilogue, output);
-    case Algorithm::winograd_2x2_5x5: return winograd::conv2d_forward<winograd::Transform<2, 5>>(g, input, weight, epilogue, output);
+    case Algorithm::winograd_4x4_3x3:
+      return winograd::conv2d_forward<winograd::Transform<4, 3>>(g, input, weight, epilogue, output);
+    case Algorithm::winograd_2x2_3x3:
+      return winograd::conv2d_forward<winograd::Transform<2, 3>>(g, input, weight, epilogue, output);
+    case Algorithm::winograd_2x2_5x5:
+      return winograd::conv2d_forward<winograd::Transform<2, 5>>(g, input, weight, epilogue, output);
     default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
   }
 }
@@ -26,9 +29,12 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   switch (choose_conv2d(g, Direction::grad_input, sizeof(T)).algorithm) {
-    case Algorithm::winograd_4x4_3x3: return winograd::conv2d_grad_input<winograd::Transform<4, 3>>(g, grad_output, weight, grad_input);
-    case Algorithm::winograd_2x2_3x3: return winograd::conv2d_grad_input<winograd::Transform<2, 3>>(g, grad_output, weight, grad_input);
-    case Algorithm::winograd_2x2_5x5: return winograd::conv2d_grad_input<winograd::Transform<2, 5>>(g, grad_output, weight, grad_input);
+    case Algorithm::winograd_4x4_3x3:
+      return winograd::conv2d_grad_input<winograd::Transform<4, 3>>(g, grad_output, weight, grad_input);
+    case Algorithm::winograd_2x2_3x3:
+      return winograd::conv2d_grad_input<winograd::Transform<2, 3>>(g, grad_output, weight, grad_input);
+    case Algorithm::winograd_2x2_5x5:
+      return winograd::conv2d_grad_input<winograd::Transform<2, 5>>(g, grad_output, weight, grad_input);
     default: return implicit_gemm::conv2d_grad_input(g, grad_output, weight, grad_input);
   }
 }
@@ -36,9 +42,12 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   switch (choose_conv2d(g, Direction::grad_weight, sizeof(T)).algorithm) {
-    case Algorithm::winograd_4x4_3x3: return winograd::conv2d_grad_weight<winograd::Transform<4, 3>>(g, grad_output, input, grad_weight);
-    case Algorithm::winograd_2x2_3x3: return winograd::conv2d_grad_weight<winograd::Transform<2, 3>>(g, grad_output, input, grad_weight);
-    case Algorithm::winograd_2x2_5x5: return winograd::conv2d_grad_weight<winograd::Transform<2, 5>>(g, grad_output, input, grad_weight);
+    case Algorithm::winograd_4x4_3x3:
+      return winograd::conv2d_grad_weight<winograd::Transform<4, 3>>(g, grad_output, input, grad_weight);
+    case Algorithm::winograd_2x2_3x3:
+      return winograd::conv2d_grad_weight<winograd::Transform<2, 3>>(g, grad_output, input, grad_weight);
+    case Algorithm::winograd_2x2_5x5:
+      return winograd::conv2d_grad_weight<winograd::Transform<2, 5>>(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }
 }

@@ -50,9 +50,9 @@ struct Transform {
   static constexpr double point[2] = {tile == 4 ? 1.0 : 0.625, 1.5};
 
   struct Constants {
-    double power[2][6] = {};     // [pair][exponent]
-    double zero_scale = 1;       // 1 / M_i(point_i) at the point 0, up to the sign, which its row of B^T takes over
-    double pair_scale[2] = {};   // and at both points of a pair
+    double power[2][6] = {};    // [pair][exponent]
+    double zero_scale = 1;      // 1 / M_i(point_i) at the point 0, up to the sign, which its row of B^T takes over
+    double pair_scale[2] = {};  // and at both points of a pair
     constexpr Constants() {
       for (int pair = 0; pair < 2; ++pair) {
         power[pair][0] = 1;
@@ -63,8 +63,7 @@ struct Transform {
         return;
       }
       zero_scale = 1 / (power[0][2] * power[1][2]);
-      for (int pair = 0; pair < 2; ++pair)
-        pair_scale[pair] = 0.5 / (power[pair][2] * (power[pair][2] - power[1 - pair][2]));
+      for (int pair = 0; pair < 2; ++pair) pair_scale[pair] = 0.5 / (power[pair][2] * (power[pair][2] - power[1 - pair][2]));
     }
   };
   static constexpr Constants constant{};
@@ -127,8 +126,7 @@ struct Transform {
       value[2] = x[2] - x[1];
       value[3] = x[3] - x[1];
     } else {
-      constexpr T product = T(constant.power[0][2] * constant.power[1][2]),
-                  sum = T(constant.power[0][2] + constant.power[1][2]);
+      constexpr T product = T(constant.power[0][2] * constant.power[1][2]), sum = T(constant.power[0][2] + constant.power[1][2]);
       value[0] = x[0] * product + (x[4] - x[2] * sum);
       value[tile - 1] = x[1] * product + (x[tile - 1] - x[3] * sum);
       TORCHCNN_UNROLL
