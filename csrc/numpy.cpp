@@ -11,6 +11,10 @@
 #include "cpu/pool2d_indexed.h"
 #include "geometry.h"
 
+// The transforms as the row `scalar` compiles them: their matrices are the same in every row.
+#define TORCHCNN_ISA scalar
+#include "cpu/conv2d_winograd_transforms.h"
+
 namespace py = pybind11;
 
 namespace torchcnn {
@@ -213,6 +217,26 @@ Pair output_size(const std::string& op, Pair size, Pair kernel, Pair stride, Pai
           along("width", size.second, kernel.second, stride.second, padding.second, dilation.second)};
 }
 
+// (A, G, B^T) of one Winograd algorithm, as lists of rows.
+template <class F>
+py::tuple winograd_matrices() {
+  const auto rows = []<size_t count, size_t length>(const double (&matrix)[count][length]) {
+    std::vector<std::vector<double>> list;
+    for (const auto& row : matrix) list.emplace_back(row, row + length);
+    return list;
+  };
+  const auto matrices = F::matrices();
+  return py::make_tuple(rows(matrices.A), rows(matrices.G), rows(matrices.B_T));
+}
+
+py::dict all_winograd_matrices() {
+  py::dict all;
+  all[name_of(Algorithm::winograd_2x2_3x3)] = winograd_matrices<scalar::winograd::Transform<2, 3>>();
+  all[name_of(Algorithm::winograd_4x4_3x3)] = winograd_matrices<scalar::winograd::Transform<4, 3>>();
+  all[name_of(Algorithm::winograd_2x2_5x5)] = winograd_matrices<scalar::winograd::Transform<2, 5>>();
+  return all;
+}
+
 }  // namespace
 }  // namespace torchcnn
 
@@ -236,7 +260,8 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("allow_winograd", &allow_winograd);
-  m.def("set_allow_winograd", &set_allow_winograd);
+  m.def("set_allow_winograd", &set_allow_winograd, py::arg("allow").noconvert());
+  m.def("winograd_matrices", &all_winograd_matrices);
   m.def("sliding_output_size", &output_size);
   m.def("explain_conv2d", &explain_conv2d);
 }

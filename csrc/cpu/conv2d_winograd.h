@@ -35,13 +35,14 @@ template <class T>
 inline constexpr int64_t nr = 2 * kLanes<T>;
 
 // Cache blocks. kc x nr floats of U are 16 KiB, half of L1. Up to max_tiles tiles are multiplied by up to max_filters filters at a
-// time: at 256 channels V is 36 x 66 x 272 floats = 2.5 MiB, of which one position (70 KiB) is in use, and M 36 x 66 x 80 floats.
+// time: at 256 channels V is 36 x 96 x 272 floats = 3.6 MiB, of which one position (102 KiB) is in use, and M 1.1 MiB.
 inline constexpr int64_t kc = 256;
-inline constexpr int64_t max_tiles = 11 * mr;
+inline constexpr int64_t max_tiles = 16 * mr;
 template <class T>
 inline constexpr int64_t max_filters = 4 * nr<T>;
-// U larger than this leaves the caches before it is used again. Filters are then the outer loop, over V of at most as much.
-inline constexpr int64_t resident_bytes = int64_t(6) << 20, chunk_bytes = int64_t(16) << 20;
+// Of U and V, the larger is streamed: made in parts, each multiplied with all of the smaller, unless U is small enough for the
+// caches anyway. Neither may be larger than resident_bytes as a whole.
+inline constexpr int64_t small_bytes = int64_t(4) << 20, resident_bytes = int64_t(16) << 20;
 // Tiles are transformed in runs: NCHW rows of neighbouring tiles share cache lines.
 inline constexpr int64_t run = 14;
 
@@ -64,6 +65,7 @@ template <int64_t rows, class T>
       sum[row][0] += a * b[0];
       sum[row][1] += a * b[1];
     }
+    if (left_step != 1) __builtin_prefetch(left + 24);  // of the next rows: they come from L2 or beyond, a line at a time
     left += left_step;
     right += right_step;
   }
@@ -118,15 +120,17 @@ TilePosition position_of(const Tiling<F>& tiling, int64_t tile) {
   return {n, in_image / tiling.columns() * F::m, in_image % tiling.columns() * F::m};
 }
 
-// visit(c, tile) for tiles begin ... end - 1 and all vectors of channels, in the order that suits the layout.
+// visit(c, tile) for tiles begin ... end - 1 and all vectors of channels. A cache line of the result is completed at once. In NCHW
+// the next tile comes before the next channels: it shares their cache lines.
 template <class T, class Visit>
 void for_each_tile_vector(Layout layout, int64_t begin, int64_t end, int64_t channels, Visit visit) {
+  constexpr int64_t line = std::max<int64_t>(kLanes<T>, 64 / sizeof(T));
   const int64_t length = layout == Layout::nchw ? run : 1;
-  for (int64_t first = begin; first < end; first += length) {
-    for_each_vector<T>(channels, [&](int64_t c) {
-      for (int64_t tile = first; tile < std::min(end, first + length); ++tile) visit(c, tile);
-    });
-  }
+  for (int64_t first = begin; first < end; first += length)
+    for (int64_t c_line = 0; c_line < channels; c_line += line)
+      for (int64_t tile = first; tile < std::min(end, first + length); ++tile)
+        for (int64_t c = c_line; c < std::min(channels, c_line + line); c += kLanes<T>)
+          visit(std::min(c, channels - kLanes<T>), tile);
 }
 
 // How many parts of at most `largest` units to cut `units` into: at least one a thread where there are enough units.
@@ -232,9 +236,11 @@ void correlate(const Correlation<T>& x, const Tiling<F>& tiling) {
   const int64_t tiles = x.N * tiling.per_image(), panels = ceil_div(x.K, nr<T>), panel_size = x.C * nr<T>;
   const int64_t V_row = padded_stride<T>(x.C), threads = thread_count();
   const int64_t transform_cost = positions * 8;  // of one tile and vector of channels, about
-  const bool filters_outside = positions * panels * panel_size * int64_t(sizeof(T)) > resident_bytes || tiles < 2 * mr * threads;
+  const int64_t U_bytes = positions * panels * panel_size * int64_t(sizeof(T)),
+                V_bytes = positions * tiles * V_row * int64_t(sizeof(T));
+  const bool tiles_outside = U_bytes <= small_bytes || (U_bytes <= V_bytes && U_bytes <= resident_bytes);
 
-  if (!filters_outside) {
+  if (tiles_outside && tiles >= 2 * mr * threads) {
     const int64_t U_position = panels * panel_size + 16;
     T* U = workspace<T>(Slot::packed_weight, positions * U_position);
     parallel_for(panels, x.C * transform_cost,
@@ -255,7 +261,7 @@ void correlate(const Correlation<T>& x, const Tiling<F>& tiling) {
 
   // As many tiles as V may hold, transformed once; then each part of the filters is transformed and multiplied with all of them.
   const int64_t chunk =
-      std::max<int64_t>(max_tiles, chunk_bytes / (positions * V_row * int64_t(sizeof(T))) / max_tiles * max_tiles);
+      std::max<int64_t>(max_tiles, resident_bytes / (positions * V_row * int64_t(sizeof(T))) / max_tiles * max_tiles);
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
     const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), V_position = (chunk_end - chunk_begin) * V_row + 16;
     T* V = workspace<T>(Slot::patches, positions * V_position);
@@ -264,7 +270,7 @@ void correlate(const Correlation<T>& x, const Tiling<F>& tiling) {
       const int64_t begin = chunk_begin + index * run, end = std::min(chunk_end, begin + run);
       transform_inputs(x, tiling, begin, end, V + index * run * V_row, V_row, V_position);
     });
-    const int64_t parts = parts_of(full_panels<T>(x.K), 2);
+    const int64_t parts = parts_of(full_panels<T>(x.K), chunk_end - chunk_begin < 4 * mr ? 1 : max_filters<T> / nr<T>);
     parallel_for(parts, ceil_div(panels, parts) * panel_size * positions, [&](int64_t part) {
       const Panels of = panels_of<T>(part, parts, x.K);
       const int64_t U_position = (of.end - of.begin) * panel_size + 16;
@@ -349,28 +355,32 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 }
 
 // grad_weight: sums run over `block` tiles in registers, then from block to block in U.
-inline constexpr int64_t block = 192;
+inline constexpr int64_t block = 96;
 inline constexpr int64_t part_channels = 16 * mr;
+inline constexpr int64_t sum_bytes = int64_t(40) << 20;  // of U: more is computed in parts of the filters
 
+// grad_weight of K filters from first_k, all in one group. False where it is not finite.
 template <class F, class T>
-bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, int64_t group, T* grad_weight) {
+bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, int64_t first_k, int64_t K,
+                            T* grad_weight) {
   constexpr int64_t positions = F::tile * F::tile;
-  const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
+  const int64_t C = g.C_per_group(), taps = g.R * g.S, group = first_k / g.K_per_group();
   const Tiling<F> tiling{g.P, g.Q};
   const Images<T> x = images_of(input, g.N, g.H, g.W, g.input_strides(), g.layout, group * C);
-  const Images<T> dy = images_of(grad_output, g.N, g.P, g.Q, g.output_strides(), g.layout, group * K);
+  const Images<T> dy = images_of(grad_output, g.N, g.P, g.Q, g.output_strides(), g.layout, first_k);
   const int64_t tiles = g.N * tiling.per_image(), panels = ceil_div(K, nr<T>);
   const int64_t V_row = padded_stride<T>(C), D_row = padded_stride<T>(panels * nr<T>);
 
   // All of V and D where they are small; else a chunk at a time, with U of all parts kept in between.
   const int64_t tile_bytes = positions * (V_row + D_row) * int64_t(sizeof(T));
   const int64_t chunk =
-      tiles * tile_bytes <= chunk_bytes ? tiles : std::max<int64_t>(1, chunk_bytes / 4 / tile_bytes / block) * block;
-  const int64_t c_parts = parts_of(ceil_div(C, mr), part_channels / mr);
-  const int64_t k_parts = ceil_div(panels, max_filters<T> / nr<T>), parts = c_parts * k_parts;
+      tiles * tile_bytes <= resident_bytes ? tiles : std::max<int64_t>(1, resident_bytes / 4 / tile_bytes / block) * block;
+  // Each thread takes some of the channels; of a single chunk, in parts of U that stay in L2.
+  const bool keep = chunk < tiles;
+  const int64_t c_parts = parts_of(ceil_div(C, mr), keep ? C : part_channels / mr);
+  const int64_t k_parts = keep ? 1 : ceil_div(panels, max_filters<T> / nr<T>), parts = c_parts * k_parts;
   const int64_t c_part = ceil_div(ceil_div(C, mr), c_parts) * mr, k_part = ceil_div(panels, k_parts);
   const int64_t U_position = k_part * c_part * nr<T> + 16, U_part = positions * U_position;
-  const bool keep = chunk < tiles;
   T* kept = keep ? workspace<T>(Slot::partial_sums, parts * U_part) : nullptr;
   unsigned char not_finite = 0;
 
@@ -414,8 +424,8 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
         for (int64_t k = panel * nr<T>; k < std::min(K, (panel + 1) * nr<T>); k += kLanes<T>) {
           for (int64_t c = c_begin; c < c_end; ++c) {
             const T* sums = U + ((panel - panel_begin) * c_part + (c - c_begin)) * nr<T> + (k - panel * nr<T>);
-            finite &= store_grad_weight_tile<F>(sums, U_position, std::min(kLanes<T>, K - k), grad_weight + (k * C + c) * taps,
-                                                C * taps);
+            finite &= store_grad_weight_tile<F>(sums, U_position, std::min(kLanes<T>, K - k),
+                                                grad_weight + ((first_k + k) * C + c) * taps, C * taps);
           }
         }
       }
@@ -427,10 +437,17 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
 
 template <class F, class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  const int64_t group_size = g.K_per_group() * g.C_per_group() * g.R * g.S;
+  const int64_t C = g.C_per_group(), K = g.K_per_group();
+  const int64_t parts = ceil_div(F::tile * F::tile * C * K * int64_t(sizeof(T)), sum_bytes);
   bool finite = true;
-  for (int64_t group = 0; group < g.G; ++group)
-    finite &= accumulate_grad_weight<F>(g, grad_output, input, group, grad_weight + group * group_size);
+  for (int64_t group = 0; group < g.G; ++group) {
+    for (int64_t part = 0; part < std::min(parts, full_panels<T>(K)); ++part) {
+      const Panels of = panels_of<T>(part, std::min(parts, full_panels<T>(K)), K);
+      const int64_t first = of.begin * nr<T>;
+      finite &=
+          accumulate_grad_weight<F>(g, grad_output, input, group * K + first, std::min(K, of.end * nr<T>) - first, grad_weight);
+    }
+  }
   if (!finite) implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
 }
 

@@ -164,29 +164,35 @@ template <int count, class T>
 [[gnu::noinline]] inline void load_edge_tile(const Images<T>& images, int64_t n, int64_t c, int64_t h, int64_t w,
                                              Vec<T> (&x)[count][count]) {
   const Strides& s = images.strides;
-  constexpr int64_t reach = std::max(count, group<T>);
+  using Mask = Vec<IndexOf<T>>;
+  Mask inside[count];  // all bits set in the columns of the image
+  TORCHCNN_UNROLL
+  for (int j = 0; j < count; ++j) inside[j] = Mask{} - IndexOf<T>(w + j >= 0 && w + j < images.columns);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = n * s.n + c * s.c + (h + i) * s.h + w * s.w;
     if (h + i < 0 || h + i >= images.rows) {
-      for (int64_t j = 0; j < count; ++j) x[i][j] = Vec<T>{};
+      TORCHCNN_UNROLL
+      for (int j = 0; j < count; ++j) x[i][j] = Vec<T>{};
       continue;
     }
+    const int64_t at = n * s.n + c * s.c + (h + i) * s.h + w * s.w;
     if (images.layout == Layout::channels_last) {
       for (int64_t j = 0; j < count; ++j)
         x[i][j] = w + j >= 0 && w + j < images.columns ? load(images.data + at + j * s.w) : Vec<T>{};
       continue;
     }
+    constexpr int64_t reach = std::max(count, group<T>);
+    Vec<T> row[count];
     if (at >= images.before && at + (kLanes<T> - 1) * s.c + reach <= images.after) {
-      load_columns(images.data + at, s.c, x[i]);
+      load_columns(images.data + at, s.c, row);
     } else {  // at the first or last elements of the tensor
       T copied[kLanes<T> * reach] = {};
       for (int64_t lane = 0; lane < kLanes<T>; ++lane)
         for (int64_t j = std::max<int64_t>(0, -w); j < std::min<int64_t>(count, images.columns - w); ++j)
           copied[lane * reach + j] = images.data[at + lane * s.c + j];
-      load_columns(copied, reach, x[i]);
+      load_columns(copied, reach, row);
     }
-    for (int64_t j = 0; j < count; ++j)
-      if (w + j < 0 || w + j >= images.columns) x[i][j] = Vec<T>{};
+    TORCHCNN_UNROLL
+    for (int j = 0; j < count; ++j) x[i][j] = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask>(row[j]) & inside[j]);
   }
 }
 
