@@ -58,6 +58,35 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   }
 }
 
+// As many elements as Vec<double> has.
+template <class T>
+struct NarrowOf {
+  using type [[gnu::vector_size(kLanes<double> * sizeof(T))]] = T;
+};
+
+template <class T>
+Vec<double> load_wide(const T* from) {
+  typename NarrowOf<T>::type v;
+  std::memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+
+template <class T>
+double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64_t size) {
+  constexpr int64_t L = kLanes<double>;
+  Vec<double> sum[4] = {};
+  double tail = 0.0;
+  for (int64_t n = 0; n < planes; ++n, plane += plane_stride) {
+    int64_t x = 0;
+    for (; x + 4 * L <= size; x += 4 * L)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[v] += load_wide(plane + x + v * L);
+    for (; x + L <= size; x += L) sum[0] += load_wide(plane + x);
+    for (; x < size; ++x) tail += double(plane[x]);
+  }
+  return horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+}
+
 // Sums over a whole batch of planes are in double: they are long, and the loop waits for memory anyway.
 template <class T>
 void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
@@ -65,18 +94,7 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
   constexpr int64_t lanes = kLanes<double>;
   if (g.layout == Layout::nchw) {
     parallel_for(g.K, g.N * g.P * g.Q / lanes, [&](int64_t k) {
-      Vec<double> sum[4] = {};
-      double tail = 0.0;
-      for (int64_t n = 0; n < g.N; ++n) {
-        const T* plane = grad_output + n * out.n + k * out.c;
-        const int64_t size = g.P * g.Q;
-        int64_t x = 0;
-        for (; x + 4 * lanes <= size; x += 4 * lanes)
-          for (int v = 0; v < 4; ++v)
-            for (int64_t lane = 0; lane < lanes; ++lane) sum[v][lane] += double(plane[x + v * lanes + lane]);
-        for (; x < size; ++x) tail += double(plane[x]);
-      }
-      grad_bias[k] = static_cast<T>(horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail);
+      grad_bias[k] = static_cast<T>(sum_of_planes(grad_output + k * out.c, g.N, out.n, g.P * g.Q));
     });
     return;
   }

@@ -130,47 +130,84 @@ template <class Run>
   }
 }
 
+// How a tile of C begins and ends: it adds to what is there, or starts at `bias` (null: 0), one element for each column; at last
+// it is rectified.
+template <class T>
+struct Ends {
+  const T* bias;
+  bool add, relu;
+};
+
 // c[rows][nr] (+)= A B with B packed; `vectors` is 1 where only the first of the two holds anything.
 template <class T, int rows, int vectors, class A>
-[[gnu::noinline]] void tile_product(int64_t depth, A a, const T* b, T* c, int64_t c_row, bool add) {
+[[gnu::noinline]] void tile_product(int64_t depth, A a, const T* b, T* c, int64_t c_row, const Ends<T>& ends) {
   Tile<T, rows, vectors> tile;
-  if (add)
+  if (ends.add)
     tile.load_from(c, c_row);
+  else if (ends.bias != nullptr)
+    tile.load_from(ends.bias, 0);
   else
     tile.start_at(nullptr);
   tile.accumulate(depth, a, PackedB<T>{b, nr<T>});
+  if (ends.relu) tile.rectify();
   tile.store_to(c, c_row);
 }
 
 // How many rows the next tile of `rest` rows takes: 6, but the last two share evenly what would leave a sliver.
 inline int64_t tile_rows(int64_t rest) { return rest >= mr + 3 || rest <= mr ? std::min(rest, mr) : (rest + 1) / 2; }
 
-// In place: v[i][j] = v[j][i].
-template <class T, int block, size_t... lane>
-[[gnu::always_inline]] inline void swap_blocks(Vec<T>& a, Vec<T>& b, std::index_sequence<lane...>) {
-  constexpr int lanes = sizeof...(lane);
-  const Vec<T> x = a, y = b;
+// In every 16 bytes, units of `unit` elements alternate: a0 b0 a1 b1 ... from the first half of them (half = 0) or the second.
+template <class T, int unit, int half, size_t... lane>
+[[gnu::always_inline]] inline Vec<T> interleave_units(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
+  constexpr int lanes = sizeof...(lane), part = 16 / sizeof(T), units = part / unit;
+  constexpr auto source = [](int l) {
+    const int u = l % part / unit;
+    return l / part * part + (half * units / 2 + u / 2) * unit + l % unit + u % 2 * lanes;
+  };
 #if defined(__clang__)
-  a = __builtin_shufflevector(x, y, ((lane & block) ? lanes + lane - block : lane)...);
-  b = __builtin_shufflevector(x, y, ((lane & block) ? lanes + lane : lane + block)...);
+  return __builtin_shufflevector(a, b, source(lane)...);
 #else
-  using Mask = Vec<IndexOf<T>>;
-  a = __builtin_shuffle(x, y, Mask{((lane & block) ? lanes + lane - block : lane)...});
-  b = __builtin_shuffle(x, y, Mask{((lane & block) ? lanes + lane : lane + block)...});
+  return __builtin_shuffle(a, b, Vec<IndexOf<T>>{source(lane)...});
 #endif
 }
 
-template <class T, int block>
-[[gnu::always_inline]] inline void swap_all_blocks(Vec<T>* v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < int(kLanes<T>); ++i)
-    if ((i & block) == 0) swap_blocks<T, block>(v[i], v[i + block], kEachLane<T>);
-  if constexpr (block > 1) swap_all_blocks<T, block / 2>(v);
+// The first (half = 0) or second halves of a and b, side by side.
+template <class T, int half, size_t... lane>
+[[gnu::always_inline]] inline Vec<T> join_halves(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
+  constexpr int lanes = sizeof...(lane), h = half * lanes / 2;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (lane < lanes / 2 ? lane + h : lane + h + lanes / 2)...);
+#else
+  return __builtin_shuffle(a, b, Vec<IndexOf<T>>{(lane < lanes / 2 ? lane + h : lane + h + lanes / 2)...});
+#endif
 }
 
+// In place: v[i][j] = v[j][i]. Squares of 16 bytes first, then (in vectors of 32 bytes) the squares themselves.
 template <class T>
 [[gnu::always_inline]] inline void transpose(Vec<T>* v) {
-  swap_all_blocks<T, int(kLanes<T>) / 2>(v);
+  constexpr int lanes = int(kLanes<T>), part = 16 / sizeof(T);
+  static_assert(lanes == part || lanes == 2 * part);
+  constexpr auto each = kEachLane<T>;
+#pragma GCC unroll 8
+  for (int i = 0; i < lanes; i += 2) {
+    const Vec<T> a = v[i], b = v[i + 1];
+    v[i] = interleave_units<T, 1, 0>(a, b, each), v[i + 1] = interleave_units<T, 1, 1>(a, b, each);
+  }
+  if constexpr (part == 4) {
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes; i += 4) {
+      const Vec<T> a = v[i], b = v[i + 1], c = v[i + 2], d = v[i + 3];
+      v[i] = interleave_units<T, 2, 0>(a, c, each), v[i + 1] = interleave_units<T, 2, 1>(a, c, each);
+      v[i + 2] = interleave_units<T, 2, 0>(b, d, each), v[i + 3] = interleave_units<T, 2, 1>(b, d, each);
+    }
+  }
+  if constexpr (lanes == 2 * part) {
+#pragma GCC unroll 8
+    for (int i = 0; i < part; ++i) {
+      const Vec<T> a = v[i], b = v[i + part];
+      v[i] = join_halves<T, 0>(a, b, each), v[i + part] = join_halves<T, 1>(a, b, each);
+    }
+  }
 }
 
 // to + row_of(x) nr: the elements from[l from_row + x] for l < lanes, then zeros up to nr.
@@ -180,11 +217,11 @@ void pack_transposed(const T* from, int64_t from_row, int64_t lanes, int64_t cou
   for (int64_t first = 0; first < nr<T>; first += L) {
     int64_t x = 0;
     const int64_t used = std::clamp<int64_t>(lanes - first, 0, L);
-    if (used == L) {
+    if (used > 0) {
       for (; x + L <= count; x += L) {
         Vec<T> v[L];
 #pragma GCC unroll 16
-        for (int64_t l = 0; l < L; ++l) v[l] = load(from + (first + l) * from_row + x);
+        for (int64_t l = 0; l < L; ++l) v[l] = l < used ? load(from + (first + l) * from_row + x) : Vec<T>{};
         transpose<T>(v);
 #pragma GCC unroll 16
         for (int64_t l = 0; l < L; ++l) store(to + row_of(x + l) * nr<T> + first, v[l]);

@@ -161,7 +161,7 @@ struct Blocks {
   int64_t count() const { return along_n * along_rows; }
 };
 inline Blocks blocks_of(int64_t N, int64_t rows, int64_t columns) {
-  const int64_t block_rows = std::clamp<int64_t>(block_positions / columns, 1, rows);
+  const int64_t block_rows = ceil_div(rows, ceil_div(rows, std::clamp<int64_t>(block_positions / columns, 1, rows)));
   const int64_t images = block_rows < rows ? 1 : std::clamp<int64_t>(block_positions / (rows * columns), 1, N);
   return {images, block_rows, ceil_div(N, images), ceil_div(rows, block_rows)};
 }
@@ -186,7 +186,8 @@ struct Finish {
   int64_t lanes;
   bool relu;
   Vec<T> operator()(Vec<T> v, int64_t first) const {
-    if (bias != nullptr) v += first + kLanes<T> <= lanes ? load(bias + first) : load_partial(bias + first, lanes - first);
+    if (bias != nullptr)
+      v += first + kLanes<T> <= lanes ? load(bias + first) : load_partial(bias + first, lanes - first);
     return relu ? rectified<T>(v) : v;
   }
 };
@@ -236,13 +237,18 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
     const T* window = read_window(p.source, w, n, images, group * p.channels, p.channels, i_begin * p.step_h, p.layout);
     T* tile = workspace<T>(Slot::tile, count * nr<T>);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const int64_t lanes = std::min(nr<T>, p.filters - panel * nr<T>);
+      const int64_t lanes = std::min(nr<T>, p.filters - panel * nr<T>), filter = group * p.filters + panel * nr<T>;
+      const T* bias = epilogue.bias == nullptr ? nullptr : epilogue.bias + filter;
+      // Where the positions of a block follow each other in the result, and the filters too, it is the tile.
+      const bool direct = p.layout == Layout::channels_last && phases == 1 && lanes % kLanes<T> == 0;
+      T* rows_at = direct ? p.result.data + n * p.result.strides.n + i_begin * p.result.strides.h + filter : tile;
+      const int64_t row_size = direct ? p.result.strides.w : nr<T>;
       for (int64_t f = 0; f < phases; ++f) {
         const int64_t depth = p.phases[f].taps * p.channels;
         const int64_t depths = std::max<int64_t>(1, ceil_div(depth, max_depth));  // a phase without taps is zero
         for (int64_t d = 0; d < depths; ++d) {
-          const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k,
-                        first = p.phases[f].first_tap * p.channels + k;
+          const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k, first = p.phases[f].first_tap * p.channels + k;
+          const gemm::Ends<T> ends{direct ? bias : nullptr, d > 0, direct && epilogue.relu && d + 1 == depths};
           const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
           for (int64_t x = first_position[f]; x < first_position[f + 1];) {
             const int64_t rows = gemm::tile_rows(first_position[f + 1] - x);
@@ -250,17 +256,17 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
               gemm::IndirectA<T> a{{}, patch + first};
               for (int m = 0; m < count; ++m) a.row[m] = window + position[x + m];
               if (lanes > kLanes<T>)
-                gemm::tile_product<T, count, 2>(k_count, a, weight, tile + x * nr<T>, nr<T>, k > 0);
+                gemm::tile_product<T, count, 2>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
               else
-                gemm::tile_product<T, count, 1>(k_count, a, weight, tile + x * nr<T>, nr<T>, k > 0);
+                gemm::tile_product<T, count, 1>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
             });
             x += rows;
           }
         }
       }
 
-      const int64_t filter = group * p.filters + panel * nr<T>;
-      const Finish<T> finish{epilogue.bias == nullptr ? nullptr : epilogue.bias + filter, lanes, epilogue.relu};
+      if (direct) continue;
+      const Finish<T> finish{bias, lanes, epilogue.relu};
       const Strides& s = p.result.strides;
       for (int64_t image = 0; image < images; ++image) {
         T* to = p.result.data + (n + image) * s.n + filter * s.c;
@@ -317,7 +323,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
   const PatchOrder order = patch_order(g.layout, C, taps_count);
   parallel_for(g.G * panels, patch_size * 2, [&](int64_t task) {
     const int64_t group = task / panels, panel = task % panels, lanes = std::min(nr<T>, K - panel * nr<T>);
-    const T* from = weight + (group * K + panel * nr<T>)*patch_size;
+    const T* from = weight + (group * K + panel * nr<T>) * patch_size;
     T* to = packed_weight + task * patch_size * nr<T>;
     if (g.layout == Layout::nchw || taps_count == 1) {
       gemm::pack_transposed(from, patch_size, lanes, patch_size, to, [](int64_t x) { return x; });
@@ -328,20 +334,8 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
       gemm::pack_transposed(from, patch_size, lanes, patch_size, to, [&](int64_t x) { return row[x]; });
     }
   });
-  correlate<T>({g.N,
-                g.G,
-                C,
-                K,
-                g.layout,
-                {input, g.input_strides(), g.H, g.W},
-                {output, g.output_strides(), g.P, g.Q},
-                g.stride_h,
-                g.stride_w,
-                1,
-                1,
-                taps,
-                &phase,
-                taps_count},
+  correlate<T>({g.N, g.G, C, K, g.layout, {input, g.input_strides(), g.H, g.W}, {output, g.output_strides(), g.P, g.Q},
+                g.stride_h, g.stride_w, 1, 1, taps, &phase, taps_count},
                packed_weight, epilogue);
 }
 
@@ -412,20 +406,8 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
       }
     }
   });
-  correlate<T>({g.N,
-                g.G,
-                K,
-                C,
-                g.layout,
-                {grad_output, g.output_strides(), g.P, g.Q},
-                {grad_input, g.input_strides(), g.H, g.W},
-                1,
-                1,
-                p.along_h,
-                p.along_w,
-                p.taps,
-                p.data,
-                p.tap_count},
+  correlate<T>({g.N, g.G, K, C, g.layout, {grad_output, g.output_strides(), g.P, g.Q}, {grad_input, g.input_strides(), g.H, g.W},
+                1, 1, p.along_h, p.along_w, p.taps, p.data, p.tap_count},
                packed_weight, {nullptr, false});
 }
 
@@ -449,6 +431,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t c_chunks = ceil_div(C, chunk_channels), k_chunks = ceil_div(K, chunk_filters), chunks = g.G * c_chunks * k_chunks;
   const int64_t slices = chunks >= 8 ? 1 : std::min<int64_t>(8, blocks.count()), weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  // In channels_last each position of A is another cache line: fewer of them leave room in L1 for the next rows.
+  const int64_t depth_step = g.layout == Layout::nchw ? max_depth : 128;
   const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
   parallel_for(chunks * slices, task_cost, [&](int64_t task) {
     const int64_t slice = task % slices, c_chunk = task / slices % c_chunks, k_chunk = task / slices / c_chunks % k_chunks;
@@ -495,8 +479,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           }
         }
       }
-      for (int64_t x = 0; x < positions; x += max_depth) {
-        const int64_t depth = std::min(max_depth, positions - x);
+      for (int64_t x = 0; x < positions; x += depth_step) {
+        const int64_t depth = std::min(depth_step, positions - x);
         for (int64_t panel = 0; panel < panels; ++panel) {
           const T* b = gradient + (panel * positions + x) * nr<T>;
           const bool narrow = filters - panel * nr<T> <= kLanes<T>;
@@ -507,9 +491,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
               gemm::IndirectA<T> a{{}, position + x};
               for (int m = 0; m < count; ++m) a.row[m] = window + patch[row + m];
               if (narrow)
-                gemm::tile_product<T, count, 1>(depth, a, b, c, nr<T>, true);
+                gemm::tile_product<T, count, 1>(depth, a, b, c, nr<T>, {nullptr, true, false});
               else
-                gemm::tile_product<T, count, 2>(depth, a, b, c, nr<T>, true);
+                gemm::tile_product<T, count, 2>(depth, a, b, c, nr<T>, {nullptr, true, false});
             });
             row += tile_rows;
           }

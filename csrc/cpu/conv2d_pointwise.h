@@ -4,8 +4,9 @@
 //   grad_input   grad_input[c][x] =           sum_k weight[k][c] grad_output[k][x]    and 0 at the pixels between
 //
 // A is the weight: in place in forward, in grad_input packed [c / 12][k][c % 12]. B is packed [x / nr][c][x % nr] from the planes,
-// a panel at a time, so that pixels of several small images share a vector. The loops are those of BLIS: a depth of max_depth,
-// a block of A in L2, a panel of B in L1. A panel within one plane is stored straight to the result, another by way of a tile.
+// a panel at a time, so that pixels of several small images share a vector. A block of panels is taken through a whole row of
+// tiles before the next, since neighbouring panels read and write neighbouring pixels of the planes, which lie pages apart. A panel
+// within one plane is stored straight to the result, another by way of a tile.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +24,7 @@ using gemm::mr;
 using gemm::nr;
 
 inline constexpr int64_t block_panels = 32;  // 512 positions: A is read from memory once for so many
-inline constexpr int64_t a_panel = 2 * mr;
-inline constexpr int64_t a_block = 8 * a_panel;  // 96 x 384 floats of A are 144 KiB, likewise
+inline constexpr int64_t a_panel = 2 * mr;  // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
 
 // Planes with one element for each position (p, q) of the smaller side; the pixels of the larger side are step apart.
 template <class T>
@@ -96,11 +96,11 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     const int64_t depths = ceil_div(channels, max_depth);
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t k = d * channels / depths, depth = (d + 1) * channels / depths - k;
-      for (int64_t j = 0; j < count; ++j) {
-        const Panel& p = panel[j];
-        T* to = b + j * max_depth * nr<T>;
-        const T* from = source.data + k * source.strides.c;
-        for (int64_t c = 0; c < depth; ++c, from += source.strides.c, to += nr<T>) {
+      for (int64_t c = 0; c < depth; ++c) {  // plane by plane: the panels of a block are one stretch of it
+        const T* from = source.data + (k + c) * source.strides.c;
+        T* to = b + c * nr<T>;
+        for (int64_t j = 0; j < count; ++j, to += max_depth * nr<T>) {
+          const Panel& p = panel[j];
           if (p.from_row) {
             for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(from + p.from[0] + v));
           } else {
@@ -108,12 +108,12 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
           }
         }
       }
-      for (int64_t chunk = m_begin; chunk < m_end; chunk += a_block) {
-        const int64_t chunk_end = std::min(m_end, chunk + a_block);
+      for (int64_t chunk = m_begin; chunk < m_end; chunk += a_panel) {
+        const int64_t chunk_end = std::min(m_end, chunk + a_panel);
         for (int64_t j = 0; j < count; ++j) {
           const Panel& p = panel[j];
           for (int64_t m = chunk, rows = 0; m < chunk_end; m += rows) {
-            rows = gemm::tile_rows(std::min(chunk_end, m / a_panel * a_panel + a_panel) - m);
+            rows = gemm::tile_rows(chunk_end - m);
             T* c = p.to_row ? result.data + p.to[0] + m * result.strides.c : tiles + (j * part_filters + m - m_begin) * nr<T>;
             const int64_t c_row = p.to_row ? result.strides.c : nr<T>;
             const T* start = epilogue.bias == nullptr ? nullptr : epilogue.bias + m;
