@@ -65,7 +65,7 @@ struct NarrowOf {
 };
 
 template <class T>
-Vec<double> load_wide(const T* from) {
+Vec<double> load_as_double(const T* from) {
   typename NarrowOf<T>::type v;
   std::memcpy(&v, from, sizeof v);
   return __builtin_convertvector(v, Vec<double>);
@@ -80,8 +80,8 @@ double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64
     int64_t x = 0;
     for (; x + 4 * L <= size; x += 4 * L)
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[v] += load_wide(plane + x + v * L);
-    for (; x + L <= size; x += L) sum[0] += load_wide(plane + x);
+      for (int v = 0; v < 4; ++v) sum[v] += load_as_double(plane + x + v * L);
+    for (; x + L <= size; x += L) sum[0] += load_as_double(plane + x);
     for (; x < size; ++x) tail += double(plane[x]);
   }
   return horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
