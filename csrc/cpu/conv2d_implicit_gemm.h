@@ -431,8 +431,6 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t c_chunks = ceil_div(C, chunk_channels), k_chunks = ceil_div(K, chunk_filters), chunks = g.G * c_chunks * k_chunks;
   const int64_t slices = chunks >= 8 ? 1 : std::min<int64_t>(8, blocks.count()), weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
-  // In channels_last each position of A is another cache line: fewer of them leave room in L1 for the next rows.
-  const int64_t depth_step = g.layout == Layout::nchw ? max_depth : 128;
   const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
   parallel_for(chunks * slices, task_cost, [&](int64_t task) {
     const int64_t slice = task % slices, c_chunk = task / slices % c_chunks, k_chunk = task / slices / c_chunks % k_chunks;
@@ -479,8 +477,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           }
         }
       }
-      for (int64_t x = 0; x < positions; x += depth_step) {
-        const int64_t depth = std::min(depth_step, positions - x);
+      for (int64_t x = 0; x < positions; x += max_depth) {
+        const int64_t depth = std::min(max_depth, positions - x);
         for (int64_t panel = 0; panel < panels; ++panel) {
           const T* b = gradient + (panel * positions + x) * nr<T>;
           const bool narrow = filters - panel * nr<T> <= kLanes<T>;
