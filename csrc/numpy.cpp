@@ -102,7 +102,8 @@ py::tuple max_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair paddi
   int64_t* at = indices.mutable_data();
   {
     py::gil_scoped_release release;
-    if (g.N > 0) pool2d_kernels_for<T>().extremum_pool2d_forward(g, {false, false}, input.data(), to, {PositionKind::indices, at});
+    if (g.N > 0)
+      pool2d_kernels_for<T>().extremum_pool2d_forward(g, {false, false}, input.data(), to, {PositionKind::indices, at});
   }
   return py::make_tuple(output, indices);
 }

@@ -135,7 +135,9 @@ Pool2dGeometry adaptive_geometry_of(const char* op, const Tensor& input, int64_t
   return adaptive_pool2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), P, Q, layout_of(input));
 }
 
-const char* name_of(Extremum extremum) { return extremum.minimum ? "min_pool2d" : extremum.relu ? "relu_max_pool2d" : "max_pool2d"; }
+const char* name_of(Extremum extremum) {
+  return extremum.minimum ? "min_pool2d" : extremum.relu ? "relu_max_pool2d" : "max_pool2d";
+}
 
 template <const Extremum& extremum, auto run>
 auto sliding(Tensor input, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
@@ -271,8 +273,7 @@ Tensor offset_pool2d_grad_input(Tensor grad_output, Tensor offsets, int64_t H, i
   const Tensor from = in_layout(grad_output, g.layout), at = in_layout(offsets, g.layout);
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, H, W, g.layout);
   if (grad_input.numel() == 0) return grad_input;
-  const PositionKind kind =
-      offsets.scalar_type() == ScalarType::Byte ? PositionKind::byte_offsets : PositionKind::int_offsets;
+  const PositionKind kind = offsets.scalar_type() == ScalarType::Byte ? PositionKind::byte_offsets : PositionKind::int_offsets;
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
     pool2d_kernels_for<T>().offset_pool2d_grad_input(g, data_of<T>(from), {kind, const_cast<void*>(at.const_data_ptr())},
                                                      mutable_data_of<T>(grad_input));

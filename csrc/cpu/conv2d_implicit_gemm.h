@@ -186,8 +186,7 @@ struct Finish {
   int64_t lanes;
   bool relu;
   Vec<T> operator()(Vec<T> v, int64_t first) const {
-    if (bias != nullptr)
-      v += first + kLanes<T> <= lanes ? load(bias + first) : load_partial(bias + first, lanes - first);
+    if (bias != nullptr) v += first + kLanes<T> <= lanes ? load(bias + first) : load_partial(bias + first, lanes - first);
     return relu ? rectified<T>(v) : v;
   }
 };
@@ -247,7 +246,8 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
         const int64_t depth = p.phases[f].taps * p.channels;
         const int64_t depths = std::max<int64_t>(1, ceil_div(depth, max_depth));  // a phase without taps is zero
         for (int64_t d = 0; d < depths; ++d) {
-          const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k, first = p.phases[f].first_tap * p.channels + k;
+          const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k,
+                        first = p.phases[f].first_tap * p.channels + k;
           const gemm::Ends<T> ends{direct ? bias : nullptr, d > 0, direct && epilogue.relu && d + 1 == depths};
           const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
           for (int64_t x = first_position[f]; x < first_position[f + 1];) {
@@ -323,7 +323,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
   const PatchOrder order = patch_order(g.layout, C, taps_count);
   parallel_for(g.G * panels, patch_size * 2, [&](int64_t task) {
     const int64_t group = task / panels, panel = task % panels, lanes = std::min(nr<T>, K - panel * nr<T>);
-    const T* from = weight + (group * K + panel * nr<T>) * patch_size;
+    const T* from = weight + (group * K + panel * nr<T>)*patch_size;
     T* to = packed_weight + task * patch_size * nr<T>;
     if (g.layout == Layout::nchw || taps_count == 1) {
       gemm::pack_transposed(from, patch_size, lanes, patch_size, to, [](int64_t x) { return x; });
@@ -334,8 +334,20 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
       gemm::pack_transposed(from, patch_size, lanes, patch_size, to, [&](int64_t x) { return row[x]; });
     }
   });
-  correlate<T>({g.N, g.G, C, K, g.layout, {input, g.input_strides(), g.H, g.W}, {output, g.output_strides(), g.P, g.Q},
-                g.stride_h, g.stride_w, 1, 1, taps, &phase, taps_count},
+  correlate<T>({g.N,
+                g.G,
+                C,
+                K,
+                g.layout,
+                {input, g.input_strides(), g.H, g.W},
+                {output, g.output_strides(), g.P, g.Q},
+                g.stride_h,
+                g.stride_w,
+                1,
+                1,
+                taps,
+                &phase,
+                taps_count},
                packed_weight, epilogue);
 }
 
@@ -406,8 +418,20 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
       }
     }
   });
-  correlate<T>({g.N, g.G, K, C, g.layout, {grad_output, g.output_strides(), g.P, g.Q}, {grad_input, g.input_strides(), g.H, g.W},
-                1, 1, p.along_h, p.along_w, p.taps, p.data, p.tap_count},
+  correlate<T>({g.N,
+                g.G,
+                K,
+                C,
+                g.layout,
+                {grad_output, g.output_strides(), g.P, g.Q},
+                {grad_input, g.input_strides(), g.H, g.W},
+                1,
+                1,
+                p.along_h,
+                p.along_w,
+                p.taps,
+                p.data,
+                p.tap_count},
                packed_weight, {nullptr, false});
 }
 

@@ -24,7 +24,7 @@ using gemm::mr;
 using gemm::nr;
 
 inline constexpr int64_t block_panels = 32;  // 512 positions: A is read from memory once for so many
-inline constexpr int64_t a_panel = 2 * mr;  // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
+inline constexpr int64_t a_panel = 2 * mr;   // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
 
 // Planes with one element for each position (p, q) of the smaller side; the pixels of the larger side are step apart.
 template <class T>
@@ -50,7 +50,8 @@ template <class T, int rows>
     tile.load_from(c, c_row);
   else
     tile.start_at(start);
-  tile.accumulate(depth, a, gemm::PackedB<T>{b, nr<T>});
+  gemm::PackedB<T> right{b, nr<T>};
+  tile.accumulate(depth, a, right);
   if (relu) tile.rectify();
   tile.store_to(c, c_row);
 }

@@ -51,7 +51,9 @@ void row_tile(int64_t count, int64_t depth, const T* weight, const T* pixels, co
   } else {
     tile.start_at(start);
   }
-  tile.accumulate(depth, gemm::StridedA<T>{weight, 1, rows}, gemm::IndirectB<T>{pixels, offset});
+  gemm::StridedA<T> left{weight, 1, rows};
+  gemm::IndirectB<T> right{pixels, offset};
+  tile.accumulate(depth, left, right);
   if (relu) tile.rectify();
   if (whole) return tile.store_to(to, to_row);
   tile.store_to(spill, vectors * kLanes<T>);

@@ -10,7 +10,10 @@ namespace reference {
 
 template <class T>
 inline constexpr FloatKernels<T> float_kernels = {
-    conv2d_forward<T>, conv2d_grad_input<T>, conv2d_grad_weight<T>, conv2d_grad_bias<T>,
+    conv2d_forward<T>,
+    conv2d_grad_input<T>,
+    conv2d_grad_weight<T>,
+    conv2d_grad_bias<T>,
 };
 
 template <class T>

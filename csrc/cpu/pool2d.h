@@ -53,8 +53,7 @@ void offset_pool2d_grad_input(const Pool2dGeometry& geometry, const T* grad_outp
   if constexpr (std::is_same_v<T, Arithmetic<T>>) {
     if (g.layout == Layout::nchw && is_tiling_2x2(g)) return offset_pool2d_grad_input_tiling(g, grad_output, offsets, grad_input);
   }
-  if (g.layout == Layout::nchw && gathers_offsets(g))
-    return offset_pool2d_grad_input_gather(g, grad_output, offsets, grad_input);
+  if (g.layout == Layout::nchw && gathers_offsets(g)) return offset_pool2d_grad_input_gather(g, grad_output, offsets, grad_input);
   pool2d_scatter_offsets(g, grad_output, offsets, grad_input);
 }
 

@@ -23,7 +23,8 @@ struct Averaging {
   A* column_divisor;
   A exact_factor;  // 0: there is none
 
-  Averaging(const Pool2dGeometry& g, const Divisor& divisor, A* table) : divisor(divisor), column_divisor(table), exact_factor(0) {
+  Averaging(const Pool2dGeometry& g, const Divisor& divisor, A* table)
+      : divisor(divisor), column_divisor(table), exact_factor(0) {
     const Window one{0, 1, 1};
     const int64_t first = divisor(row_window(g, 0), column_window(g, 0));
     bool uniform = (first & (first - 1)) == 0;
@@ -67,8 +68,8 @@ void average_rows(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A
           for (int64_t s = 0; s < S; ++s) sum += load_tap<stride_>(at + r * pitch + s, step);
       }
       sum = ordered<stride_, A>(sum);
-      const Vec<A> mean = averaging.exact_factor != 0 ? sum * averaging.exact_factor
-                                                      : sum / (load(averaging.column_divisor + q) * row_divisor);
+      const Vec<A> mean =
+          averaging.exact_factor != 0 ? sum * averaging.exact_factor : sum / (load(averaging.column_divisor + q) * row_divisor);
       if (Q >= L) {
         store(values + q, mean);
       } else {
@@ -243,13 +244,10 @@ void avg_pool2d_grad_input_rows(const Pool2dGeometry& g, const Divisor& divisor,
 template <class A>
 void avg_pool2d_grad_input_tiling(const Pool2dGeometry& g, const Divisor& divisor, const A* grad_output, A* grad_input) {
   const A factor = A(1) / static_cast<A>(divisor(row_window(g, 0), column_window(g, 0)));  // that of every window
-  write_tiles_2x2<A>(
-      g, grad_input,
-      [=](int64_t i) {
-        const Vec<A> share = load(grad_output + i) * factor;
-        return Tiles<A>{{share, share, share, share}};
-      },
-      [=](int64_t i, int) { return grad_output[i] * factor; });
+  write_tiles_2x2<A>(g, grad_input, [=](int64_t i) {
+    const Vec<A> share = load(grad_output + i) * factor;
+    return Tiles<A>{{share, share, share, share}};
+  }, [=](int64_t i, int) { return grad_output[i] * factor; });
 }
 
 // One window, all of the plane.

@@ -79,8 +79,8 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
           int64_t tap = from;
           for (int64_t w = column.begin; w < column.end; w += g.dilation_w, tap += column_step, code += column_code) {
             for (int v = 0; v < vectors; ++v) {
-              const Vec<A> x = vectors > 1 ? load_wide(input + tap + v * L)
-                                           : load_channels(input + tap, g.C - c, input_size - tap);
+              const Vec<A> x =
+                  vectors > 1 ? load_wide(input + tap + v * L) : load_channels(input + tap, g.C - c, input_size - tap);
               best[v].offer((Vec<A>)((Vec<I>)x ^ sign), broadcast(code));
             }
           }
@@ -104,8 +104,7 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
 template <class T>
 void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
   switch (positions.kind) {
-    case PositionKind::none:
-      return extremum_pool2d_channels_last<T, PositionKind::none>(g, extremum, input, output, nullptr);
+    case PositionKind::none: return extremum_pool2d_channels_last<T, PositionKind::none>(g, extremum, input, output, nullptr);
     case PositionKind::indices:
       return extremum_pool2d_channels_last<T, PositionKind::indices>(g, extremum, input, output, positions.to);
     case PositionKind::byte_offsets:
@@ -122,7 +121,8 @@ void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* gr
   using I = IndexOf<A>;
   constexpr int64_t L = kLanes<A>;
   const int64_t output_size = g.N * g.P * g.Q * g.C;
-  const Cover columns = cover_of(g.W, g.Q, workspace<int64_t>(Slot::tables, 2 * g.W), [&](int64_t q) { return column_window(g, q); });
+  const Cover columns =
+      cover_of(g.W, g.Q, workspace<int64_t>(Slot::tables, 2 * g.W), [&](int64_t q) { return column_window(g, q); });
   parallel_for(g.N * g.H, ceil_div(g.R, g.stride_h) * g.S * g.Q * ceil_div(g.C, L) * 6, [&](int64_t nh) {
     const int64_t n = nh / g.H, x = nh % g.H + g.pad_h;
     const int64_t p_begin = std::max<int64_t>(0, ceil_div(x - g.R + 1, g.stride_h)), p_end = std::min(g.P, x / g.stride_h + 1);
@@ -169,7 +169,8 @@ void avg_pool2d_channels_last(const Pool2dGeometry& g, const Divisor& divisor, c
           int64_t from = ((n * g.H + h) * g.W + column.begin) * g.C + c;
           for (int64_t w = column.begin; w < column.end; ++w, from += g.C) {
             for (int v = 0; v < vectors; ++v)
-              row_sum[v] += vectors > 1 ? load_wide(input + from + v * L) : load_channels(input + from, g.C - c, input_size - from);
+              row_sum[v] +=
+                  vectors > 1 ? load_wide(input + from + v * L) : load_channels(input + from, g.C - c, input_size - from);
           }
           for (int v = 0; v < vectors; ++v) sum[v] += row_sum[v];
         }

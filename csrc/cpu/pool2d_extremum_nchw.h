@@ -104,7 +104,7 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
       }
       if constexpr (kind == PositionKind::indices)
         store_integers<I>(static_cast<int64_t*>(positions) + to + q,
-                       best.code + (lane_steps + broadcast(static_cast<I>(origin + q * step))), count);
+                          best.code + (lane_steps + broadcast(static_cast<I>(origin + q * step))), count);
       if constexpr (kind == PositionKind::byte_offsets)
         store_integers<I>(static_cast<uint8_t*>(positions) + to + q, best.code, count);
       if constexpr (kind == PositionKind::int_offsets)

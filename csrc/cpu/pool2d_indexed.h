@@ -27,7 +27,8 @@ inline constexpr int64_t kChannelsOfTask = 32;
 // Calls visit(n, first channel, channels) for the parts that one thread owns.
 template <class Visit>
 void for_each_owned(const Pool2dGeometry& g, Visit visit) {
-  const int64_t channels = g.layout == Layout::nchw || g.C == 0 ? 1 : std::min(g.C, kChannelsOfTask), parts = ceil_div(g.C, channels);
+  const int64_t channels = g.layout == Layout::nchw || g.C == 0 ? 1 : std::min(g.C, kChannelsOfTask),
+                parts = ceil_div(g.C, channels);
   parallel_for(g.N * parts, (g.P * g.Q * 2 + g.H * g.W / 8) * channels, [&](int64_t task) {
     const int64_t c = task % parts * channels;
     visit(task / parts, c, std::min(channels, g.C - c));
@@ -159,7 +160,8 @@ inline const Tap* taps_of(const Pool2dGeometry& g) {
 inline int64_t index_of_offset(const Pool2dGeometry& g, const Tap* taps, int64_t p, int64_t q, int64_t offset) {
   if (static_cast<uint64_t>(offset) >= static_cast<uint64_t>(g.R * g.S)) return -1;
   const int64_t h = p * g.stride_h - g.pad_h + taps[offset].h, w = q * g.stride_w - g.pad_w + taps[offset].w;
-  const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(g.H) && static_cast<uint64_t>(w) < static_cast<uint64_t>(g.W);
+  const bool inside =
+      static_cast<uint64_t>(h) < static_cast<uint64_t>(g.H) && static_cast<uint64_t>(w) < static_cast<uint64_t>(g.W);
   return inside ? h * g.W + w : -1;
 }
 

@@ -23,7 +23,7 @@ template <class T>
 void extremum_pool2d_forward(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
   const Strides in = g.input_strides(), out = g.output_strides();
   const auto better = [&](auto candidate, auto best) {
-    if (candidate != candidate) return true;  // NaN
+    if (candidate != candidate) return true;                        // NaN
     return extremum.minimum ? candidate < best : candidate > best;  // false for ties, so that the first value stays
   };
   parallel_for(g.N * g.C, g.H * g.W, [&](int64_t plane) {
@@ -94,7 +94,8 @@ void avg_pool2d_grad_input(const Pool2dGeometry& g, Divisor divisor, const T* gr
       const Window row = row_window(g, p);
       for (int64_t q = 0; q < g.Q; ++q) {
         const Window column = column_window(g, q);
-        const double share = double(widen(grad_output[n * out.n + c * out.c + p * out.h + q * out.w])) / double(divisor(row, column));
+        const double share =
+            double(widen(grad_output[n * out.n + c * out.c + p * out.h + q * out.w])) / double(divisor(row, column));
         for (int64_t h = row.begin; h < row.end; ++h)
           for (int64_t w = column.begin; w < column.end; ++w) sum[h * g.W + w] += share;
       }

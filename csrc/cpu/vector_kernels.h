@@ -10,12 +10,18 @@ namespace torchcnn::TORCHCNN_ISA {
 // A constant: nothing of this instruction set may run at load time, on a processor that may lack it.
 template <class T>
 inline constexpr FloatKernels<T> vector_kernels = {
-    conv2d_forward<T>, conv2d_grad_input<T>, conv2d_grad_weight<T>, conv2d_grad_bias<T>,
+    conv2d_forward<T>,
+    conv2d_grad_input<T>,
+    conv2d_grad_weight<T>,
+    conv2d_grad_bias<T>,
 };
 
 template <class T>
 inline constexpr Pool2dKernels<T> vector_pool2d_kernels = {
-    extremum_pool2d_forward<T>, offset_pool2d_grad_input<T>, avg_pool2d_forward<T>, avg_pool2d_grad_input<T>,
+    extremum_pool2d_forward<T>,
+    offset_pool2d_grad_input<T>,
+    avg_pool2d_forward<T>,
+    avg_pool2d_grad_input<T>,
 };
 
 inline constexpr KernelTable vector_kernel_table(const char* isa) {
