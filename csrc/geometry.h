@@ -220,6 +220,27 @@ inline Window column_window(const Pool2dGeometry& g, int64_t q) {
   return g.adaptive ? adaptive_window(q, g.W, g.Q) : sliding_window(q, g.W, g.S, g.stride_w, g.pad_w, g.dilation_w);
 }
 
+// Which value of each window an extreme pool keeps: the largest or the smallest. With relu the largest, but no less than 0.
+struct Extremum {
+  bool minimum, relu;
+};
+
+// Where that value stands, if it is asked for.
+//   indices        h W + w in the plane, int64
+//   byte_offsets   r S + s in the window, uint8; 255 where relu put 0 in the place of every value
+//   int_offsets    the same as int32, with -1, for windows of more taps than a byte can tell apart
+enum class PositionKind { none, indices, byte_offsets, int_offsets };
+
+struct Positions {
+  PositionKind kind;
+  void* to;
+};
+
+inline bool offsets_fit_bytes(int64_t R, int64_t S, bool relu) {
+  const int64_t taps = relu ? 255 : 256;
+  return R <= taps && S <= taps && R * S <= taps;
+}
+
 // What an average divides by.
 struct Divisor {
   bool count_include_pad;

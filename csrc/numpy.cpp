@@ -11,6 +11,10 @@
 #include "cpu/pool2d_indexed.h"
 #include "geometry.h"
 
+// The transforms as the row `scalar` compiles them: their matrices are the same in every row.
+#define TORCHCNN_ISA scalar
+#include "cpu/conv2d_winograd_transforms.h"
+
 namespace py = pybind11;
 
 namespace torchcnn {
@@ -98,7 +102,8 @@ py::tuple max_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair paddi
   int64_t* at = indices.mutable_data();
   {
     py::gil_scoped_release release;
-    if (g.N > 0) kernels_for<T>().max_pool2d_forward(g, input.data(), to, at);
+    if (g.N > 0)
+      pool2d_kernels_for<T>().extremum_pool2d_forward(g, {false, false}, input.data(), to, {PositionKind::indices, at});
   }
   return py::make_tuple(output, indices);
 }
@@ -116,13 +121,19 @@ Array<T> max_pool2d_backward(const Array<T>& grad_output, const Array<int64_t>& 
   const int64_t N = indices.shape(0), C = indices.shape(1);
   require(H >= 0 && W >= 0, op, "input_size must be at least 0, got ", H, " and ", W);
   require_numel_fits(op, "number of input bytes", N, C, H, W);
-  const int64_t bad = first_bad_index(indices.data(), indices.size(), H * W);
-  require(bad < 0, op, "indices must lie in 0 ... ", H * W - 1, ", got ", bad < 0 ? 0 : indices.data()[bad]);
   const Pool2dGeometry g{N, C, H, W, 1, 1, indices.shape(2), indices.shape(3), 1, 1, 0, 0, 1, 1, false, Layout::nchw};
   Array<T> grad_input = empty<T>(N, C, H, W);
   T* to = grad_input.mutable_data();
-  py::gil_scoped_release release;
-  pool2d_scatter_add(g, grad_output.data(), indices.data(), to);
+  bool inside = false;
+  {
+    py::gil_scoped_release release;
+    inside = pool2d_scatter_add(g, grad_output.data(), indices.data(), to);
+  }
+  if (!inside) {
+    const int64_t* index = indices.data();
+    while (*index >= 0 && *index < H * W) ++index;
+    require(false, op, "indices must lie in 0 ... ", H * W - 1, ", got ", *index);
+  }
   return grad_input;
 }
 
@@ -150,7 +161,7 @@ Array<T> avg_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair paddin
   Array<T> output = empty<T>(g.N, g.C, g.P, g.Q);
   T* to = output.mutable_data();
   py::gil_scoped_release release;
-  if (g.N > 0) kernels_for<T>().avg_pool2d_forward(g, average.divisor, input.data(), to);
+  if (g.N > 0) pool2d_kernels_for<T>().avg_pool2d_forward(g, average.divisor, input.data(), to);
   return output;
 }
 
@@ -167,7 +178,7 @@ Array<T> avg_pool2d_backward(const Array<T>& grad_output, Pair input_size, Pair 
   Array<T> grad_input = empty<T>(g.N, g.C, g.H, g.W);
   T* to = grad_input.mutable_data();
   py::gil_scoped_release release;
-  if (g.N > 0) kernels_for<T>().avg_pool2d_grad_input(g, average.divisor, grad_output.data(), to);
+  if (g.N > 0) pool2d_kernels_for<T>().avg_pool2d_grad_input(g, average.divisor, grad_output.data(), to);
   return grad_input;
 }
 
@@ -213,6 +224,26 @@ Pair output_size(const std::string& op, Pair size, Pair kernel, Pair stride, Pai
           along("width", size.second, kernel.second, stride.second, padding.second, dilation.second)};
 }
 
+// (A, G, B^T) of one Winograd algorithm, as lists of rows.
+template <class F>
+py::tuple winograd_matrices() {
+  const auto rows = []<size_t count, size_t length>(const double (&matrix)[count][length]) {
+    std::vector<std::vector<double>> list;
+    for (const auto& row : matrix) list.emplace_back(row, row + length);
+    return list;
+  };
+  const auto matrices = F::matrices();
+  return py::make_tuple(rows(matrices.A), rows(matrices.G), rows(matrices.B_T));
+}
+
+py::dict all_winograd_matrices() {
+  py::dict all;
+  all[name_of(Algorithm::winograd_2x2_3x3)] = winograd_matrices<scalar::winograd::Transform<2, 3>>();
+  all[name_of(Algorithm::winograd_4x4_3x3)] = winograd_matrices<scalar::winograd::Transform<4, 3>>();
+  all[name_of(Algorithm::winograd_2x2_5x5)] = winograd_matrices<scalar::winograd::Transform<2, 5>>();
+  return all;
+}
+
 }  // namespace
 }  // namespace torchcnn
 
@@ -235,6 +266,9 @@ PYBIND11_MODULE(_C, m) {
     for (const KernelTable* row : available_kernels()) names.emplace_back(row->isa);
     return names;
   });
+  m.def("allow_winograd", &allow_winograd);
+  m.def("set_allow_winograd", &set_allow_winograd, py::arg("allow").noconvert());
+  m.def("winograd_matrices", &all_winograd_matrices);
   m.def("sliding_output_size", &output_size);
   m.def("explain_conv2d", &explain_conv2d);
 }

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 
-import torchcnn  # noqa: F401  registers the operators
+import torchcnn
 
 # The same examples on every run of a CI, new ones on a developer's machine.
 hypothesis.settings.register_profile(
@@ -27,6 +27,13 @@ def has_cuda():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def direct_sums():
+    """Tiers 1 and 3 hold for direct sums; test_winograd.py turns Winograd on and has its bound."""
+    with torchcnn.backends.flags(allow_winograd=False):
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not has_cuda(), reason="no CUDA kernels"))])

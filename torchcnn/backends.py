@@ -1,4 +1,14 @@
-"""What runs underneath: the instruction set in use and the algorithm that a geometry takes."""
+"""What runs underneath: the instruction set in use, the algorithm that a geometry takes, and the switch for Winograd.
+
+`torchcnn.backends.allow_winograd` is a bool to read and to assign, True at import, of the whole process. Where it is True, 3x3 and
+5x5 convolutions of stride 1 with enough channels use Winograd's algorithm: up to four times fewer multiplications, and an error
+bounded by the largest input near an output instead of the inputs that the output is made of, so that outputs beside a much larger
+value lose relative accuracy. Where it is False, they are direct sums, as in torch's own error bound.
+"""
+
+import contextlib
+import sys
+import types
 
 import torch
 
@@ -47,3 +57,28 @@ def explain(input_size, weight_size, stride=1, padding=0, dilation=1, groups=1, 
         8 if dtype == torch.float64 else 4,
     )
     return "\n".join(f"{direction:11} {algorithm} ({isa()}): {reason}" for direction, algorithm, reason in rows)
+
+
+@contextlib.contextmanager
+def flags(allow_winograd):
+    """Within it, `torchcnn.backends.allow_winograd` has the given value; then the former one again."""
+    former = _C.allow_winograd()
+    _C.set_allow_winograd(allow_winograd)
+    try:
+        yield
+    finally:
+        _C.set_allow_winograd(former)
+
+
+# A module has no properties of its own; its class may.
+class _Backends(types.ModuleType):
+    @property
+    def allow_winograd(self):
+        return _C.allow_winograd()
+
+    @allow_winograd.setter
+    def allow_winograd(self, allow):
+        _C.set_allow_winograd(allow)
+
+
+sys.modules[__name__].__class__ = _Backends

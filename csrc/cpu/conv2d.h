@@ -7,6 +7,9 @@
 #include "../geometry.h"
 #include "conv2d_choice.h"
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_pointwise.h"
+#include "conv2d_small_channels.h"
+#include "conv2d_winograd.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -15,6 +18,14 @@ namespace torchcnn::TORCHCNN_ISA {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   switch (choose_conv2d(g, Direction::forward, sizeof(T)).algorithm) {
+    case Algorithm::winograd_4x4_3x3:
+      return winograd::conv2d_forward<winograd::Transform<4, 3>>(g, input, weight, epilogue, output);
+    case Algorithm::winograd_2x2_3x3:
+      return winograd::conv2d_forward<winograd::Transform<2, 3>>(g, input, weight, epilogue, output);
+    case Algorithm::winograd_2x2_5x5:
+      return winograd::conv2d_forward<winograd::Transform<2, 5>>(g, input, weight, epilogue, output);
+    case Algorithm::pointwise: return pointwise::conv2d_forward(g, input, weight, epilogue, output);
+    case Algorithm::small_channels: return small_channels::conv2d_forward(g, input, weight, epilogue, output);
     default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
   }
 }
@@ -22,6 +33,14 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   switch (choose_conv2d(g, Direction::grad_input, sizeof(T)).algorithm) {
+    case Algorithm::winograd_4x4_3x3:
+      return winograd::conv2d_grad_input<winograd::Transform<4, 3>>(g, grad_output, weight, grad_input);
+    case Algorithm::winograd_2x2_3x3:
+      return winograd::conv2d_grad_input<winograd::Transform<2, 3>>(g, grad_output, weight, grad_input);
+    case Algorithm::winograd_2x2_5x5:
+      return winograd::conv2d_grad_input<winograd::Transform<2, 5>>(g, grad_output, weight, grad_input);
+    case Algorithm::pointwise: return pointwise::conv2d_grad_input(g, grad_output, weight, grad_input);
+    case Algorithm::small_channels: return small_channels::conv2d_grad_input(g, grad_output, weight, grad_input);
     default: return implicit_gemm::conv2d_grad_input(g, grad_output, weight, grad_input);
   }
 }
@@ -29,8 +48,43 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   switch (choose_conv2d(g, Direction::grad_weight, sizeof(T)).algorithm) {
+    case Algorithm::winograd_4x4_3x3:
+      return winograd::conv2d_grad_weight<winograd::Transform<4, 3>>(g, grad_output, input, grad_weight);
+    case Algorithm::winograd_2x2_3x3:
+      return winograd::conv2d_grad_weight<winograd::Transform<2, 3>>(g, grad_output, input, grad_weight);
+    case Algorithm::winograd_2x2_5x5:
+      return winograd::conv2d_grad_weight<winograd::Transform<2, 5>>(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }
+}
+
+// As many elements as Vec<double> has.
+template <class T>
+struct NarrowOf {
+  using type [[gnu::vector_size(kLanes<double> * sizeof(T))]] = T;
+};
+
+template <class T>
+Vec<double> load_as_double(const T* from) {
+  typename NarrowOf<T>::type v;
+  std::memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+
+template <class T>
+double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64_t size) {
+  constexpr int64_t L = kLanes<double>;
+  Vec<double> sum[4] = {};
+  double tail = 0.0;
+  for (int64_t n = 0; n < planes; ++n, plane += plane_stride) {
+    int64_t x = 0;
+    for (; x + 4 * L <= size; x += 4 * L)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[v] += load_as_double(plane + x + v * L);
+    for (; x + L <= size; x += L) sum[0] += load_as_double(plane + x);
+    for (; x < size; ++x) tail += double(plane[x]);
+  }
+  return horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
 
 // Sums over a whole batch of planes are in double: they are long, and the loop waits for memory anyway.
@@ -40,18 +94,7 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
   constexpr int64_t lanes = kLanes<double>;
   if (g.layout == Layout::nchw) {
     parallel_for(g.K, g.N * g.P * g.Q / lanes, [&](int64_t k) {
-      Vec<double> sum[4] = {};
-      double tail = 0.0;
-      for (int64_t n = 0; n < g.N; ++n) {
-        const T* plane = grad_output + n * out.n + k * out.c;
-        const int64_t size = g.P * g.Q;
-        int64_t x = 0;
-        for (; x + 4 * lanes <= size; x += 4 * lanes)
-          for (int v = 0; v < 4; ++v)
-            for (int64_t lane = 0; lane < lanes; ++lane) sum[v][lane] += double(plane[x + v * lanes + lane]);
-        for (; x < size; ++x) tail += double(plane[x]);
-      }
-      grad_bias[k] = static_cast<T>(horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail);
+      grad_bias[k] = static_cast<T>(sum_of_planes(grad_output + k * out.c, g.N, out.n, g.P * g.Q));
     });
     return;
   }

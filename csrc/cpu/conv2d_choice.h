@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "../geometry.h"
 
@@ -18,10 +19,15 @@ inline const char* name_of(Direction direction) {
   }
 }
 
-enum class Algorithm { implicit_gemm };
+enum class Algorithm { implicit_gemm, pointwise, small_channels, winograd_2x2_3x3, winograd_4x4_3x3, winograd_2x2_5x5 };
 
 inline const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
+    case Algorithm::pointwise: return "pointwise";
+    case Algorithm::small_channels: return "small_channels";
+    case Algorithm::winograd_2x2_3x3: return "winograd_2x2_3x3";
+    case Algorithm::winograd_4x4_3x3: return "winograd_4x4_3x3";
+    case Algorithm::winograd_2x2_5x5: return "winograd_2x2_5x5";
     default: return "implicit_gemm";
   }
 }
@@ -31,7 +37,40 @@ struct Choice {
   const char* reason;
 };
 
+// The switch torchcnn.backends.allow_winograd, of the whole process; defined in dispatch.cpp.
+bool allow_winograd();
+void set_allow_winograd(bool allow);
+
+inline bool winograd_applies(const Conv2dGeometry& g) {
+  const bool filter = g.R == g.S && (g.R == 3 || g.R == 5);
+  const bool unit = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+  return filter && unit && g.C_per_group() >= 16 && g.K_per_group() >= 16;
+}
+
+// Whether vectors of pixels beat vectors of channels (conv2d_small_channels.h): rows long enough to fill vectors, and either so
+// few channels on the broadcast side that most lanes of a panel would be empty, or so short a sum that moving panels around
+// would cost more than the products.
+inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
+  if (g.layout != Layout::nchw || direction == Direction::grad_weight) return false;
+  const int64_t C = g.C_per_group(), K = g.K_per_group();
+  if (direction == Direction::forward) return g.Q >= 8 && (K <= 12 || C <= 4);
+  return g.W / g.stride_w >= 8 && C <= 12;
+}
+
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, [[maybe_unused]] size_t element_size) {
+  if (winograd_applies(g) && allow_winograd()) {
+    const int64_t rows = direction == Direction::grad_input ? g.H : g.P, columns = direction == Direction::grad_input ? g.W : g.Q;
+    if (g.R == 5) return {Algorithm::winograd_2x2_5x5, "5x5, stride 1: 36 products for 2x2 outputs instead of 100"};
+    // Tiles at the edge are computed whole: 4x4 tiles of 36 products against 2x2 tiles of 16.
+    if (ceil_div(rows, 4) * ceil_div(columns, 4) * 36 < ceil_div(rows, 2) * ceil_div(columns, 2) * 16)
+      return {Algorithm::winograd_4x4_3x3, "3x3, stride 1: 36 products for 4x4 outputs instead of 144"};
+    return {Algorithm::winograd_2x2_3x3, "3x3, stride 1, few outputs: 16 products for 2x2 outputs instead of 36"};
+  }
+  if (g.layout == Layout::nchw && direction != Direction::grad_weight && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 &&
+      g.C_per_group() >= 8 && g.K_per_group() >= 8)
+    return {Algorithm::pointwise, "1x1 without padding: the weight matrix times the planes of the tensor"};
+  if (suits_small_channels(g, direction))
+    return {Algorithm::small_channels, "few channels: vectors of pixels, straight from the rows of the image"};
   if (direction == Direction::grad_input && (g.stride_h > 1 || g.stride_w > 1))
     return {Algorithm::implicit_gemm, "stride above 1: one correlation of grad_output for each phase of the input"};
   if (direction == Direction::grad_weight)

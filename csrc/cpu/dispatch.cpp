@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
+#include "conv2d_choice.h"
 #include "kernels.h"
 #include "runtime.h"
 
@@ -35,6 +37,10 @@ const KernelTable& kernels() {
   static const KernelTable& row = choose_kernels();
   return row;
 }
+
+static std::atomic<bool> winograd_allowed{true};
+bool allow_winograd() { return winograd_allowed.load(std::memory_order_relaxed); }
+void set_allow_winograd(bool allow) { winograd_allowed.store(allow, std::memory_order_relaxed); }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 

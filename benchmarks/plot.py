@@ -1,0 +1,176 @@
+"""The picture and the README's tables from the CSV files of run.py: python benchmarks/plot.py [--readme README.md]
+
+Draws speedup.png and speedup.svg beside the CSV files and prints the tables in markdown. With --readme they also replace what
+stands between the two marker comments in that file.
+"""
+
+import argparse
+import csv
+import math
+import os
+import statistics
+from pathlib import Path
+
+import floors
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+TABLES = {"conv": floors.CONV, "pool": floors.POOL, "dtypes": floors.DTYPES}
+TITLES = {"conv": "Convolution, float32", "pool": "Pooling, float32", "dtypes": "Convolution in other dtypes"}
+COLORS = {
+    floors.FORWARD: "#0072b2",
+    floors.GRAD_INPUT: "#e69f00",
+    floors.GRAD_WEIGHT: "#009e73",
+    "backward": "#e69f00",
+    floors.TRAIN: "#cc79a7",
+}
+
+
+def read(folder):
+    """Rows by (table, layout, threads) and then (class, direction); of two rows for one case the later file's counts."""
+    cases = {}
+    for path in sorted(folder.glob("*.csv")):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                table = next(name for name, classes in TABLES.items() if row["class"] in classes)
+                setting = table, row["layout"], int(row["threads"])
+                cases[(*setting, row["class"], row["direction"], row["layer"])] = row
+    settings = {}
+    for (table, layout, threads, group, direction, _), row in cases.items():
+        settings.setdefault((table, layout, threads), {}).setdefault((group, direction), []).append(row)
+    order = list(TABLES), ["nchw", "channels_last"]
+    return dict(sorted(settings.items(), key=lambda item: (order[0].index(item[0][0]), item[0][2], order[1].index(item[0][1]))))
+
+
+def ratios(rows):
+    return [float(row["ratio"]) for row in rows]
+
+
+def floors_of(setting, group, direction):
+    table, layout, threads = setting
+    if threads > 1 or (layout != "nchw" and table != "conv"):
+        return None, None
+    return (floors.CONV_CHANNELS_LAST if layout != "nchw" else TABLES[table])[group][direction]
+
+
+# ------------------------------------------------------------------------------------------------------------- the tables
+
+
+def title(setting):
+    table, layout, threads = setting
+    tensors = "channels_last tensors" if layout == "channels_last" else "NCHW tensors"
+    return f"{TITLES[table]}, {tensors}, {'one thread' if threads == 1 else f'{threads} threads'}"
+
+
+def markdown(settings):
+    """Every setting as a table, a row a class, a column a direction: geometric mean, worst layer."""
+    lines = ["Times faster than torch: geometric mean of the class, and in parentheses its slowest layer."]
+    lines[0] += " Below 1 torchcnn is slower."
+    for setting, members in settings.items():
+        directions = list(dict.fromkeys(direction for _, direction in members))
+        lines += [
+            "",
+            f"**{title(setting)}**",
+            "",
+            f"| class | {' | '.join(directions)} |",
+            "| --- |" + " ---: |" * len(directions),
+        ]
+        for group in dict.fromkeys(group for group, _ in members):
+            cells = [cell(members.get((group, direction))) for direction in directions]
+            lines.append(f"| {group} | {' | '.join(cells)} |")
+    rows = [row for members in settings.values() for group in members.values() for row in group]
+    used = {(row["cpu"], row["isa"], row["torch_version"], row["torch_isa"]) for row in rows}
+    machines = "; ".join(f"{cpu}, kernels {isa}, torch {torch} ({wide})" for cpu, isa, torch, wide in sorted(used))
+    lines += ["", f"Measured on: {machines}."]
+    return "\n".join(lines)
+
+
+def cell(rows):
+    if not rows:
+        return ""
+    mean = statistics.geometric_mean(ratios(rows))
+    return f"{mean:.2f}" + (f" ({min(ratios(rows)):.2f})" if len(rows) > 1 else "")
+
+
+def replace_block(path, block):
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"plot.py: {path} must hold one line {BEGIN} and below it one line {END}")
+    path.write_text(text[: text.index(BEGIN) + len(BEGIN)] + f"\n{block}\n" + text[text.index(END) :])
+
+
+# ------------------------------------------------------------------------------------------------------------ the picture
+
+
+def draw_setting(axes, setting, members):
+    directions = list(dict.fromkeys(direction for _, direction in members))
+    groups = list(dict.fromkeys(group for group, _ in members))
+    width = 0.8 / len(directions)
+    labels = set()
+
+    def once(label):
+        fresh = label not in labels
+        labels.add(label)
+        return label if fresh else None
+
+    for (group, direction), rows in members.items():
+        x = groups.index(group) + (directions.index(direction) - (len(directions) - 1) / 2) * width
+        mean = statistics.geometric_mean(ratios(rows))
+        # A bar from 1: up where torchcnn is faster, down where torch is.
+        axes.bar(x, mean - 1, 0.9 * width, bottom=1, color=COLORS[direction], label=once(direction))
+        if len(rows) > 1:
+            axes.plot([x] * len(rows), ratios(rows), "o", color="black", markersize=2.5, alpha=0.5, label=once("each layer"))
+        for floor, style, what in zip(floors_of(setting, group, direction), ("-", ":"), ("mean", "worst layer"), strict=True):
+            if floor is not None:
+                ends = x - 0.45 * width, x + 0.45 * width
+                axes.plot(ends, [floor] * 2, style, color="#d62728", linewidth=1.8, label=once(f"floor of the {what}"))
+        high = max(mean, 1)
+        axes.annotate(f"{mean:.1f}", (x, high), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    ticks = [2.0**k for k in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
+    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.set_ylim(low, high * 1.15)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel("times faster than torch")
+    axes.set_title(title(setting), loc="left", fontsize=11)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw(settings, folder):
+    """The settings on NCHW tensors and one thread, or all if there is none such."""
+    os.environ.setdefault("MPLBACKEND", "agg")
+    import matplotlib.pyplot as plt
+
+    shown = {s: members for s, members in settings.items() if s[1:] == ("nchw", 1)} or settings
+    figure, axes = plt.subplots(len(shown), figsize=(11, 3.4 * len(shown)), squeeze=False, layout="constrained")
+    for axis, (setting, members) in zip(axes[:, 0], shown.items(), strict=True):
+        draw_setting(axis, setting, members)
+    paths = [folder / f"speedup.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return paths
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the CSV files")
+    parser.add_argument("--readme", type=Path, help="a file with the marker comments")
+    args = parser.parse_args(argv)
+    settings = read(args.results)
+    if not settings:
+        raise SystemExit(f"plot.py: there are no CSV files in {args.results}; run benchmarks/run.py first")
+    draw(settings, args.results)
+    table = markdown(settings)
+    print(table)
+    if args.readme:
+        replace_block(args.readme, table)
+
+
+if __name__ == "__main__":
+    main()
