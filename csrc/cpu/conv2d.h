@@ -6,6 +6,7 @@
 
 #include "../geometry.h"
 #include "conv2d_choice.h"
+#include "conv2d_depthwise.h"
 #include "conv2d_implicit_gemm.h"
 #include "runtime.h"
 #include "simd.h"
@@ -15,6 +16,7 @@ namespace torchcnn::TORCHCNN_ISA {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   switch (choose_conv2d(g, Direction::forward, sizeof(T)).algorithm) {
+    case Algorithm::depthwise: return depthwise::conv2d_forward(g, input, weight, epilogue, output);
     default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
   }
 }
@@ -22,6 +24,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   switch (choose_conv2d(g, Direction::grad_input, sizeof(T)).algorithm) {
+    case Algorithm::depthwise: return depthwise::conv2d_grad_input(g, grad_output, weight, grad_input);
     default: return implicit_gemm::conv2d_grad_input(g, grad_output, weight, grad_input);
   }
 }
@@ -29,6 +32,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   switch (choose_conv2d(g, Direction::grad_weight, sizeof(T)).algorithm) {
+    case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }
 }

@@ -18,10 +18,11 @@ inline const char* name_of(Direction direction) {
   }
 }
 
-enum class Algorithm { implicit_gemm };
+enum class Algorithm { implicit_gemm, depthwise };
 
 inline const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
+    case Algorithm::depthwise: return "depthwise";
     default: return "implicit_gemm";
   }
 }
@@ -32,6 +33,8 @@ struct Choice {
 };
 
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, [[maybe_unused]] size_t element_size) {
+  if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
+    return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
   if (direction == Direction::grad_input && (g.stride_h > 1 || g.stride_w > 1))
     return {Algorithm::implicit_gemm, "stride above 1: one correlation of grad_output for each phase of the input"};
   if (direction == Direction::grad_weight)
