@@ -6,6 +6,7 @@
 
 #include "../geometry.h"
 #include "conv2d_choice.h"
+#include "conv2d_depthwise.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_pointwise.h"
 #include "conv2d_small_channels.h"
@@ -26,6 +27,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
       return winograd::conv2d_forward<winograd::Transform<2, 5>>(g, input, weight, epilogue, output);
     case Algorithm::pointwise: return pointwise::conv2d_forward(g, input, weight, epilogue, output);
     case Algorithm::small_channels: return small_channels::conv2d_forward(g, input, weight, epilogue, output);
+    case Algorithm::depthwise: return depthwise::conv2d_forward(g, input, weight, epilogue, output);
     default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
   }
 }
@@ -41,6 +43,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
       return winograd::conv2d_grad_input<winograd::Transform<2, 5>>(g, grad_output, weight, grad_input);
     case Algorithm::pointwise: return pointwise::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::small_channels: return small_channels::conv2d_grad_input(g, grad_output, weight, grad_input);
+    case Algorithm::depthwise: return depthwise::conv2d_grad_input(g, grad_output, weight, grad_input);
     default: return implicit_gemm::conv2d_grad_input(g, grad_output, weight, grad_input);
   }
 }
@@ -54,6 +57,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       return winograd::conv2d_grad_weight<winograd::Transform<2, 3>>(g, grad_output, input, grad_weight);
     case Algorithm::winograd_2x2_5x5:
       return winograd::conv2d_grad_weight<winograd::Transform<2, 5>>(g, grad_output, input, grad_weight);
+    case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }
 }

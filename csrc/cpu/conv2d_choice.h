@@ -19,10 +19,19 @@ inline const char* name_of(Direction direction) {
   }
 }
 
-enum class Algorithm { implicit_gemm, pointwise, small_channels, winograd_2x2_3x3, winograd_4x4_3x3, winograd_2x2_5x5 };
+enum class Algorithm {
+  implicit_gemm,
+  depthwise,
+  pointwise,
+  small_channels,
+  winograd_2x2_3x3,
+  winograd_4x4_3x3,
+  winograd_2x2_5x5
+};
 
 inline const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
+    case Algorithm::depthwise: return "depthwise";
     case Algorithm::pointwise: return "pointwise";
     case Algorithm::small_channels: return "small_channels";
     case Algorithm::winograd_2x2_3x3: return "winograd_2x2_3x3";
@@ -58,6 +67,8 @@ inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
 }
 
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, [[maybe_unused]] size_t element_size) {
+  if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
+    return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
   if (winograd_applies(g) && allow_winograd()) {
     const int64_t rows = direction == Direction::grad_input ? g.H : g.P, columns = direction == Direction::grad_input ? g.W : g.Q;
     if (g.R == 5) return {Algorithm::winograd_2x2_5x5, "5x5, stride 1: 36 products for 2x2 outputs instead of 100"};

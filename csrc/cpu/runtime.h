@@ -28,6 +28,7 @@ void parallel_for(int64_t tasks, int64_t task_cost, Task&& task) {
 // the arithmetic of a small layer. A slot is valid until the same thread asks for it again.
 enum class Slot {
   tables,
+  row_pointers,
   phases,
   filter_rows,
   offsets,
