@@ -33,7 +33,7 @@ COMPUTE_BOUND_INTENSITY = (
 )
 COPY_SCALING = 0.9  # the others, as a part of what a copy of the same bytes gains
 
-# The first four against torch NCHW, the others against the best of its layouts.
+# Max and average pools, forward and backward alone: against torch NCHW. The others: against the best of its layouts.
 POOL = {
     "max pool": {FORWARD: (12.0, 8.0), "backward": (1.5, None), TRAIN: (1.5, 1.0)},
     "avg pool": {FORWARD: (8.0, None), "backward": (6.0, None), TRAIN: (1.5, 1.0)},

@@ -35,22 +35,20 @@ def read(folder):
                 table = next(name for name, classes in TABLES.items() if row["class"] in classes)
                 setting = table, row["layout"], int(row["threads"])
                 cases[(*setting, row["class"], row["direction"], row["layer"])] = row
+    tables, layouts = list(TABLES), ["nchw", "channels_last"]
     settings = {}
-    for (table, layout, threads, group, direction, _), row in cases.items():
-        settings.setdefault((table, layout, threads), {}).setdefault((group, direction), []).append(row)
-    order = list(TABLES), ["nchw", "channels_last"]
-    return dict(sorted(settings.items(), key=lambda item: (order[0].index(item[0][0]), item[0][2], order[1].index(item[0][1]))))
+
+    def place(key):
+        table, layout, threads, group, *_ = key
+        return tables.index(table), threads, layouts.index(layout), list(TABLES[table]).index(group)
+
+    for key in sorted(cases, key=place):
+        settings.setdefault(key[:3], {}).setdefault(key[3:5], []).append(cases[key])
+    return settings
 
 
 def ratios(rows):
     return [float(row["ratio"]) for row in rows]
-
-
-def floors_of(setting, group, direction):
-    table, layout, threads = setting
-    if threads > 1 or (layout != "nchw" and table != "conv"):
-        return None, None
-    return (floors.CONV_CHANNELS_LAST if layout != "nchw" else TABLES[table])[group][direction]
 
 
 # ------------------------------------------------------------------------------------------------------------- the tables
@@ -65,7 +63,8 @@ def title(setting):
 def markdown(settings):
     """Every setting as a table, a row a class, a column a direction: geometric mean, worst layer."""
     lines = ["Times faster than torch: geometric mean of the class, and in parentheses its slowest layer."]
-    lines[0] += " Below 1 torchcnn is slower."
+    lines[0] += " Below 1 torchcnn is slower. torch counts in the better of its layouts, except for a pool's forward and"
+    lines[0] += " backward alone, which are compared on NCHW tensors."
     for setting, members in settings.items():
         directions = list(dict.fromkeys(direction for _, direction in members))
         lines += [
@@ -120,18 +119,17 @@ def draw_setting(axes, setting, members):
         axes.bar(x, mean - 1, 0.9 * width, bottom=1, color=COLORS[direction], label=once(direction))
         if len(rows) > 1:
             axes.plot([x] * len(rows), ratios(rows), "o", color="black", markersize=2.5, alpha=0.5, label=once("each layer"))
-        for floor, style, what in zip(floors_of(setting, group, direction), ("-", ":"), ("mean", "worst layer"), strict=True):
-            if floor is not None:
-                ends = x - 0.45 * width, x + 0.45 * width
-                axes.plot(ends, [floor] * 2, style, color="#d62728", linewidth=1.8, label=once(f"floor of the {what}"))
-        high = max(mean, 1)
-        axes.annotate(f"{mean:.1f}", (x, high), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7)
+        ends = x - 0.45 * width, x + 0.45 * width
+        for column, style, what in (("mean_floor", "-", "mean"), ("worst_floor", ":", "worst layer")):
+            if floor := rows[0][column]:
+                axes.plot(ends, [float(floor)] * 2, style, color="#d62728", linewidth=1.8, label=once(f"floor of the {what}"))
+        axes.annotate(f"{mean:.2g}", (x, 0.01), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
     axes.axhline(1, color="black", linewidth=1)
     axes.set_yscale("log", base=2)
-    low, high = axes.get_ylim()
-    ticks = [2.0**k for k in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
-    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
-    axes.set_ylim(low, high * 1.15)
+    low, high = (round(math.log2(limit)) for limit in axes.get_ylim())
+    axes.set_ylim(2 ** (low - 0.8), 2 ** (high + 0.6))  # the means are written below the bars
+    exponents = range(low, high + 1)
+    axes.set_yticks([2.0**e for e in exponents], [f"{2**e}x" if e >= 0 else f"1/{2**-e}" for e in exponents])
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel("times faster than torch")
     axes.set_title(title(setting), loc="left", fontsize=11)

@@ -31,6 +31,7 @@ COLUMNS = [
     "class", "layer", "direction", "layout", "threads", "dtype", "torch_nchw_ms", "torch_channels_last_ms", "torchcnn_ms",
     "ratio", "default_allocator_ratio", "gflops", "error", "torch_error", "isa", "algorithm", "torch_version", "cpu", "torch_isa",
     "ratio_of_minima", "one_thread_ratio", "scaling", "copy_scaling", "copy_bandwidth_fraction", "float32_ratio", "wrong",
+    "mean_floor", "worst_floor",
 ]
 # fmt: on
 
@@ -210,9 +211,8 @@ def verdict(group, direction, rows, args):
         return f"  {what} {min(row[column] for row in of):.2f} or more"
 
     mean, worst = geometric_mean([row["ratio"] for row in rows]), min(rows, key=lambda row: row["ratio"])
-    mean_floor, worst_floor = floors_of(group, direction, args)
-    text = f"{group:18} {direction:16} mean {against('mean', mean, mean_floor)}"
-    text += f" worst {against('worst, ' + worst['layer'], worst['ratio'], worst_floor)} {worst['layer']:28}"
+    text = f"{group:18} {direction:16} mean {against('mean', mean, rows[0]['mean_floor'])}"
+    text += f" worst {against('worst, ' + worst['layer'], worst['ratio'], worst['worst_floor'])} {worst['layer']:28}"
     if "one_thread_ratio" in rows[0]:
         kept = mean / geometric_mean([row["one_thread_ratio"] for row in rows])
         text += f" of one thread's {against('of the ratio on one thread', kept, floors.TWO_THREADS_RATIO)}"
@@ -268,6 +268,7 @@ def main(argv):
     with mode():
         for case in table(groups, args.layout, args.quick):
             row = measure(case, args)
+            row["mean_floor"], row["worst_floor"] = floors_of(case.group, case.direction, args)
             key = case.group, case.layer, case.direction
             if key in default_ratios:
                 row["default_allocator_ratio"] = default_ratios[key]
