@@ -24,7 +24,7 @@ using gemm::mr;
 using gemm::nr;
 
 inline constexpr int64_t block_panels = 32;  // 512 positions: A is read from memory once for so many
-inline constexpr int64_t a_panel = 2 * mr;  // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
+inline constexpr int64_t a_panel = 2 * mr;   // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
 
 // Planes with one element for each position (p, q) of the smaller side; the pixels of the larger side are step apart.
 template <class T>
@@ -39,9 +39,7 @@ template <class T>
 struct Weights {
   const T* data;
   int64_t panel_stride, row_stride, step;
-  const T* at(int64_t m, int64_t k) const {
-    return data + m / a_panel * panel_stride + m % a_panel * row_stride + k * step;
-  }
+  const T* at(int64_t m, int64_t k) const { return data + m / a_panel * panel_stride + m % a_panel * row_stride + k * step; }
 };
 
 template <class T, int rows>
@@ -120,8 +118,8 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
             const int64_t c_row = p.to_row ? result.strides.c : nr<T>;
             const T* start = epilogue.bias == nullptr ? nullptr : epilogue.bias + m;
             gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
-              tile_product<T, count>(depth, {weight.at(m, k), weight.row_stride, weight.step}, b + j * max_depth * nr<T>, c, c_row,
-                                     start, d > 0, epilogue.relu && d + 1 == depths);
+              tile_product<T, count>(depth, {weight.at(m, k), weight.row_stride, weight.step}, b + j * max_depth * nr<T>, c,
+                                     c_row, start, d > 0, epilogue.relu && d + 1 == depths);
             });
           }
         }

@@ -45,7 +45,8 @@ void row_tile(int64_t count, int64_t depth, const T* weight, const T* pixels, co
     tile.load_from(to, to_row);
   } else if (add) {
     for (int m = 0; m < rows; ++m)
-      for (int64_t x = 0; x < vectors * kLanes<T>; ++x) spill[m * vectors * kLanes<T> + x] = x < count ? to[m * to_row + x] : T(0);
+      for (int64_t x = 0; x < vectors * kLanes<T>; ++x)
+        spill[m * vectors * kLanes<T> + x] = x < count ? to[m * to_row + x] : T(0);
     tile.load_from(spill, vectors * kLanes<T>);
   } else {
     tile.start_at(start);
@@ -69,8 +70,8 @@ void row_tile_of(int64_t needed, int64_t count, int64_t depth, const T* weight, 
 
 // One row of `columns` pixels for `rows` filters. Where the last tile is narrow it overlaps the one before, unless it adds.
 template <class T, int rows>
-void row_product(int64_t columns, int64_t depth, const T* weight, const T* pixels, const int64_t* offset, const T* start, bool add,
-                 bool relu, T* to, int64_t to_row) {
+void row_product(int64_t columns, int64_t depth, const T* weight, const T* pixels, const int64_t* offset, const T* start,
+                 bool add, bool relu, T* to, int64_t to_row) {
   constexpr int64_t L = kLanes<T>, width = tile_vectors(rows) * L;
   for (int64_t x = 0; x < columns;) {
     int64_t count = std::min(width, columns - x);
@@ -92,21 +93,24 @@ template <class T>
 void fill_buffer(const Correlation<T>& p, const Buffer<T>& b, int64_t n, int64_t c, int64_t channels, int64_t row, int64_t count,
                  T* buffer) {
   const Strides& s = p.source.strides;
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      const T* from = p.source.data + n * s.n + (c + channel) * s.c + (row + r) * s.h;
-      T* to = buffer + r * b.row + channel * p.step_w * b.pitch;
-      for (int64_t remainder = 0; remainder < p.step_w; ++remainder, to += b.pitch) {
-        // Element x is source column first_column + remainder + x step_w.
-        const int64_t first = b.first_column + remainder;
-        const int64_t left = std::min(b.pitch, first < 0 ? ceil_div(-first, p.step_w) : 0);
-        const int64_t end = first >= p.source.columns ? left : std::clamp(ceil_div(p.source.columns - first, p.step_w), left, b.pitch);
+  for (int64_t remainder = 0; remainder < p.step_w; ++remainder) {
+    // Element x is source column first_column + remainder + x step_w; left ... end - 1 exist.
+    const int64_t first = b.first_column + remainder;
+    const int64_t left = std::min(b.pitch, first < 0 ? ceil_div(-first, p.step_w) : 0);
+    const int64_t end =
+        first >= p.source.columns ? left : std::clamp(ceil_div(p.source.columns - first, p.step_w), left, b.pitch);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const T* from = p.source.data + n * s.n + (c + channel) * s.c + (row + r) * s.h + first + left * p.step_w;
+        T* to = buffer + r * b.row + (channel * p.step_w + remainder) * b.pitch;
         implicit_gemm::zero_beyond(to, left);
+        const int64_t tail = end / kLanes<T> * kLanes<T>;  // b.pitch ends a vector too
+        implicit_gemm::zero_beyond(to + tail, b.pitch - tail);
+        if (left == end) continue;
         if (p.step_w == 1)
-          implicit_gemm::copy_row(from + first + left, end - left, to + left);
+          implicit_gemm::copy_row(from, end - left, to + left);
         else
-          gather_strided(from + first + left * p.step_w, p.step_w, end - left, to + left);
-        implicit_gemm::zero_beyond(to + end, b.pitch - end);
+          gather_strided(from, p.step_w, end - left, to + left);
       }
     }
   }
@@ -239,8 +243,7 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
             const int64_t taps = begin < end ? filter_row[end - 1].first_tap + filter_row[end - 1].taps - tap_begin : 0;
             const int64_t first = c * p.tap_count + tap_begin * channels;
             const T* start = direct && epilogue.bias != nullptr ? epilogue.bias + group * p.filters + k : nullptr;
-            T* to = direct ? result + k * s.c + (i_begin + i) * s.h
-                           : tile + ((i * phases + f) * p.filters + k) * tile_pitch;
+            T* to = direct ? result + k * s.c + (i_begin + i) * s.h : tile + ((i * phases + f) * p.filters + k) * tile_pitch;
             const T* pixels = buffer + i * p.step_h * b.row;
             gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
               row_product<T, count>(direct ? p.phases[f].columns : tile_pitch, taps * channels, panel + first * count, pixels,
@@ -272,8 +275,20 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
   Tap* taps = workspace<Tap>(Slot::tables, taps_count);
   implicit_gemm::input_taps(g, taps);
   const Phase phase{0, taps_count, g.P, g.Q};
-  correlate<T>({g.N, g.G, C, K, g.layout, {input, g.input_strides(), g.H, g.W}, {output, g.output_strides(), g.P, g.Q},
-                g.stride_h, g.stride_w, 1, 1, taps, &phase, taps_count},
+  correlate<T>({g.N,
+                g.G,
+                C,
+                K,
+                g.layout,
+                {input, g.input_strides(), g.H, g.W},
+                {output, g.output_strides(), g.P, g.Q},
+                g.stride_h,
+                g.stride_w,
+                1,
+                1,
+                taps,
+                &phase,
+                taps_count},
                weight, K * C * taps_count, C * taps_count, taps_count, epilogue);
 }
 
@@ -281,8 +296,20 @@ template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
   const implicit_gemm::InputPhases phases = implicit_gemm::input_phases(g);
-  correlate<T>({g.N, g.G, K, C, g.layout, {grad_output, g.output_strides(), g.P, g.Q}, {grad_input, g.input_strides(), g.H, g.W},
-                1, 1, phases.along_h, phases.along_w, phases.taps, phases.data, phases.tap_count},
+  correlate<T>({g.N,
+                g.G,
+                K,
+                C,
+                g.layout,
+                {grad_output, g.output_strides(), g.P, g.Q},
+                {grad_input, g.input_strides(), g.H, g.W},
+                1,
+                1,
+                phases.along_h,
+                phases.along_w,
+                phases.taps,
+                phases.data,
+                phases.tap_count},
                weight, K * C * taps_count, taps_count, C * taps_count, {nullptr, false});
 }
 
