@@ -171,24 +171,37 @@ template <class T, int unit, int half, size_t... lane>
 #endif
 }
 
-// The first (half = 0) or second halves of a and b, side by side.
-template <class T, int half, size_t... lane>
-[[gnu::always_inline]] inline Vec<T> join_halves(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
-  constexpr int lanes = sizeof...(lane), h = half * lanes / 2;
+// Exchanges the blocks of `block` elements at odd places of a with those at even places of b.
+template <class T, int block, size_t... lane>
+[[gnu::always_inline]] inline void swap_blocks(Vec<T>& a, Vec<T>& b, std::index_sequence<lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  const Vec<T> x = a, y = b;
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (lane < lanes / 2 ? lane + h : lane + h + lanes / 2)...);
+  a = __builtin_shufflevector(x, y, (int(lane) & block ? lanes + int(lane) - block : int(lane))...);
+  b = __builtin_shufflevector(x, y, (int(lane) & block ? lanes + int(lane) : int(lane) + block)...);
 #else
-  return __builtin_shuffle(a, b, Vec<IndexOf<T>>{(lane < lanes / 2 ? lane + h : lane + h + lanes / 2)...});
+  using Mask = Vec<IndexOf<T>>;
+  a = __builtin_shuffle(x, y, Mask{(int(lane) & block ? lanes + int(lane) - block : int(lane))...});
+  b = __builtin_shuffle(x, y, Mask{(int(lane) & block ? lanes + int(lane) : int(lane) + block)...});
 #endif
 }
 
-// In place: v[i][j] = v[j][i]. Squares of 16 bytes first, then (in vectors of 32 bytes) the squares themselves.
+template <class T, int block>
+[[gnu::always_inline]] inline void swap_all_blocks(Vec<T>* v) {
+  if constexpr (block < int(kLanes<T>)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < int(kLanes<T>); ++i)
+      if ((i & block) == 0) swap_blocks<T, block>(v[i], v[i + block], kEachLane<T>);
+    swap_all_blocks<T, 2 * block>(v);
+  }
+}
+
+// In place: v[i][j] = v[j][i]. Squares of 16 bytes first, then the squares themselves.
 template <class T>
 [[gnu::always_inline]] inline void transpose(Vec<T>* v) {
   constexpr int lanes = int(kLanes<T>), part = 16 / sizeof(T);
-  static_assert(lanes == part || lanes == 2 * part);
   constexpr auto each = kEachLane<T>;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < lanes; i += 2) {
     const Vec<T> a = v[i], b = v[i + 1];
     v[i] = interleave_units<T, 1, 0>(a, b, each), v[i + 1] = interleave_units<T, 1, 1>(a, b, each);
@@ -201,13 +214,7 @@ template <class T>
       v[i + 2] = interleave_units<T, 2, 0>(b, d, each), v[i + 3] = interleave_units<T, 2, 1>(b, d, each);
     }
   }
-  if constexpr (lanes == 2 * part) {
-#pragma GCC unroll 8
-    for (int i = 0; i < part; ++i) {
-      const Vec<T> a = v[i], b = v[i + part];
-      v[i] = join_halves<T, 0>(a, b, each), v[i + part] = join_halves<T, 1>(a, b, each);
-    }
-  }
+  swap_all_blocks<T, part>(v);
 }
 
 // to + row_of(x) nr: the elements from[l from_row + x] for l < lanes, then zeros up to nr.
