@@ -70,6 +70,13 @@ struct Tile {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[m][v] = load(c + m * c_row + v * kLanes<T>);
   }
+  // What is in C is added last: the rounding errors of a long sum then grow with its pieces, not with every term.
+  [[gnu::always_inline]] void add_from(const T* c, int64_t c_row) {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[m][v] += load(c + m * c_row + v * kLanes<T>);
+  }
   // Row m starts at start[m], or at 0 without a start.
   [[gnu::always_inline]] void start_at(const T* start) {
 #pragma GCC unroll 8
@@ -142,13 +149,12 @@ struct Ends {
 template <class T, int rows, int vectors, class A>
 [[gnu::noinline]] void tile_product(int64_t depth, A a, const T* b, T* c, int64_t c_row, const Ends<T>& ends) {
   Tile<T, rows, vectors> tile;
-  if (ends.add)
-    tile.load_from(c, c_row);
-  else if (ends.bias != nullptr)
+  if (ends.bias != nullptr)
     tile.load_from(ends.bias, 0);
   else
     tile.start_at(nullptr);
   tile.accumulate(depth, a, PackedB<T>{b, nr<T>});
+  if (ends.add) tile.add_from(c, c_row);
   if (ends.relu) tile.rectify();
   tile.store_to(c, c_row);
 }

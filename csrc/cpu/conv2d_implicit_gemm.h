@@ -253,7 +253,7 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
         for (int64_t d = 0; d < depths; ++d) {
           const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k,
                         first = p.phases[f].first_tap * p.channels + k;
-          const gemm::Ends<T> ends{direct ? bias : nullptr, d > 0, direct && epilogue.relu && d + 1 == depths};
+          const gemm::Ends<T> ends{direct && d == 0 ? bias : nullptr, d > 0, direct && epilogue.relu && d + 1 == depths};
           const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
           for (int64_t x = first_position[f]; x < first_position[f + 1];) {
             const int64_t rows = gemm::tile_rows(first_position[f + 1] - x);
@@ -443,6 +443,8 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 // grad_weight is cut into tasks of chunk_rows rows (c,t) by chunk_filters filters: 288 x 128 sums are 144 KiB, which stay in L2.
 inline constexpr int64_t chunk_rows = 288;
 inline constexpr int64_t chunk_filters = 128;
+// Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
+inline constexpr int64_t gradient_depth = 192;
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
@@ -511,8 +513,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           }
         }
       }
-      for (int64_t x = 0; x < positions; x += max_depth) {
-        const int64_t depth = std::min(max_depth, positions - x);
+      const int64_t depths = ceil_div(positions, gradient_depth);
+      for (int64_t d = 0; d < depths; ++d) {
+        const int64_t x = d * positions / depths, depth = (d + 1) * positions / depths - x;
         for (int64_t panel = 0; panel < panels; ++panel) {
           const T* b = gradient + (panel * positions + x) * nr<T>;
           const bool narrow = filters - panel * nr<T> <= kLanes<T>;

@@ -41,17 +41,9 @@ void row_tile(int64_t count, int64_t depth, const T* weight, const T* pixels, co
   gemm::Tile<T, rows, vectors> tile;
   T spill[rows * vectors * kLanes<T>];
   const bool whole = count == vectors * kLanes<T>;
-  if (add && whole) {
-    tile.load_from(to, to_row);
-  } else if (add) {
-    for (int m = 0; m < rows; ++m)
-      for (int64_t x = 0; x < vectors * kLanes<T>; ++x)
-        spill[m * vectors * kLanes<T> + x] = x < count ? to[m * to_row + x] : T(0);
-    tile.load_from(spill, vectors * kLanes<T>);
-  } else {
-    tile.start_at(start);
-  }
+  tile.start_at(start);
   tile.accumulate(depth, gemm::StridedA<T>{weight, 1, rows}, gemm::IndirectB<T>{pixels, offset});
+  if (add) tile.add_from(to, to_row);  // into whole vectors only: sums in several parts are kept in a padded tile
   if (relu) tile.rectify();
   if (whole) return tile.store_to(to, to_row);
   tile.store_to(spill, vectors * kLanes<T>);
