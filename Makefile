@@ -14,6 +14,9 @@ STAMPS := .venv
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
+# Idle OpenMP threads sleep instead of spinning: on cores that are shared, spinning makes everything several times slower.
+export OMP_WAIT_POLICY ?= passive
+
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
 .PHONY: help setup train test test-full bench lint docs cuda-check sanitize clean FORCE

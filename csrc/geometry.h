@@ -174,6 +174,13 @@ inline void require_pool_input(const char* op, int64_t C, int64_t H, int64_t W) 
   require(C > 0 && H > 0 && W > 0, op, "input must have non-empty channels, height and width, got ", C, ", ", H, " and ", W);
 }
 
+// More padding could leave a window without input. The dilated kernel size is known to fit in 64 bits by then.
+inline void require_pool_padding(const char* op, const char* axis, int64_t pad, int64_t kernel, int64_t dilation) {
+  const int64_t window = dilation * (kernel - 1) + 1;
+  require(pad <= window / 2, op, "padding must be at most half of the dilated kernel size, got padding ", pad,
+          " and dilated kernel size ", window, " in ", axis);
+}
+
 inline Pool2dGeometry pool2d_geometry(const char* op, int64_t N, int64_t C, int64_t H, int64_t W, const Pool2dOptions& o,
                                       Layout layout) {
   require_pool_input(op, C, H, W);
@@ -181,13 +188,8 @@ inline Pool2dGeometry pool2d_geometry(const char* op, int64_t N, int64_t C, int6
                    o.stride_h, o.stride_w, o.pad_h, o.pad_w, o.dilation_h, o.dilation_w, false, layout};
   g.P = sliding_output_size(op, "height", H, o.kernel_h, o.stride_h, o.pad_h, o.dilation_h, o.ceil_mode);
   g.Q = sliding_output_size(op, "width", W, o.kernel_w, o.stride_w, o.pad_w, o.dilation_w, o.ceil_mode);
-  // A window that lies in the padding alone would have no maximum.
-  require(o.pad_h <= (o.dilation_h * (o.kernel_h - 1) + 1) / 2, op,
-          "padding must be at most half of the dilated kernel size, got padding ", o.pad_h, " and dilated kernel size ",
-          o.dilation_h * (o.kernel_h - 1) + 1, " in height");
-  require(o.pad_w <= (o.dilation_w * (o.kernel_w - 1) + 1) / 2, op,
-          "padding must be at most half of the dilated kernel size, got padding ", o.pad_w, " and dilated kernel size ",
-          o.dilation_w * (o.kernel_w - 1) + 1, " in width");
+  require_pool_padding(op, "height", o.pad_h, o.kernel_h, o.dilation_h);
+  require_pool_padding(op, "width", o.pad_w, o.kernel_w, o.dilation_w);
   require_numel_fits(op, "number of output bytes", N, C, g.P, g.Q);
   require_windows_meet_input(op, "height", g.P, H, o.kernel_h, o.stride_h, o.pad_h, o.dilation_h);
   require_windows_meet_input(op, "width", g.Q, W, o.kernel_w, o.stride_w, o.pad_w, o.dilation_w);
@@ -216,6 +218,27 @@ inline Window row_window(const Pool2dGeometry& g, int64_t p) {
 
 inline Window column_window(const Pool2dGeometry& g, int64_t q) {
   return g.adaptive ? adaptive_window(q, g.W, g.Q) : sliding_window(q, g.W, g.S, g.stride_w, g.pad_w, g.dilation_w);
+}
+
+// Which value of each window an extreme pool keeps: the largest or the smallest. With relu the largest, but no less than 0.
+struct Extremum {
+  bool minimum, relu;
+};
+
+// Where that value stands, if it is asked for.
+//   indices        h W + w in the plane, int64
+//   byte_offsets   r S + s in the window, uint8; 255 where relu put 0 in the place of every value
+//   int_offsets    the same as int32, with -1, for windows of more taps than a byte can tell apart
+enum class PositionKind { none, indices, byte_offsets, int_offsets };
+
+struct Positions {
+  PositionKind kind;
+  void* to;
+};
+
+inline bool offsets_fit_bytes(int64_t R, int64_t S, bool relu) {
+  const int64_t taps = relu ? 255 : 256;
+  return R <= taps && S <= taps && R * S <= taps;
 }
 
 // What an average divides by.

@@ -102,7 +102,8 @@ py::tuple max_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair paddi
   int64_t* at = indices.mutable_data();
   {
     py::gil_scoped_release release;
-    if (g.N > 0) kernels_for<T>().max_pool2d_forward(g, input.data(), to, at);
+    if (g.N > 0)
+      pool2d_kernels_for<T>().extremum_pool2d_forward(g, {false, false}, input.data(), to, {PositionKind::indices, at});
   }
   return py::make_tuple(output, indices);
 }
@@ -120,13 +121,19 @@ Array<T> max_pool2d_backward(const Array<T>& grad_output, const Array<int64_t>& 
   const int64_t N = indices.shape(0), C = indices.shape(1);
   require(H >= 0 && W >= 0, op, "input_size must be at least 0, got ", H, " and ", W);
   require_numel_fits(op, "number of input bytes", N, C, H, W);
-  const int64_t bad = first_bad_index(indices.data(), indices.size(), H * W);
-  require(bad < 0, op, "indices must lie in 0 ... ", H * W - 1, ", got ", bad < 0 ? 0 : indices.data()[bad]);
   const Pool2dGeometry g{N, C, H, W, 1, 1, indices.shape(2), indices.shape(3), 1, 1, 0, 0, 1, 1, false, Layout::nchw};
   Array<T> grad_input = empty<T>(N, C, H, W);
   T* to = grad_input.mutable_data();
-  py::gil_scoped_release release;
-  pool2d_scatter_add(g, grad_output.data(), indices.data(), to);
+  bool inside = false;
+  {
+    py::gil_scoped_release release;
+    inside = pool2d_scatter_add(g, grad_output.data(), indices.data(), to);
+  }
+  if (!inside) {
+    const int64_t* index = indices.data();
+    while (*index >= 0 && *index < H * W) ++index;
+    require(false, op, "indices must lie in 0 ... ", H * W - 1, ", got ", *index);
+  }
   return grad_input;
 }
 
@@ -154,7 +161,7 @@ Array<T> avg_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair paddin
   Array<T> output = empty<T>(g.N, g.C, g.P, g.Q);
   T* to = output.mutable_data();
   py::gil_scoped_release release;
-  if (g.N > 0) kernels_for<T>().avg_pool2d_forward(g, average.divisor, input.data(), to);
+  if (g.N > 0) pool2d_kernels_for<T>().avg_pool2d_forward(g, average.divisor, input.data(), to);
   return output;
 }
 
@@ -171,7 +178,7 @@ Array<T> avg_pool2d_backward(const Array<T>& grad_output, Pair input_size, Pair 
   Array<T> grad_input = empty<T>(g.N, g.C, g.H, g.W);
   T* to = grad_input.mutable_data();
   py::gil_scoped_release release;
-  if (g.N > 0) kernels_for<T>().avg_pool2d_grad_input(g, average.divisor, grad_output.data(), to);
+  if (g.N > 0) pool2d_kernels_for<T>().avg_pool2d_grad_input(g, average.divisor, grad_output.data(), to);
   return grad_input;
 }
 
@@ -206,9 +213,12 @@ std::vector<std::tuple<std::string, std::string, std::string>> explain_conv2d(in
   return rows;
 }
 
-Pair output_size(const std::string& op, Pair size, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode) {
+Pair output_size(const std::string& op, Pair size, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
+                 bool pool) {
   const auto along = [&](const char* axis, int64_t n, int64_t k, int64_t s, int64_t pad, int64_t d) {
-    return torchcnn::sliding_output_size(op.c_str(), axis, n, k, s, pad, d, ceil_mode);
+    const int64_t out = sliding_output_size(op.c_str(), axis, n, k, s, pad, d, ceil_mode);
+    if (pool) require_pool_padding(op.c_str(), axis, pad, k, d);
+    return out;
   };
   return {along("height", size.first, kernel.first, stride.first, padding.first, dilation.first),
           along("width", size.second, kernel.second, stride.second, padding.second, dilation.second)};

@@ -1,12 +1,19 @@
 // The pooling operators: schema, checks, allocation, call of a kernel. The pattern is that of conv2d.cpp.
 //
-//   max_pool2d, min_pool2d, adaptive_max_pool2d      output and int64 indices h W + w
-//   max_pool2d_grad_input                            backward of all three: adds grad_output at the indices
+//   max_pool2d, min_pool2d, relu_max_pool2d, adaptive_max_pool2d       the output alone
+//   ..._with_indices                                                   and int64 indices h W + w into the plane
+//   ..._with_offsets                                                   and offsets r S + s into the window, uint8 or int32
+//
+//   max_pool2d_grad_input                            backward from indices: adds grad_output where they point
 //   max_unpool2d                                     puts values at the indices, zero elsewhere
 //   max_unpool2d_grad_input                          takes values from the indices: its backward, and the derivative of max_pool2d
+//   offset_pool2d                                    takes from each window the value at its offset: the derivative of max_pool2d
+//   offset_pool2d_grad_input                         backward from offsets, of which offset_pool2d is the derivative in turn
 //   avg_pool2d, adaptive_avg_pool2d                  and their _grad_input, of which they are the derivative in turn
 //
-// bfloat16 and float16 compute in float32; extremes keep the exact value whatever the dtype.
+// bfloat16 and float16 are summed in float32 and rounded once; extremes keep the exact value whatever the dtype.
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/pool2d_indexed.h"
 #include "cpu/pool2d_reference.h"
@@ -15,7 +22,31 @@
 namespace torchcnn {
 namespace {
 
-using Pooled = std::tuple<Tensor, Tensor>;
+using Pair = std::tuple<Tensor, Tensor>;
+
+template <class T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Calls run(T()) with the element type of the kernels.
+template <class Run>
+void for_float_type(const char* op, ScalarType dtype, Run run) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return run(BFloat16());
+    case ScalarType::Half: return run(Float16());
+    default: return for_floating_type(op, dtype, run);
+  }
+}
+
+bool is_float(const Tensor& tensor) {
+  return is_low_precision(tensor) || tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
+}
 
 template <class Run>
 void for_integer_type(const char* op, ScalarType dtype, Run run) {
@@ -30,42 +61,68 @@ void for_integer_type(const char* op, ScalarType dtype, Run run) {
   }
 }
 
-bool is_floating(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
-}
-
-// Bytes for the types that are only moved, never computed with.
+// Calls run(T()) with an integer of the element's size: for elements that are moved, never computed with.
 template <class Run>
-void for_any_type(const char* op, ScalarType dtype, Run run) {
-  if (dtype == ScalarType::Float) return run(float());
-  if (dtype == ScalarType::Double) return run(double());
-  for_integer_type(op, dtype, run);
+void for_element_size(const char* op, ScalarType dtype, Run run) {
+  const auto of_size = [&](auto element) {
+    if constexpr (sizeof element == 1) run(uint8_t());
+    if constexpr (sizeof element == 2) run(uint16_t());
+    if constexpr (sizeof element == 4) run(uint32_t());
+    if constexpr (sizeof element == 8) run(uint64_t());
+  };
+  switch (dtype) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return for_float_type(op, dtype, of_size);
+    default: return for_integer_type(op, dtype, of_size);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------- extremes
 
-Pooled extremum_pool2d(const char* op, bool maximum, const Tensor& input, const Pool2dGeometry& g) {
-  if (is_low_precision(input)) {
-    const auto [output, indices] = extremum_pool2d(op, maximum, to_dtype(input, ScalarType::Float), g);
-    return {to_dtype(output, input.scalar_type()), indices};
-  }
-  const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout);
-  const Tensor indices = empty_activation(input, ScalarType::Long, g.N, g.C, g.P, g.Q, g.layout);
-  if (output.numel() == 0) return {output, indices};
+constexpr Extremum kMax{false, false}, kMin{true, false}, kReluMax{false, true};
+
+void run_extremum(const char* op, Extremum extremum, const Tensor& input, const Pool2dGeometry& g, const Tensor& output,
+                  Positions positions) {
+  if (output.numel() == 0) return;
   const Tensor in = in_layout(input, g.layout);
-  const auto run = [&]<class T>(T, auto kernel) {
-    kernel(g, in.const_data_ptr<T>(), output.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>());
-  };
-  if (is_floating(input)) {
-    for_floating_type(op, input.scalar_type(), [&]<class T>(T zero) {
-      run(zero, maximum ? kernels_for<T>().max_pool2d_forward : kernels_for<T>().min_pool2d_forward);
+  if (is_float(input)) {
+    for_float_type(op, input.scalar_type(), [&]<class T>(T) {
+      pool2d_kernels_for<T>().extremum_pool2d_forward(g, extremum, data_of<T>(in), mutable_data_of<T>(output), positions);
     });
   } else {
-    for_integer_type(op, input.scalar_type(), [&]<class T>(T zero) {
-      run(zero, maximum ? reference::max_pool2d_forward<T> : reference::min_pool2d_forward<T>);
+    for_integer_type(op, input.scalar_type(), [&]<class T>(T) {
+      reference::extremum_pool2d_forward<T>(g, extremum, data_of<T>(in), mutable_data_of<T>(output), positions);
     });
   }
+}
+
+Tensor extremum_pool2d(const char* op, Extremum extremum, const Tensor& input, const Pool2dGeometry& g) {
+  const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout);
+  run_extremum(op, extremum, input, g, output, {PositionKind::none, nullptr});
+  return output;
+}
+
+Pair extremum_pool2d_with_indices(const char* op, Extremum extremum, const Tensor& input, const Pool2dGeometry& g) {
+  const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout);
+  const Tensor indices = empty_activation(input, ScalarType::Long, g.N, g.C, g.P, g.Q, g.layout);
+  run_extremum(op, extremum, input, g, output, {PositionKind::indices, indices.mutable_data_ptr()});
   return {output, indices};
+}
+
+void require_taps_fit(const char* op, const Pool2dGeometry& g) {
+  require(g.R <= INT32_MAX / g.S, op, "a window must have fewer than 2^31 elements for its offsets, got ", g.R, " x ", g.S);
+}
+
+Pair extremum_pool2d_with_offsets(const char* op, Extremum extremum, const Tensor& input, const Pool2dGeometry& g) {
+  require_taps_fit(op, g);
+  const bool bytes = offsets_fit_bytes(g.R, g.S, extremum.relu);
+  const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout);
+  const Tensor offsets = empty_activation(input, bytes ? ScalarType::Byte : ScalarType::Int, g.N, g.C, g.P, g.Q, g.layout);
+  const PositionKind kind = bytes ? PositionKind::byte_offsets : PositionKind::int_offsets;
+  run_extremum(op, extremum, input, g, output, {kind, offsets.mutable_data_ptr()});
+  return {output, offsets};
 }
 
 Pool2dGeometry geometry_of(const char* op, const Tensor& input, const Pool2dOptions& options) {
@@ -78,23 +135,25 @@ Pool2dGeometry adaptive_geometry_of(const char* op, const Tensor& input, int64_t
   return adaptive_pool2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), P, Q, layout_of(input));
 }
 
-Pooled max_pool2d(Tensor input, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h,
-                  int64_t pad_w, int64_t dilation_h, int64_t dilation_w, bool ceil_mode) {
-  const char* op = "max_pool2d";
-  const Pool2dOptions options{kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, ceil_mode};
-  return extremum_pool2d(op, true, input, geometry_of(op, input, options));
+const char* name_of(Extremum extremum) {
+  return extremum.minimum ? "min_pool2d" : extremum.relu ? "relu_max_pool2d" : "max_pool2d";
 }
 
-Pooled min_pool2d(Tensor input, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h,
-                  int64_t pad_w, int64_t dilation_h, int64_t dilation_w, bool ceil_mode) {
-  const char* op = "min_pool2d";
+template <const Extremum& extremum, auto run>
+auto sliding(Tensor input, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+             int64_t dilation_h, int64_t dilation_w, bool ceil_mode) {
   const Pool2dOptions options{kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, ceil_mode};
-  return extremum_pool2d(op, false, input, geometry_of(op, input, options));
+  return run(name_of(extremum), extremum, input, geometry_of(name_of(extremum), input, options));
 }
 
-Pooled adaptive_max_pool2d(Tensor input, int64_t P, int64_t Q) {
+Tensor adaptive_max_pool2d(Tensor input, int64_t P, int64_t Q) {
   const char* op = "adaptive_max_pool2d";
-  return extremum_pool2d(op, true, input, adaptive_geometry_of(op, input, P, Q));
+  return extremum_pool2d(op, kMax, input, adaptive_geometry_of(op, input, P, Q));
+}
+
+Pair adaptive_max_pool2d_with_indices(Tensor input, int64_t P, int64_t Q) {
+  const char* op = "adaptive_max_pool2d";
+  return extremum_pool2d_with_indices(op, kMax, input, adaptive_geometry_of(op, input, P, Q));
 }
 
 // ------------------------------------------------------------------------------------------------- following indices
@@ -117,25 +176,22 @@ void require_indices(const char* op, const char* name, const Tensor& values, con
   require(same, op, "indices must have the shape of ", name, ", got ", Shape{indices}, " and ", Shape{values});
 }
 
-void require_indices_in_plane(const char* op, const int64_t* indices, int64_t count, const Pool2dGeometry& g) {
-  const int64_t bad = first_bad_index(indices, count, g.H * g.W);
-  require(bad < 0, op, "indices must lie in 0 ... ", g.H * g.W - 1, " (a plane of ", g.H, " x ", g.W, "), got ",
-          bad < 0 ? 0 : indices[bad]);
+// The kernels say whether every index lay in the plane; only where not is it looked for.
+void require_inside(const char* op, bool inside, const Tensor& indices, const Pool2dGeometry& g) {
+  if (inside) return;
+  const int64_t* index = data_of<int64_t>(indices);
+  while (*index >= 0 && *index < g.H * g.W) ++index;
+  require(false, op, "indices must lie in 0 ... ", g.H * g.W - 1, " (a plane of ", g.H, " x ", g.W, "), got ", *index);
 }
 
 Tensor max_pool2d_grad_input(Tensor grad_output, Tensor indices, int64_t H, int64_t W, bool channels_last) {
   const char* op = "max_pool2d_grad_input";
   require_indices(op, "grad_output", grad_output, indices);
-  if (is_low_precision(grad_output)) {
-    return to_dtype(max_pool2d_grad_input(to_dtype(grad_output, ScalarType::Float), indices, H, W, channels_last),
-                    grad_output.scalar_type());
-  }
   const Pool2dGeometry g = indexed_geometry(op, grad_output, H, W, layout_from(channels_last));
   const Tensor from = in_layout(grad_output, g.layout), at = in_layout(indices, g.layout);
-  require_indices_in_plane(op, at.const_data_ptr<int64_t>(), at.numel(), g);
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, H, W, g.layout);
-  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    pool2d_scatter_add(g, from.const_data_ptr<T>(), at.const_data_ptr<int64_t>(), grad_input.mutable_data_ptr<T>());
+  for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+    require_inside(op, pool2d_scatter_add(g, data_of<T>(from), data_of<int64_t>(at), mutable_data_of<T>(grad_input)), at, g);
   });
   return grad_input;
 }
@@ -143,14 +199,11 @@ Tensor max_pool2d_grad_input(Tensor grad_output, Tensor indices, int64_t H, int6
 Tensor max_unpool2d(Tensor input, Tensor indices, int64_t H, int64_t W) {
   const char* op = "max_unpool2d";
   require_indices(op, "input", input, indices);
-  if (is_low_precision(input))
-    return to_dtype(max_unpool2d(to_dtype(input, ScalarType::Float), indices, H, W), input.scalar_type());
   const Pool2dGeometry g = indexed_geometry(op, input, H, W, layout_of(input));
   const Tensor from = in_layout(input, g.layout), at = in_layout(indices, g.layout);
-  require_indices_in_plane(op, at.const_data_ptr<int64_t>(), at.numel(), g);
   const Tensor output = empty_activation(input, g.N, g.C, H, W, g.layout);
-  for_any_type(op, input.scalar_type(), [&]<class T>(T) {
-    pool2d_scatter_assign(g, from.const_data_ptr<T>(), at.const_data_ptr<int64_t>(), output.mutable_data_ptr<T>());
+  for_element_size(op, input.scalar_type(), [&]<class T>(T) {
+    require_inside(op, pool2d_scatter_assign(g, data_of<T>(from), data_of<int64_t>(at), mutable_data_of<T>(output)), at, g);
   });
   return output;
 }
@@ -163,14 +216,67 @@ Tensor max_unpool2d_grad_input(Tensor grad_output, Tensor indices) {
           torch::headeronly::toString(indices.scalar_type()));
   require(grad_output.size(0) == indices.size(0) && grad_output.size(1) == indices.size(1), op,
           "grad_output and indices must have the same batch and channels, got ", Shape{grad_output}, " and ", Shape{indices});
-  if (is_low_precision(grad_output))
-    return to_dtype(max_unpool2d_grad_input(to_dtype(grad_output, ScalarType::Float), indices), grad_output.scalar_type());
   const Pool2dGeometry g = indexed_geometry(op, indices, grad_output.size(2), grad_output.size(3), layout_of(indices));
   const Tensor from = in_layout(grad_output, g.layout), at = in_layout(indices, g.layout);
-  require_indices_in_plane(op, at.const_data_ptr<int64_t>(), at.numel(), g);
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, g.P, g.Q, g.layout);
-  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    pool2d_gather(g, from.const_data_ptr<T>(), at.const_data_ptr<int64_t>(), grad_input.mutable_data_ptr<T>());
+  for_element_size(op, grad_output.scalar_type(), [&]<class T>(T) {
+    require_inside(op, pool2d_gather(g, data_of<T>(from), data_of<int64_t>(at), mutable_data_of<T>(grad_input)), at, g);
+  });
+  return grad_input;
+}
+
+// ------------------------------------------------------------------------------------------------- following offsets
+
+void require_grad_output_shape(const char* op, const Tensor& grad_output, const Pool2dGeometry& g) {
+  require(grad_output.size(2) == g.P && grad_output.size(3) == g.Q, op, "grad_output must have the shape of the output, [", g.N,
+          ", ", g.C, ", ", g.P, ", ", g.Q, "], got ", Shape{grad_output});
+}
+
+void require_offsets(const char* op, const Tensor& offsets, const Pool2dGeometry& g) {
+  require_rank(op, "offsets", offsets, 4);
+  require(offsets.size(0) == g.N && offsets.size(1) == g.C && offsets.size(2) == g.P && offsets.size(3) == g.Q, op,
+          "offsets must have the shape of the output, [", g.N, ", ", g.C, ", ", g.P, ", ", g.Q, "], got ", Shape{offsets});
+  require(offsets.scalar_type() == ScalarType::Byte || offsets.scalar_type() == ScalarType::Int, op,
+          "offsets must be uint8 or int32, got ", torch::headeronly::toString(offsets.scalar_type()));
+  require_taps_fit(op, g);
+}
+
+Tensor offset_pool2d(Tensor input, Tensor offsets, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
+                     int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, bool ceil_mode) {
+  const char* op = "offset_pool2d";
+  Pool2dGeometry g =
+      geometry_of(op, input, {kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, ceil_mode});
+  require_offsets(op, offsets, g);
+  g.layout = layout_of(offsets);
+  const Tensor from = in_layout(input, g.layout), at = in_layout(offsets, g.layout);
+  const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout);
+  for_element_size(op, input.scalar_type(), [&]<class T>(T) {
+    if (offsets.scalar_type() == ScalarType::Byte) {
+      pool2d_gather_offsets(g, data_of<T>(from), data_of<uint8_t>(at), mutable_data_of<T>(output));
+    } else {
+      pool2d_gather_offsets(g, data_of<T>(from), data_of<int32_t>(at), mutable_data_of<T>(output));
+    }
+  });
+  return output;
+}
+
+Tensor offset_pool2d_grad_input(Tensor grad_output, Tensor offsets, int64_t H, int64_t W, int64_t kernel_h, int64_t kernel_w,
+                                int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
+                                int64_t dilation_w, bool ceil_mode, bool channels_last) {
+  const char* op = "offset_pool2d_grad_input";
+  require_rank(op, "grad_output", grad_output, 4);
+  const Pool2dOptions options{kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, ceil_mode};
+  const Pool2dGeometry g =
+      pool2d_geometry(op, grad_output.size(0), grad_output.size(1), H, W, options, layout_from(channels_last));
+  require_grad_output_shape(op, grad_output, g);
+  require_offsets(op, offsets, g);
+  const Tensor from = in_layout(grad_output, g.layout), at = in_layout(offsets, g.layout);
+  const Tensor grad_input = empty_activation(grad_output, g.N, g.C, H, W, g.layout);
+  if (grad_input.numel() == 0) return grad_input;
+  const PositionKind kind = offsets.scalar_type() == ScalarType::Byte ? PositionKind::byte_offsets : PositionKind::int_offsets;
+  for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+    pool2d_kernels_for<T>().offset_pool2d_grad_input(g, data_of<T>(from), {kind, const_cast<void*>(at.const_data_ptr())},
+                                                     mutable_data_of<T>(grad_input));
   });
   return grad_input;
 }
@@ -178,30 +284,29 @@ Tensor max_unpool2d_grad_input(Tensor grad_output, Tensor indices) {
 // ---------------------------------------------------------------------------------------------------------- averages
 
 Tensor average_forward(const char* op, const Tensor& input, const Pool2dGeometry& g, Divisor divisor) {
-  if (is_low_precision(input))
-    return to_dtype(average_forward(op, to_dtype(input, ScalarType::Float), g, divisor), input.scalar_type());
   const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout), in = in_layout(input, g.layout);
   if (output.numel() == 0) return output;
   if (input.scalar_type() == ScalarType::Long) {
-    reference::avg_pool2d_forward(g, divisor, in.const_data_ptr<int64_t>(), output.mutable_data_ptr<int64_t>());
+    reference::avg_pool2d_forward(g, divisor, data_of<int64_t>(in), mutable_data_of<int64_t>(output));
     return output;
   }
-  for_floating_type(op, input.scalar_type(), [&]<class T>(T) {
-    kernels_for<T>().avg_pool2d_forward(g, divisor, in.const_data_ptr<T>(), output.mutable_data_ptr<T>());
+  for_float_type(op, input.scalar_type(), [&]<class T>(T) {
+    pool2d_kernels_for<T>().avg_pool2d_forward(g, divisor, data_of<T>(in), mutable_data_of<T>(output));
   });
   return output;
 }
 
 Tensor average_grad_input(const char* op, const Tensor& grad_output, const Pool2dGeometry& g, Divisor divisor) {
-  require(grad_output.size(2) == g.P && grad_output.size(3) == g.Q, op, "grad_output must have the shape of the output, [", g.N,
-          ", ", g.C, ", ", g.P, ", ", g.Q, "], got ", Shape{grad_output});
-  if (is_low_precision(grad_output))
-    return to_dtype(average_grad_input(op, to_dtype(grad_output, ScalarType::Float), g, divisor), grad_output.scalar_type());
+  require_grad_output_shape(op, grad_output, g);
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, g.H, g.W, g.layout),
                gradient = in_layout(grad_output, g.layout);
   if (grad_input.numel() == 0) return grad_input;
-  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    kernels_for<T>().avg_pool2d_grad_input(g, divisor, gradient.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>());
+  if (grad_output.numel() == 0) {
+    std::memset(grad_input.mutable_data_ptr(), 0, static_cast<size_t>(grad_input.numel() * grad_input.element_size()));
+    return grad_input;
+  }
+  for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+    pool2d_kernels_for<T>().avg_pool2d_grad_input(g, divisor, data_of<T>(gradient), mutable_data_of<T>(grad_input));
   });
   return grad_input;
 }
@@ -254,12 +359,22 @@ Tensor adaptive_avg_pool2d_grad_input(Tensor grad_output, int64_t H, int64_t W, 
 #define AVERAGE_OPTIONS WINDOW ", bool ceil_mode, bool count_include_pad, int? divisor_override"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
-  m.def("max_pool2d(Tensor input, " EXTREMUM_OPTIONS ") -> (Tensor, Tensor)");
-  m.def("min_pool2d(Tensor input, " EXTREMUM_OPTIONS ") -> (Tensor, Tensor)");
-  m.def("adaptive_max_pool2d(Tensor input, SymInt P, SymInt Q) -> (Tensor, Tensor)");
+  m.def("max_pool2d(Tensor input, " EXTREMUM_OPTIONS ") -> Tensor");
+  m.def("max_pool2d_with_indices(Tensor input, " EXTREMUM_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("max_pool2d_with_offsets(Tensor input, " EXTREMUM_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("min_pool2d(Tensor input, " EXTREMUM_OPTIONS ") -> Tensor");
+  m.def("min_pool2d_with_indices(Tensor input, " EXTREMUM_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("min_pool2d_with_offsets(Tensor input, " EXTREMUM_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("relu_max_pool2d(Tensor input, " EXTREMUM_OPTIONS ") -> Tensor");
+  m.def("relu_max_pool2d_with_offsets(Tensor input, " EXTREMUM_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("adaptive_max_pool2d(Tensor input, SymInt P, SymInt Q) -> Tensor");
+  m.def("adaptive_max_pool2d_with_indices(Tensor input, SymInt P, SymInt Q) -> (Tensor, Tensor)");
   m.def("max_pool2d_grad_input(Tensor grad_output, Tensor indices, SymInt H, SymInt W, bool channels_last) -> Tensor");
   m.def("max_unpool2d(Tensor input, Tensor indices, SymInt H, SymInt W) -> Tensor");
   m.def("max_unpool2d_grad_input(Tensor grad_output, Tensor indices) -> Tensor");
+  m.def("offset_pool2d(Tensor input, Tensor offsets, " EXTREMUM_OPTIONS ") -> Tensor");
+  m.def("offset_pool2d_grad_input(Tensor grad_output, Tensor offsets, SymInt H, SymInt W, " EXTREMUM_OPTIONS
+        ", bool channels_last) -> Tensor");
   m.def("avg_pool2d(Tensor input, " AVERAGE_OPTIONS ") -> Tensor");
   m.def("avg_pool2d_grad_input(Tensor grad_output, SymInt H, SymInt W, " AVERAGE_OPTIONS ", bool channels_last) -> Tensor");
   m.def("adaptive_avg_pool2d(Tensor input, SymInt P, SymInt Q) -> Tensor");
@@ -267,14 +382,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) {
-  m.impl("max_pool2d", TORCH_BOX(&torchcnn::max_pool2d));
-  m.impl("min_pool2d", TORCH_BOX(&torchcnn::min_pool2d));
-  m.impl("adaptive_max_pool2d", TORCH_BOX(&torchcnn::adaptive_max_pool2d));
-  m.impl("max_pool2d_grad_input", TORCH_BOX(&torchcnn::max_pool2d_grad_input));
-  m.impl("max_unpool2d", TORCH_BOX(&torchcnn::max_unpool2d));
-  m.impl("max_unpool2d_grad_input", TORCH_BOX(&torchcnn::max_unpool2d_grad_input));
-  m.impl("avg_pool2d", TORCH_BOX(&torchcnn::avg_pool2d));
-  m.impl("avg_pool2d_grad_input", TORCH_BOX(&torchcnn::avg_pool2d_grad_input));
-  m.impl("adaptive_avg_pool2d", TORCH_BOX(&torchcnn::adaptive_avg_pool2d));
-  m.impl("adaptive_avg_pool2d_grad_input", TORCH_BOX(&torchcnn::adaptive_avg_pool2d_grad_input));
+  using namespace torchcnn;
+  m.impl("max_pool2d", TORCH_BOX((&sliding<kMax, extremum_pool2d>)));
+  m.impl("max_pool2d_with_indices", TORCH_BOX((&sliding<kMax, extremum_pool2d_with_indices>)));
+  m.impl("max_pool2d_with_offsets", TORCH_BOX((&sliding<kMax, extremum_pool2d_with_offsets>)));
+  m.impl("min_pool2d", TORCH_BOX((&sliding<kMin, extremum_pool2d>)));
+  m.impl("min_pool2d_with_indices", TORCH_BOX((&sliding<kMin, extremum_pool2d_with_indices>)));
+  m.impl("min_pool2d_with_offsets", TORCH_BOX((&sliding<kMin, extremum_pool2d_with_offsets>)));
+  m.impl("relu_max_pool2d", TORCH_BOX((&sliding<kReluMax, extremum_pool2d>)));
+  m.impl("relu_max_pool2d_with_offsets", TORCH_BOX((&sliding<kReluMax, extremum_pool2d_with_offsets>)));
+  m.impl("adaptive_max_pool2d", TORCH_BOX(&adaptive_max_pool2d));
+  m.impl("adaptive_max_pool2d_with_indices", TORCH_BOX(&adaptive_max_pool2d_with_indices));
+  m.impl("max_pool2d_grad_input", TORCH_BOX(&max_pool2d_grad_input));
+  m.impl("max_unpool2d", TORCH_BOX(&max_unpool2d));
+  m.impl("max_unpool2d_grad_input", TORCH_BOX(&max_unpool2d_grad_input));
+  m.impl("offset_pool2d", TORCH_BOX(&offset_pool2d));
+  m.impl("offset_pool2d_grad_input", TORCH_BOX(&offset_pool2d_grad_input));
+  m.impl("avg_pool2d", TORCH_BOX(&avg_pool2d));
+  m.impl("avg_pool2d_grad_input", TORCH_BOX(&avg_pool2d_grad_input));
+  m.impl("adaptive_avg_pool2d", TORCH_BOX(&adaptive_avg_pool2d));
+  m.impl("adaptive_avg_pool2d_grad_input", TORCH_BOX(&adaptive_avg_pool2d_grad_input));
 }

@@ -35,10 +35,10 @@ def pair(op, name, value):
 
 
 def check_tensors(op, **tensors):
-    """Every argument is a tensor (or None) and all are on one device that has kernels."""
+    """Every argument is a tensor (`bias` may be None) and all are on one device that has kernels."""
     first_name = first = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name == "bias":
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -94,6 +94,44 @@ def attach(rule):
         with _below_autograd():
             return op(*args)
 
+    call.op = op
+    return call
+
+
+def attach_first(op, recorded):
+    """Let the derivatives of `op` be those of `recorded`, of which it is the first output, and return the function that calls it.
+
+    `recorded`, an operator that has a rule, also returns what backward needs: it is called only where a derivative is asked for.
+    """
+    recorded_op = recorded.op
+
+    def autograd_kernel(keys, *args):
+        if _functorch_active() or forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
+            return recorded_op(*args)[0]
+        with _below_autograd():
+            return op.redispatch(keys & _AFTER_AUTOGRAD, *args)
+
+    LIBRARY.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
+
+    def vmap(info, in_dims, input, *options):
+        return unfold_batch(op(fold_batch(input, in_dims[0], info.batch_size), *options), info.batch_size), 0
+
+    torch.library.register_vmap(op._name, vmap, lib=LIBRARY)
+
+    def call(*args):
+        if (
+            is_compiling()
+            or _functorch_active()
+            or forward_ad._current_level >= 0
+            or _autocast_enabled()
+            or _has_torch_function(*args)
+        ):
+            return op(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
+            return recorded(*args)[0]
+        with _below_autograd():
+            return op(*args)
+
     return call
 
 

@@ -1,9 +1,9 @@
 """What runs underneath: the instruction set in use, the algorithm that a geometry takes, and the switch for Winograd.
 
-`torchcnn.backends.allow_winograd` is a bool to read and to assign, True at import, of the whole process. Where it is True, 3x3
-and 5x5 convolutions of stride 1 with enough channels use Winograd's algorithm: up to four times fewer multiplications, but an
-error bounded by the largest input near an output instead of the inputs that the output is made of, so that outputs beside a much
-larger value lose relative accuracy. Where it is False, they are direct sums.
+`torchcnn.backends.allow_winograd` is a bool to read and to assign, True at import, of the whole process. Where it is True,
+3x3 and 5x5 convolutions of stride 1 with enough channels use Winograd's algorithm: up to four times fewer multiplications, and
+an error bounded by the largest input near an output instead of the inputs that the output is made of, so that outputs beside a
+much larger value lose relative accuracy. Where it is False, they are direct sums, as in torch's own error bound.
 """
 
 import contextlib

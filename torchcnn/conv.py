@@ -387,7 +387,7 @@ def conv2d_output_size(input_size, kernel_size, stride=1, padding=0, dilation=1)
             raise ValueError(f"{op}: padding='same' needs stride 1, got stride {stride}")
         return size
     pad = (0, 0) if padding == "valid" else pair(op, "padding", padding)
-    return _C.sliding_output_size(op, size, kernel, stride, pad, dilation, False)
+    return _C.sliding_output_size(op, size, kernel, stride, pad, dilation, False, False)
 
 
 def conv2d_parameter_count(in_channels, out_channels, kernel_size, bias=True, groups=1):

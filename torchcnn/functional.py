@@ -11,6 +11,7 @@ from torchcnn.pool import (
     max_unpool2d,
     min_pool2d,
     pool2d_output_size,
+    relu_max_pool2d,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "max_unpool2d",
     "min_pool2d",
     "pool2d_output_size",
+    "relu_max_pool2d",
 ]

@@ -1,11 +1,15 @@
 """Pooling: the public functions, their derivatives, the autograd Functions and the modules.
 
-Extremes (max, min, adaptive max) return indices h * W + w into the plane. Backward adds the gradient at the indices, and its
-derivative takes values from the indices again::
+Backward of an extreme (max, min, relu and max, adaptive max) needs to know where in its window it stands, and nothing else. An
+operator comes in three forms, which compute the same output: ``max_pool2d`` writes no positions, ``max_pool2d_with_offsets``
+small offsets r * S + s into the window, for backward, and ``max_pool2d_with_indices`` indices h * W + w into the plane, for
+whoever asks for them. Backward adds the gradient at the positions, its derivative takes values from there again::
 
-    max_pool2d             y = x[indices]          d/dx: max_pool2d_grad_input(g, indices)
-    max_pool2d_grad_input  x'[indices] += g        d/dg: max_unpool2d_grad_input(v, indices) = v[indices]
-    max_unpool2d           y[indices] = x          d/dx: max_unpool2d_grad_input(g, indices)
+    max_pool2d                y = x[offsets]          d/dx: offset_pool2d_grad_input(g, offsets)
+    offset_pool2d_grad_input  x'[offsets] += g        d/dg: offset_pool2d(v, offsets) = v[offsets]
+    max_pool2d_with_indices   y = x[indices]          d/dx: max_pool2d_grad_input(g, indices)
+    max_pool2d_grad_input     x'[indices] += g        d/dg: max_unpool2d_grad_input(v, indices) = v[indices]
+    max_unpool2d              y[indices] = x          d/dx: max_unpool2d_grad_input(g, indices)
 
 Averages are linear: the derivative of ``avg_pool2d`` is ``avg_pool2d_grad_input``, whose derivative is ``avg_pool2d``. The
 schemas stand in csrc/pool2d.cpp.
@@ -27,6 +31,7 @@ from torchcnn._arguments import (
 from torchcnn._autograd import (
     LIBRARY,
     attach,
+    attach_first,
     autocast,
     empty_activation,
     fold_batch,
@@ -49,23 +54,55 @@ def _pooled_size(input, window, ceil_mode):
     )
 
 
-def _empty_with_indices(input, sizes):
-    channels_last = is_channels_last(input)
-    return (
-        empty_activation(input, sizes, channels_last),
-        empty_activation(input, sizes, channels_last, torch.int64),
-    )
+def _offset_dtype(window, relu):
+    """uint8 for windows of up to 256 elements (255 if one value must say that relu let none through), else int32."""
+    return torch.uint8 if window[0] * window[1] <= (255 if relu else 256) else torch.int32
 
 
-@torch.library.register_fake("torchcnn::max_pool2d", lib=LIBRARY)
-@torch.library.register_fake("torchcnn::min_pool2d", lib=LIBRARY)
-def _(input, *window_and_mode):
-    return _empty_with_indices(input, _pooled_size(input, window_and_mode[:8], window_and_mode[8]))
+def _register_fakes(name, relu=False):
+    def output_alone(input, *window_and_mode):
+        return empty_activation(input, _pooled_size(input, window_and_mode[:8], window_and_mode[8]), is_channels_last(input))
+
+    def with_positions(dtype_of):
+        def both(input, *window_and_mode):
+            output = output_alone(input, *window_and_mode)
+            return output, empty_activation(input, output.shape, is_channels_last(input), dtype_of(window_and_mode))
+
+        return both
+
+    torch.library.register_fake(f"torchcnn::{name}", output_alone, lib=LIBRARY)
+    with_offsets = with_positions(lambda window: _offset_dtype(window, relu))
+    torch.library.register_fake(f"torchcnn::{name}_with_offsets", with_offsets, lib=LIBRARY)
+    if not relu:
+        with_indices = with_positions(lambda window: torch.int64)
+        torch.library.register_fake(f"torchcnn::{name}_with_indices", with_indices, lib=LIBRARY)
+
+
+_register_fakes("max_pool2d")
+_register_fakes("min_pool2d")
+_register_fakes("relu_max_pool2d", relu=True)
 
 
 @torch.library.register_fake("torchcnn::adaptive_max_pool2d", lib=LIBRARY)
 def _(input, P, Q):
-    return _empty_with_indices(input, (*input.shape[:2], P, Q))
+    return empty_activation(input, (*input.shape[:2], P, Q), is_channels_last(input))
+
+
+@torch.library.register_fake("torchcnn::adaptive_max_pool2d_with_indices", lib=LIBRARY)
+def _(input, P, Q):
+    channels_last = is_channels_last(input)
+    sizes = (*input.shape[:2], P, Q)
+    return empty_activation(input, sizes, channels_last), empty_activation(input, sizes, channels_last, torch.int64)
+
+
+@torch.library.register_fake("torchcnn::offset_pool2d", lib=LIBRARY)
+def _(input, offsets, *options):
+    return empty_activation(input, offsets.shape, is_channels_last(offsets))
+
+
+@torch.library.register_fake("torchcnn::offset_pool2d_grad_input", lib=LIBRARY)
+def _(grad_output, offsets, H, W, *options):
+    return empty_activation(grad_output, (*grad_output.shape[:2], H, W), options[-1])
 
 
 @torch.library.register_fake("torchcnn::max_pool2d_grad_input", lib=LIBRARY)
@@ -118,19 +155,41 @@ def _(grad_output, H, W, channels_last):
 # ------------------------------------------------------------------------------------------------------------ derivatives
 
 
-class _MaxPool2dRule:
-    op = _ops.max_pool2d.default
+class _PositionsRule:
+    """What the pools have in common that return positions beside their output."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, indices = inputs[0], output[1]
-        ctx.mark_non_differentiable(indices)
+        input, *ctx.options = inputs
+        positions = output[1]
+        ctx.mark_non_differentiable(positions)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(indices)
-        ctx.save_for_forward(indices)
+        ctx.save_for_backward(positions)
+        ctx.save_for_forward(positions)
         ctx.size = input.shape[2:]
         ctx.channels_last = is_channels_last(input)
 
+    @classmethod
+    def vmap(cls, info, in_dims, input, *options):
+        output, positions = cls.op(fold_batch(input, in_dims[0], info.batch_size), *options)
+        return (unfold_batch(output, info.batch_size), unfold_batch(positions, info.batch_size)), (0, 0)
+
+
+class _OffsetsRule(_PositionsRule):
+    @staticmethod
+    def backward(ctx, needs, grad_output, _grad_offsets):
+        if grad_output is None:
+            return (None,)
+        (offsets,) = ctx.saved_tensors
+        return (_offset_pool2d_grad_input(grad_output, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
+
+    @staticmethod
+    def jvp(ctx, input_tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return _offset_pool2d(input_tangent, offsets, *ctx.options), None
+
+
+class _IndicesRule(_PositionsRule):
     @staticmethod
     def backward(ctx, needs, grad_output, _grad_indices):
         if grad_output is None:
@@ -143,18 +202,81 @@ class _MaxPool2dRule:
         (indices,) = ctx.saved_tensors
         return _max_unpool2d_grad_input(input_tangent, indices), None
 
-    @classmethod
-    def vmap(cls, info, in_dims, input, *options):
-        output, indices = cls.op(fold_batch(input, in_dims[0], info.batch_size), *options)
-        return (unfold_batch(output, info.batch_size), unfold_batch(indices, info.batch_size)), (0, 0)
+
+class _MaxPool2dRule(_OffsetsRule):
+    op = _ops.max_pool2d_with_offsets.default
 
 
-class _MinPool2dRule(_MaxPool2dRule):
-    op = _ops.min_pool2d.default
+class _MinPool2dRule(_OffsetsRule):
+    op = _ops.min_pool2d_with_offsets.default
 
 
-class _AdaptiveMaxPool2dRule(_MaxPool2dRule):
-    op = _ops.adaptive_max_pool2d.default
+class _ReluMaxPool2dRule(_OffsetsRule):
+    op = _ops.relu_max_pool2d_with_offsets.default
+
+
+class _MaxPool2dWithIndicesRule(_IndicesRule):
+    op = _ops.max_pool2d_with_indices.default
+
+
+class _MinPool2dWithIndicesRule(_IndicesRule):
+    op = _ops.min_pool2d_with_indices.default
+
+
+class _AdaptiveMaxPool2dRule(_IndicesRule):
+    op = _ops.adaptive_max_pool2d_with_indices.default
+
+
+class _OffsetPool2dRule:
+    op = _ops.offset_pool2d.default
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, offsets, *ctx.options = inputs
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+        ctx.size = input.shape[2:]
+        ctx.channels_last = is_channels_last(input)
+
+    @staticmethod
+    def backward(ctx, needs, v):
+        (offsets,) = ctx.saved_tensors
+        return (_offset_pool2d_grad_input(v, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
+
+    @staticmethod
+    def jvp(ctx, input_tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return _offset_pool2d(input_tangent, offsets, *ctx.options)
+
+    @staticmethod
+    def vmap(info, in_dims, input, offsets, *options):
+        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, offsets), in_dims, strict=False))
+        return unfold_batch(_offset_pool2d(*folded, *options), info.batch_size), 0
+
+
+class _OffsetPool2dGradInputRule:
+    op = _ops.offset_pool2d_grad_input.default
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _grad_output, offsets, *ctx.options = inputs
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx, needs, v):
+        (offsets,) = ctx.saved_tensors
+        return (_offset_pool2d(v, offsets, *ctx.options[2:-1]),)
+
+    @staticmethod
+    def jvp(ctx, grad_output_tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return _offset_pool2d_grad_input(grad_output_tangent, offsets, *ctx.options)
+
+    @staticmethod
+    def vmap(info, in_dims, grad_output, offsets, *options):
+        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, offsets), in_dims, strict=False))
+        return unfold_batch(_offset_pool2d_grad_input(*folded, *options), info.batch_size), 0
 
 
 class _MaxPool2dGradInputRule:
@@ -299,9 +421,15 @@ class _AdaptiveAvgPool2dGradInputRule(_LinearPoolRule):
         return (_adaptive_avg_pool2d(v, *ctx.output_size),)
 
 
-_max_pool2d, _min_pool2d, _adaptive_max_pool2d, _max_pool2d_grad_input = map(
-    attach, (_MaxPool2dRule, _MinPool2dRule, _AdaptiveMaxPool2dRule, _MaxPool2dGradInputRule)
+_max_pool2d_with_indices, _min_pool2d_with_indices, _adaptive_max_pool2d_with_indices = map(
+    attach, (_MaxPool2dWithIndicesRule, _MinPool2dWithIndicesRule, _AdaptiveMaxPool2dRule)
 )
+_max_pool2d = attach_first(_ops.max_pool2d.default, attach(_MaxPool2dRule))
+_min_pool2d = attach_first(_ops.min_pool2d.default, attach(_MinPool2dRule))
+_relu_max_pool2d = attach_first(_ops.relu_max_pool2d.default, attach(_ReluMaxPool2dRule))
+_adaptive_max_pool2d = attach_first(_ops.adaptive_max_pool2d.default, _adaptive_max_pool2d_with_indices)
+_max_pool2d_grad_input = attach(_MaxPool2dGradInputRule)
+_offset_pool2d, _offset_pool2d_grad_input = map(attach, (_OffsetPool2dRule, _OffsetPool2dGradInputRule))
 _max_unpool2d, _max_unpool2d_grad_input = map(attach, (_MaxUnpool2dRule, _MaxUnpool2dGradInputRule))
 _avg_pool2d, _avg_pool2d_grad_input, _adaptive_avg_pool2d, _adaptive_avg_pool2d_grad_input = map(
     attach,
@@ -319,19 +447,19 @@ class MaxPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(input, kernel_size, stride, padding, dilation, ceil_mode):
-        return _MaxPool2dRule.op(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
+        return _MaxPool2dWithIndicesRule.op(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _MaxPool2dRule.setup_context(ctx, inputs, output)
+        _MaxPool2dWithIndicesRule.setup_context(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_output, grad_indices):
-        return (*_MaxPool2dRule.backward(ctx, ctx.needs_input_grad, grad_output, grad_indices), *(None,) * 5)
+        return (*_MaxPool2dWithIndicesRule.backward(ctx, ctx.needs_input_grad, grad_output, grad_indices), *(None,) * 5)
 
     @classmethod
     def apply(cls, input, kernel_size, stride, padding, dilation, ceil_mode):
-        return _max_pool2d(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
+        return _max_pool2d_with_indices(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
 
 
 class AvgPool2dFunction(torch.autograd.Function):
@@ -367,18 +495,21 @@ class AvgPool2dFunction(torch.autograd.Function):
 def _window(op, kernel_size, stride, padding, dilation=1):
     """The eight ints of a sliding window as the operators take them."""
     kernel = pair(op, "kernel_size", kernel_size)
-    stride = kernel if stride is None or stride == [] else pair(op, "stride", stride)
+    stride = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
     return *kernel, *stride, *pair(op, "padding", padding), *pair(op, "dilation", dilation)
 
 
-def _extremum(op, call, input, arguments, dtypes, return_indices):
+def _extremum(op, alone, with_indices, input, arguments, dtypes, return_indices):
     check_tensors(op, input=input)
     check_dtype(op, input.dtype, dtypes)
     input, unbatched = batched(op, "input", input)
-    output, indices = call(input, *(arguments(input) if callable(arguments) else arguments))
-    if unbatched:
-        output, indices = output.squeeze(0), indices.squeeze(0)
-    return (output, indices) if return_indices else output
+    if callable(arguments):
+        arguments = arguments(input)
+    if not return_indices:
+        output = alone(input, *arguments)
+        return output.squeeze(0) if unbatched else output
+    output, indices = with_indices(input, *arguments)
+    return (output.squeeze(0), indices.squeeze(0)) if unbatched else (output, indices)
 
 
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
@@ -396,7 +527,8 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     Returns:
         (N, C, P, Q) in the layout of the input; with `return_indices` a pair of it and an int64 tensor of h * W + w. Of equal
         maxima the first in row-major order counts; a NaN beats every number, and the last NaN of a window counts.
-        Differentiable to any order in input; backward keeps the indices, 8 bytes an output element, and not the input.
+        Differentiable to any order in input. For backward is kept, and not the input: one byte an output element (an offset
+        into the window; 4 bytes for windows of more than 256 elements), or with `return_indices` the indices, 8 bytes each.
 
     Raises:
         RuntimeError: sizes that do not fit each other, or padding above half the kernel.
@@ -412,6 +544,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     return _extremum(
         "max_pool2d",
         _max_pool2d,
+        _max_pool2d_with_indices,
         input,
         (*window, bool(ceil_mode)),
         FLOATING_DTYPES | INTEGER_DTYPES,
@@ -431,11 +564,38 @@ def min_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     return _extremum(
         "min_pool2d",
         _min_pool2d,
+        _min_pool2d_with_indices,
         input,
         (*window, bool(ceil_mode)),
         FLOATING_DTYPES | INTEGER_DTYPES,
         return_indices,
     )
+
+
+def relu_max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+    """The larger of 0 and the largest value of each window, in one pass over the input, and one backward.
+
+    Equivalent to: ``torch.nn.functional.max_pool2d(torch.relu(input), kernel_size, stride, padding, dilation, ceil_mode)``
+
+    Args:
+        input: (N, C, H, W), or (C, H, W) without a batch; float32, float64, bfloat16 or float16.
+        kernel_size, stride, padding, dilation, ceil_mode: as in `max_pool2d`.
+
+    Returns:
+        (N, C, P, Q) in the layout of the input. Differentiable to any order in input, with the gradient of ``torch.relu``: none
+        where the output is 0. For backward one byte an output element is kept (4 for windows of more than 255 elements), neither
+        the input nor what relu makes of it.
+
+    Errors and numerics are those of `max_pool2d`; a NaN stays NaN.
+
+    Source: Nair and Hinton, "Rectified linear units improve restricted Boltzmann machines", 2010, section 2; see `max_pool2d`.
+    """
+    op = "relu_max_pool2d"
+    check_tensors(op, input=input)
+    check_dtype(op, input.dtype, FLOATING_DTYPES)
+    input, unbatched = batched(op, "input", input)
+    output = _relu_max_pool2d(input, *_window(op, kernel_size, stride, padding, dilation), bool(ceil_mode))
+    return output.squeeze(0) if unbatched else output
 
 
 def avg_pool2d(
@@ -482,7 +642,9 @@ def avg_pool2d(
 
 
 def _adaptive_size(op, output_size, input):
-    """(P, Q); None stands for the size of the input."""
+    """(P, Q); None in the place of one stands for the size of the input."""
+    if output_size is None:
+        raise TypeError(f"{op}: output_size must be an int or a pair of ints, got None")
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     if len(sizes) == 1:
         sizes = (*sizes, *sizes)
@@ -534,6 +696,7 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     return _extremum(
         op,
         _adaptive_max_pool2d,
+        _adaptive_max_pool2d_with_indices,
         input,
         lambda input: _adaptive_size(op, output_size, input),
         FLOATING_DTYPES,
@@ -590,7 +753,7 @@ def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_siz
     check_tensors(op, input=input, indices=indices)
     check_dtype(op, input.dtype, FLOATING_DTYPES)
     kernel = pair(op, "kernel_size", kernel_size)
-    stride = kernel if stride is None or stride == [] else pair(op, "stride", stride)
+    stride = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
     pad = pair(op, "padding", padding)
     if indices.shape != input.shape:
         raise RuntimeError(f"{op}: indices must have the shape of input, got {list(indices.shape)} and {list(input.shape)}")
@@ -609,7 +772,7 @@ def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_siz
 
 def _unpool_size(op, output_size, default, stride):
     size = tuple(integer(op, "output_size", s) for s in output_size)
-    if len(size) in (3, 4):
+    if len(size) == 4:
         size = size[-2:]  # a whole shape is accepted as well
     if len(size) != 2:
         raise ValueError(f"{op}: output_size must have 2 elements, or be a whole shape, got {len(size)}: {output_size}")
@@ -635,7 +798,7 @@ def pool2d_output_size(input_size, kernel_size, stride=None, padding=0, dilation
     window = _window(op, kernel_size, stride, padding, dilation)
     kernel, stride, pad, dilation = (window[i : i + 2] for i in (0, 2, 4, 6))
     size = pair(op, "input_size", input_size)
-    return _C.sliding_output_size(op, size, kernel, stride, pad, dilation, bool(ceil_mode))
+    return _C.sliding_output_size(op, size, kernel, stride, pad, dilation, bool(ceil_mode), True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ modules

@@ -6,7 +6,10 @@
 
 #include "../geometry.h"
 #include "conv2d_choice.h"
+#include "conv2d_depthwise.h"
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_pointwise.h"
+#include "conv2d_small_channels.h"
 #include "conv2d_winograd.h"
 #include "runtime.h"
 #include "simd.h"
@@ -22,6 +25,9 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
       return winograd::conv2d_forward<winograd::Transform<2, 3>>(g, input, weight, epilogue, output);
     case Algorithm::winograd_2x2_5x5:
       return winograd::conv2d_forward<winograd::Transform<2, 5>>(g, input, weight, epilogue, output);
+    case Algorithm::pointwise: return pointwise::conv2d_forward(g, input, weight, epilogue, output);
+    case Algorithm::small_channels: return small_channels::conv2d_forward(g, input, weight, epilogue, output);
+    case Algorithm::depthwise: return depthwise::conv2d_forward(g, input, weight, epilogue, output);
     default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
   }
 }
@@ -35,6 +41,9 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
       return winograd::conv2d_grad_input<winograd::Transform<2, 3>>(g, grad_output, weight, grad_input);
     case Algorithm::winograd_2x2_5x5:
       return winograd::conv2d_grad_input<winograd::Transform<2, 5>>(g, grad_output, weight, grad_input);
+    case Algorithm::pointwise: return pointwise::conv2d_grad_input(g, grad_output, weight, grad_input);
+    case Algorithm::small_channels: return small_channels::conv2d_grad_input(g, grad_output, weight, grad_input);
+    case Algorithm::depthwise: return depthwise::conv2d_grad_input(g, grad_output, weight, grad_input);
     default: return implicit_gemm::conv2d_grad_input(g, grad_output, weight, grad_input);
   }
 }
@@ -48,8 +57,38 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       return winograd::conv2d_grad_weight<winograd::Transform<2, 3>>(g, grad_output, input, grad_weight);
     case Algorithm::winograd_2x2_5x5:
       return winograd::conv2d_grad_weight<winograd::Transform<2, 5>>(g, grad_output, input, grad_weight);
+    case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }
+}
+
+// As many elements as Vec<double> has.
+template <class T>
+struct NarrowOf {
+  using type [[gnu::vector_size(kLanes<double> * sizeof(T))]] = T;
+};
+
+template <class T>
+Vec<double> load_as_double(const T* from) {
+  typename NarrowOf<T>::type v;
+  std::memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+
+template <class T>
+double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64_t size) {
+  constexpr int64_t L = kLanes<double>;
+  Vec<double> sum[4] = {};
+  double tail = 0.0;
+  for (int64_t n = 0; n < planes; ++n, plane += plane_stride) {
+    int64_t x = 0;
+    for (; x + 4 * L <= size; x += 4 * L)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[v] += load_as_double(plane + x + v * L);
+    for (; x + L <= size; x += L) sum[0] += load_as_double(plane + x);
+    for (; x < size; ++x) tail += double(plane[x]);
+  }
+  return horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
 
 // Sums over a whole batch of planes are in double: they are long, and the loop waits for memory anyway.
@@ -59,18 +98,7 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
   constexpr int64_t lanes = kLanes<double>;
   if (g.layout == Layout::nchw) {
     parallel_for(g.K, g.N * g.P * g.Q / lanes, [&](int64_t k) {
-      Vec<double> sum[4] = {};
-      double tail = 0.0;
-      for (int64_t n = 0; n < g.N; ++n) {
-        const T* plane = grad_output + n * out.n + k * out.c;
-        const int64_t size = g.P * g.Q;
-        int64_t x = 0;
-        for (; x + 4 * lanes <= size; x += 4 * lanes)
-          for (int v = 0; v < 4; ++v)
-            for (int64_t lane = 0; lane < lanes; ++lane) sum[v][lane] += double(plane[x + v * lanes + lane]);
-        for (; x < size; ++x) tail += double(plane[x]);
-      }
-      grad_bias[k] = static_cast<T>(horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail);
+      grad_bias[k] = static_cast<T>(sum_of_planes(grad_output + k * out.c, g.N, out.n, g.P * g.Q));
     });
     return;
   }

@@ -19,10 +19,21 @@ inline const char* name_of(Direction direction) {
   }
 }
 
-enum class Algorithm { implicit_gemm, winograd_2x2_3x3, winograd_4x4_3x3, winograd_2x2_5x5 };
+enum class Algorithm {
+  implicit_gemm,
+  depthwise,
+  pointwise,
+  small_channels,
+  winograd_2x2_3x3,
+  winograd_4x4_3x3,
+  winograd_2x2_5x5
+};
 
 inline const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
+    case Algorithm::depthwise: return "depthwise";
+    case Algorithm::pointwise: return "pointwise";
+    case Algorithm::small_channels: return "small_channels";
     case Algorithm::winograd_2x2_3x3: return "winograd_2x2_3x3";
     case Algorithm::winograd_4x4_3x3: return "winograd_4x4_3x3";
     case Algorithm::winograd_2x2_5x5: return "winograd_2x2_5x5";
@@ -45,7 +56,19 @@ inline bool winograd_applies(const Conv2dGeometry& g) {
   return filter && unit && g.C_per_group() >= 16 && g.K_per_group() >= 16;
 }
 
+// Whether vectors of pixels beat vectors of channels (conv2d_small_channels.h): rows long enough to fill vectors, and either so
+// few channels on the broadcast side that most lanes of a panel would be empty, or so short a sum that moving panels around
+// would cost more than the products.
+inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
+  if (g.layout != Layout::nchw || direction == Direction::grad_weight) return false;
+  const int64_t C = g.C_per_group(), K = g.K_per_group();
+  if (direction == Direction::forward) return g.Q >= 8 && (K <= 12 || C <= 4);
+  return g.W / g.stride_w >= 8 && C <= 12;
+}
+
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, [[maybe_unused]] size_t element_size) {
+  if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
+    return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
   if (winograd_applies(g) && allow_winograd()) {
     const int64_t rows = direction == Direction::grad_input ? g.H : g.P, columns = direction == Direction::grad_input ? g.W : g.Q;
     if (g.R == 5) return {Algorithm::winograd_2x2_5x5, "5x5, stride 1: 36 products for 2x2 outputs instead of 100"};
@@ -54,6 +77,11 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, [[mayb
       return {Algorithm::winograd_4x4_3x3, "3x3, stride 1: 36 products for 4x4 outputs instead of 144"};
     return {Algorithm::winograd_2x2_3x3, "3x3, stride 1, few outputs: 16 products for 2x2 outputs instead of 36"};
   }
+  if (g.layout == Layout::nchw && direction != Direction::grad_weight && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 &&
+      g.C_per_group() >= 8 && g.K_per_group() >= 8)
+    return {Algorithm::pointwise, "1x1 without padding: the weight matrix times the planes of the tensor"};
+  if (suits_small_channels(g, direction))
+    return {Algorithm::small_channels, "few channels: vectors of pixels, straight from the rows of the image"};
   if (direction == Direction::grad_input && (g.stride_h > 1 || g.stride_w > 1))
     return {Algorithm::implicit_gemm, "stride above 1: one correlation of grad_output for each phase of the input"};
   if (direction == Direction::grad_weight)

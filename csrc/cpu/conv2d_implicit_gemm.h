@@ -1,223 +1,308 @@
-// Convolution of any geometry as matrix products, without ever writing the whole patch matrix ("implicit GEMM"; Chellapilla,
-// Puri, Simard 2006 write it whole, Chetlur et al. 2014, section 3, block by block).
+// Convolution of any geometry as matrix products, without a patch matrix: the GEMM core reads the elements of a patch where they
+// lie ("indirect convolution", Dukhan 2019).
 //
-// All three directions see the source activation through one formula, a correlation over taps t = (row_t, column_t):
+// Forward and grad_input are one correlation over taps t = (row_t, column_t), with x = (n, i, j) as the rows of the product:
 //
-//   patch(c, t; i, j)    = source[c, i step_h + row_t, j step_w + column_t], or 0 outside the source
-//   forward              output[k; i, j]      = bias[k] + sum_{c,t} weight[k, c, t] patch(c, t; i, j)
-//   grad_weight          grad_weight[k, c, t] = sum_{n,i,j} grad_output[k; i, j] patch(c, t; i, j)
-//   grad_input           a forward correlation of grad_output for each phase (h mod stride_h, w mod stride_w) of the input:
-//                        only taps with (h + pad_h - r dilation_h) divisible by stride_h reach it, at source row i + row_t.
+//   result[x][k] = sum_{c,t} A(x, (c,t)) B((c,t), k)     A = source[n, c, i step_h + row_t, j step_w + column_t], 0 outside
+//   forward      source = input, k the filters, step = stride
+//   grad_input   source = grad_output, k the input channels, step = 1, one correlation for each phase (h mod stride_h,
+//                w mod stride_w) of the input: only taps with (h + pad_h - r dilation_h) divisible by stride_h reach it
+//   grad_weight[(c,t)][k] = sum_x A(x, (c,t)) grad_output[x][k]
 //
-// A block of patches is packed as a matrix whose rows are (c, t) and whose columns are consecutive positions x = i columns + j,
-// zero outside the source and in the last, partial vector:
-//
-//   patches[(c, t)][x]       gemm_k x gemm_n for forward and grad_input; grad_weight reads the same rows as dot products
-//   packed_weight[k / mr][(c, t)][k % mr]
-//
-// Every output element is summed in the order c, t (grad_weight: n, i, j in fixed blocks), whatever thread computes it.
+// A is a window of the source: the tensor itself where no tap leaves it, else a copy with the padding written out. The address of
+// A(x, (c,t)) is a sum of two table entries, position[x] + patch[(c,t)], for every stride, dilation, group and layout. B is packed
+// [k / nr][(c,t)][k % nr], or [k / nr][x][k % nr] for grad_weight; in channels_last the sum runs over (t,c), which is
+// contiguous there.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "../geometry.h"
+#include "conv2d_gemm.h"
 #include "runtime.h"
 #include "simd.h"
 
 namespace torchcnn::TORCHCNN_ISA::implicit_gemm {
 
-// Register tile of the forward microkernel, in 16 vector registers: 6 x 2 accumulators + 2 patch vectors + 1 broadcast weight.
-inline constexpr int64_t mr = 6;
-template <class T>
-inline constexpr int64_t nr = 2 * kLanes<T>;
+using gemm::max_depth;
+using gemm::mr;
+using gemm::nr;
 
-// Cache blocks. A patch block of kc x nc floats is 196 KiB and a weight block of mc x kc floats 96 KiB: both live in L2, and a
-// kc x nr slice of the patches (16 KiB) in L1. The odd multiple of 64 bytes between patch rows spreads them over all L1 sets.
-inline constexpr int64_t kc = 256;
-inline constexpr int64_t mc = 16 * mr;
-template <class T>
-inline constexpr int64_t nc = 12 * 64 / sizeof(T);
-template <class T>
-inline constexpr int64_t patch_row = nc<T> + 64 / sizeof(T);
+// Positions computed together: 256 rows of 16 floats of the result (16 KiB) stay in L1 beside a panel of weights.
+inline constexpr int64_t block_positions = 256;
 
 struct Tap {
   int64_t row, column;  // offset into the source
-  int64_t weight;       // offset r S + s into one filter plane
+  int64_t weight;       // r S + s
+};
+
+// Positions of the result that see the same taps, taps[first_tap ... first_tap + taps - 1].
+struct Phase {
+  int64_t first_tap, taps, rows, columns;
 };
 
 template <class T>
-struct Source {
-  const T* data;  // channel 0 of one image and group
+struct View {
+  T* data;
+  Strides strides;
   int64_t rows, columns;
-  int64_t channel_stride, row_stride, column_stride;
 };
 
-// The positions (i, j) of a correlation: rows x columns of them, step apart in the source.
-struct Grid {
-  int64_t rows, columns, step_h, step_w;
-  int64_t size() const { return rows * columns; }
+// The part of the source that a block reads, rows x columns of it from (first_row, first_column) for a block at row 0.
+struct Window {
+  int64_t first_row, first_column, rows, columns;
+  bool in_place;
+  Strides strides;
 };
 
-struct Taps {
-  const Tap* data;
-  int64_t count;
-};
-
-// patch(c, tap) at the positions x_begin ... x_end - 1, to consecutive elements of `to`.
-template <class T>
-void pack_patch_row(const Source<T>& source, const Grid& grid, const Tap& tap, int64_t c, int64_t x_begin, int64_t x_end, T* to) {
-  // j step_w + column must lie in 0 ... columns - 1; that range of j is the same for every row.
-  const int64_t j_first = tap.column >= 0 ? 0 : std::min(grid.columns, ceil_div(-tap.column, grid.step_w));
-  const int64_t j_last = tap.column >= source.columns
-                             ? j_first
-                             : std::max(j_first, std::min(grid.columns, ceil_div(source.columns - tap.column, grid.step_w)));
-  int64_t i = x_begin / grid.columns, j = x_begin % grid.columns;
-  for (int64_t x = x_begin; x < x_end; ++i, j = 0) {
-    const int64_t j_end = std::min(grid.columns, j + (x_end - x));
-    const int64_t h = i * grid.step_h + tap.row;
-    int64_t inside_begin = std::clamp(j_first, j, j_end), inside_end = std::clamp(j_last, inside_begin, j_end);
-    if (h < 0 || h >= source.rows) inside_begin = inside_end = j_end;
-    const T* row = source.data + c * source.channel_stride + h * source.row_stride;
-    fill(to, inside_begin - j, T(0));
-    if (inside_begin < inside_end) {
-      gather_strided(row + (inside_begin * grid.step_w + tap.column) * source.column_stride, grid.step_w * source.column_stride,
-                     inside_end - inside_begin, to + (inside_begin - j));
-    }
-    fill(to + (inside_end - j), j_end - inside_end, T(0));
-    to += j_end - j;
-    x += j_end - j;
+// The window for blocks of `rows` rows of a grid of grid_rows x grid_columns positions.
+inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& source, int64_t source_rows, int64_t source_columns,
+                        int64_t channels, int64_t rows, int64_t grid_rows, int64_t grid_columns, int64_t step_h, int64_t step_w,
+                        Layout layout, int64_t element_size) {
+  Window w{taps[0].row, taps[0].column, 0, 0, false, source};
+  int64_t last_row = taps[0].row, last_column = taps[0].column;
+  for (int64_t t = 1; t < tap_count; ++t) {
+    w.first_row = std::min(w.first_row, taps[t].row), last_row = std::max(last_row, taps[t].row);
+    w.first_column = std::min(w.first_column, taps[t].column), last_column = std::max(last_column, taps[t].column);
   }
+  w.rows = (rows - 1) * step_h + last_row - w.first_row + 1;
+  w.columns = (grid_columns - 1) * step_w + last_column - w.first_column + 1;
+  w.in_place = w.first_row >= 0 && w.first_column >= 0 && (grid_rows - 1) * step_h + last_row < source_rows &&
+               (grid_columns - 1) * step_w + last_column < source_columns;
+  if (w.in_place) return w;
+  if (layout == Layout::channels_last) {
+    w.strides = {w.rows * w.columns * channels, 1, w.columns * channels, channels};
+  } else {
+    int64_t plane = w.rows * w.columns;
+    if (plane * element_size % 1024 == 0) plane += 64 / element_size;  // or every channel would fall into the same sets of L1
+    w.strides = {channels * plane, plane, w.columns, 1};
+  }
+  return w;
 }
 
-// tile[mr][nr] += packed_weight[gemm_k][mr]^T patches[gemm_k][nr]
+// Writes whole vectors, up to one too many elements short of a vector: what comes after is written later.
 template <class T>
-inline void microkernel(int64_t gemm_k, const T* weight, const T* patches, T* tile, int64_t tile_row) {
-  Vec<T> sum[mr][2];
-  for (int m = 0; m < mr; ++m)
-    for (int v = 0; v < 2; ++v) sum[m][v] = load(tile + m * tile_row + v * kLanes<T>);
-  for (int64_t k = 0; k < gemm_k; ++k) {
-    const Vec<T> patch[2] = {load(patches), load(patches + kLanes<T>)};
-    for (int m = 0; m < mr; ++m)
-      for (int v = 0; v < 2; ++v) sum[m][v] += weight[m] * patch[v];
-    weight += mr;
-    patches += patch_row<T>;
-  }
-  for (int m = 0; m < mr; ++m)
-    for (int v = 0; v < 2; ++v) store(tile + m * tile_row + v * kLanes<T>, sum[m][v]);
+inline void zero_beyond(T* to, int64_t count) {
+  for (int64_t x = 0; x < count; x += kLanes<T>) store(to + x, Vec<T>{});
 }
 
-// How a correlation reads its weights (element (k, c, t) at k k_stride + c c_stride + tap.weight) and writes its result
-// (element (k, i, j) at k k_stride + i row_stride + j column_stride).
-struct WeightView {
-  int64_t k_stride, c_stride;
-};
-template <class T>
-struct OutputView {
-  T* data;  // channel 0 of one image and group
-  int64_t k_stride, row_stride, column_stride;
-};
-
-template <class T>
-void pack_weight_panel(const T* weight, const WeightView& view, const Taps& taps, int64_t channels, int64_t k_begin,
-                       int64_t k_end, T* packed) {
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t t = 0; t < taps.count; ++t, packed += mr) {
-      const T* from = weight + c * view.c_stride + taps.data[t].weight;
-      for (int64_t m = 0; m < mr; ++m) packed[m] = k_begin + m < k_end ? from[(k_begin + m) * view.k_stride] : T(0);
-    }
+template <class T, int64_t piece = kLanes<T> / 2>
+inline void copy_pieces(const T* from, int64_t count, T* to) {
+  if (count & piece) {
+    std::memcpy(to, from, piece * sizeof(T));
+    from += piece, to += piece;
   }
+  if constexpr (piece > 1) copy_pieces<T, piece / 2>(from, count, to);
 }
 
-// The result of one image and group at positions x_begin ... x_end - 1 (at most nc) for the filters of panels
-// panel_begin ... panel_end - 1.
 template <class T>
-void correlate_block(const Source<T>& source, const Grid& grid, const Taps& taps, int64_t channels, const T* packed_weight,
-                     int64_t panel_begin, int64_t panel_end, int64_t filters, const Epilogue<T>& epilogue, int64_t x_begin,
-                     int64_t x_end, const OutputView<T>& output) {
-  const int64_t gemm_k = channels * taps.count, width = x_end - x_begin;
-  const int64_t padded_width = ceil_div(width, nr<T>) * nr<T>;
-  const int64_t first = panel_begin * mr, last = std::min(filters, panel_end * mr);
-  T* patches = workspace<T>(Slot::patches, kc * patch_row<T>);
-  T* tile = workspace<T>(Slot::tile, (panel_end - panel_begin) * mr * nc<T>);
+inline void copy_row(const T* from, int64_t count, T* to) {
+  if (count >= kLanes<T>) return copy(from, count, to);
+  copy_pieces(from, count, to);
+}
 
-  for (int64_t k = first; k < panel_end * mr; ++k) {
-    const Vec<T> start = broadcast(epilogue.bias != nullptr && k < last ? epilogue.bias[k] : T(0));
-    for (int64_t x = 0; x < padded_width; x += kLanes<T>) store(tile + (k - first) * nc<T> + x, start);
-  }
-  for (int64_t k_begin = 0; k_begin < gemm_k; k_begin += kc) {
-    const int64_t k_count = std::min(kc, gemm_k - k_begin);
-    int64_t c = k_begin / taps.count, t = k_begin % taps.count;
-    for (int64_t k = 0; k < k_count; ++k) {
-      T* row = patches + k * patch_row<T>;
-      pack_patch_row(source, grid, taps.data[t], c, x_begin, x_end, row);
-      fill(row + width, padded_width - width, T(0));
-      if (++t == taps.count) t = 0, ++c;
-    }
-    for (int64_t panel_chunk = panel_begin; panel_chunk < panel_end; panel_chunk += mc / mr) {
-      const int64_t chunk_end = std::min(panel_end, panel_chunk + mc / mr);
-      for (int64_t x = 0; x < padded_width; x += nr<T>) {
-        for (int64_t panel = panel_chunk; panel < chunk_end; ++panel) {
-          microkernel(k_count, packed_weight + (panel * gemm_k + k_begin) * mr, patches + x,
-                      tile + (panel - panel_begin) * mr * nc<T> + x, nc<T>);
+// The window of images n ... n + images - 1, channels c ... c + channels - 1, from source row `row`: the tensor or a padded copy.
+template <class T>
+const T* read_window(const View<const T>& source, const Window& w, int64_t n, int64_t images, int64_t c, int64_t channels,
+                     int64_t row, Layout layout) {
+  const Strides &s = source.strides, &to = w.strides;
+  const T* from = source.data + n * s.n + c * s.c;
+  if (w.in_place) return from + (row + w.first_row) * s.h + w.first_column * s.w;
+  T* copy_of = workspace<T>(Slot::patches, images * to.n + 2 * kLanes<T>);
+  const int64_t left = std::clamp<int64_t>(-w.first_column, 0, w.columns);
+  const int64_t inside = std::clamp<int64_t>(source.columns - w.first_column, left, w.columns) - left;
+  const bool channels_last = layout == Layout::channels_last;
+  const int64_t planes = channels_last ? 1 : channels, unit = w.strides.w;
+  for (int64_t image = 0; image < images; ++image) {
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      for (int64_t r = 0; r < w.rows; ++r) {
+        T* line = copy_of + image * to.n + plane * to.c + r * to.h;
+        const int64_t h = row + w.first_row + r;
+        if (h < 0 || h >= source.rows || inside == 0) {
+          zero_beyond(line, w.columns * unit);
+          continue;
         }
+        const T* start = from + image * s.n + plane * s.c + h * s.h + (w.first_column + left) * s.w;
+        zero_beyond(line, left * unit);
+        if (s.w == unit) {
+          copy_row(start, inside * unit, line + left * unit);
+        } else {
+          for (int64_t x = 0; x < inside; ++x) copy_row(start + x * s.w, channels, line + (left + x) * unit);
+        }
+        zero_beyond(line + (left + inside) * unit, (w.columns - left - inside) * unit);
       }
     }
   }
-  const bool contiguous = output.column_stride == 1 && output.row_stride == grid.columns;
-  for (int64_t k = first; k < last; ++k) {
-    T* from = tile + (k - first) * nc<T>;
-    if (epilogue.relu) {
-      for (int64_t x = 0; x < padded_width; x += kLanes<T>) store(from + x, rectified<T>(load(from + x)));
-    }
-    T* to = output.data + k * output.k_stride;
-    if (contiguous) {
-      copy(from, width, to + x_begin);
-      continue;
-    }
-    int64_t i = x_begin / grid.columns, j = x_begin % grid.columns;
-    for (int64_t x = 0; x < width; ++x) {
-      to[i * output.row_stride + j * output.column_stride] = from[x];
-      if (++j == grid.columns) j = 0, ++i;
-    }
+  return copy_of;
+}
+
+// Where patch element (c, t) of a phase stands in the order of the sum, and its offset into the window.
+struct PatchOrder {
+  int64_t channel_step, tap_step;
+};
+inline PatchOrder patch_order(Layout layout, int64_t channels, int64_t taps) {
+  return layout == Layout::nchw ? PatchOrder{taps, 1} : PatchOrder{1, channels};
+}
+
+inline void fill_patch_offsets(const Tap* taps, const Phase& phase, int64_t channels, const Window& w, Layout layout,
+                               int64_t* offset) {
+  const PatchOrder order = patch_order(layout, channels, phase.taps);
+  for (int64_t t = 0; t < phase.taps; ++t) {
+    const Tap& tap = taps[phase.first_tap + t];
+    const int64_t first = (tap.row - w.first_row) * w.strides.h + (tap.column - w.first_column) * w.strides.w;
+    for (int64_t c = 0; c < channels; ++c) offset[c * order.channel_step + t * order.tap_step] = first + c * w.strides.c;
   }
 }
 
-// A correlation over all images and groups. source_of(n, group) and output_of(n, group) give the views; the weights of a group
-// start at weight + group * group_stride, its filters at epilogue.bias + group * filters.
-template <class T, class SourceOf, class OutputOf>
-void correlate(int64_t N, int64_t groups, int64_t channels, int64_t filters, const Grid& grid, const Taps& taps, const T* weight,
-               int64_t group_stride, const WeightView& weight_view, const Epilogue<T>& epilogue, SourceOf source_of,
-               OutputOf output_of) {
-  const int64_t panels = ceil_div(filters, mr), panel_size = channels * taps.count * mr;
-  T* packed_weight = workspace<T>(Slot::packed_weight, groups * panels * panel_size);
-  parallel_for(groups * panels, panel_size, [&](int64_t task) {
-    const int64_t group = task / panels, panel = task % panels;
-    pack_weight_panel(weight + group * group_stride, weight_view, taps, channels, panel * mr, filters,
-                      packed_weight + task * panel_size);
-  });
-
-  // Where images, groups and blocks of positions are fewer than the threads, the filters are split as well (each part packs the
-  // patches anew). Which tile an element falls into does not change the order of its sum.
-  const int64_t x_blocks = ceil_div(grid.size(), nc<T>), tasks = N * groups * x_blocks;
-  const int64_t parts = tasks < 2 * thread_count() ? std::min(panels, ceil_div(2 * thread_count(), tasks)) : 1;
-  const int64_t part_panels = ceil_div(panels, parts);
-  const int64_t block_cost = channels * taps.count * part_panels * std::min(nc<T>, grid.size());
-  parallel_for(tasks * parts, block_cost, [&](int64_t task) {
-    const int64_t part = task % parts, x_block = task / parts % x_blocks, image = task / parts / x_blocks;
-    const int64_t n = image / groups, group = image % groups;
-    const int64_t panel_begin = part * part_panels, panel_end = std::min(panels, panel_begin + part_panels);
-    if (panel_begin >= panel_end) return;
-    correlate_block(source_of(n, group), grid, taps, channels, packed_weight + group * panels * panel_size, panel_begin,
-                    panel_end, filters,
-                    Epilogue<T>{epilogue.bias == nullptr ? nullptr : epilogue.bias + group * filters, epilogue.relu},
-                    x_block * nc<T>, std::min(grid.size(), (x_block + 1) * nc<T>), output_of(n, group));
-  });
+// Small planes are taken several images at a time, large ones some rows at a time.
+struct Blocks {
+  int64_t images, rows, along_n, along_rows;
+  int64_t count() const { return along_n * along_rows; }
+};
+inline Blocks blocks_of(int64_t N, int64_t rows, int64_t columns) {
+  const int64_t block_rows = ceil_div(rows, ceil_div(rows, std::clamp<int64_t>(block_positions / columns, 1, rows)));
+  const int64_t images = block_rows < rows ? 1 : std::clamp<int64_t>(block_positions / (rows * columns), 1, N);
+  return {images, block_rows, ceil_div(N, images), ceil_div(rows, block_rows)};
 }
 
 template <class T>
-Source<T> source_view(const T* data, const Strides& strides, int64_t n, int64_t first_channel, int64_t rows, int64_t columns) {
-  return {data + n * strides.n + first_channel * strides.c, rows, columns, strides.c, strides.h, strides.w};
+struct Correlation {
+  int64_t N, groups, channels, filters;  // channels and filters of one group
+  Layout layout;
+  View<const T> source;
+  View<T> result;
+  int64_t step_h, step_w;      // in the source, from one position to the next
+  int64_t phases_h, phases_w;  // result row h belongs to phase row h % phases_h
+  const Tap* taps;             // by phase
+  const Phase* phases;
+  int64_t tap_count;
+};
+
+// Adds the bias, rectifies.
+template <class T>
+struct Finish {
+  const T* bias;  // of the panel's first filter
+  int64_t lanes;
+  bool relu;
+  Vec<T> operator()(Vec<T> v, int64_t first) const {
+    if (bias != nullptr) v += first + kLanes<T> <= lanes ? load(bias + first) : load_partial(bias + first, lanes - first);
+    return relu ? rectified<T>(v) : v;
+  }
+};
+
+// Runs the correlation with packed weights [group][panel][patch element, phase by phase][nr].
+template <class T>
+void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T>& epilogue) {
+  const Phase& largest = p.phases[0];
+  const Blocks blocks = blocks_of(p.N, largest.rows, largest.columns * p.phases_h * p.phases_w);
+  const Window w = window_of(p.taps, p.tap_count, p.source.strides, p.source.rows, p.source.columns, p.channels, blocks.rows,
+                             largest.rows, largest.columns, p.step_h, p.step_w, p.layout, sizeof(T));
+  const int64_t phases = p.phases_h * p.phases_w, patch_size = p.channels * p.tap_count;
+  const int64_t panels = ceil_div(p.filters, nr<T>);
+  int64_t* patch = workspace<int64_t>(Slot::offsets, patch_size);
+  for (int64_t f = 0; f < phases; ++f)
+    fill_patch_offsets(p.taps, p.phases[f], p.channels, w, p.layout, patch + p.phases[f].first_tap * p.channels);
+
+  // Few blocks are split by panels of filters as well; each part then copies the window anew.
+  const int64_t tasks = p.groups * blocks.count();
+  const int64_t parts = tasks < 4 * thread_count() ? std::min(panels, ceil_div(4 * thread_count(), tasks)) : 1;
+  const int64_t part_panels = ceil_div(panels, parts);
+  const int64_t positions_bound = blocks.images * blocks.rows * largest.columns * phases;
+  parallel_for(tasks * parts, positions_bound * patch_size / phases * part_panels * 2, [&](int64_t task) {
+    const int64_t part = task % parts, block = task / parts % blocks.count(), group = task / parts / blocks.count();
+    const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, p.N - n);
+    const int64_t i_begin = block % blocks.along_rows * blocks.rows;
+    const int64_t panel_begin = part * part_panels, panel_end = std::min(panels, panel_begin + part_panels);
+    if (panel_begin >= panel_end) return;
+
+    // For each phase: where its positions read and, in the same order, the rows of `tile` that they fill.
+    int64_t* position = workspace<int64_t>(Slot::positions, positions_bound + 2 * phases + 1 + p.result.columns);
+    int64_t* first_position = position + positions_bound;
+    int64_t* phase_rows = first_position + phases + 1;
+    int64_t* tile_column = phase_rows + phases;  // result column w: its j
+    int64_t count = 0;
+    for (int64_t f = 0; f < phases; ++f) {
+      first_position[f] = count;
+      phase_rows[f] = std::clamp<int64_t>(p.phases[f].rows - i_begin, 0, blocks.rows);
+      for (int64_t image = 0; image < images; ++image)
+        for (int64_t i = 0; i < phase_rows[f]; ++i)
+          for (int64_t j = 0; j < p.phases[f].columns; ++j)
+            position[count++] = image * w.strides.n + i * p.step_h * w.strides.h + j * p.step_w * w.strides.w;
+    }
+    first_position[phases] = count;
+    for (int64_t column = 0; column < p.result.columns; ++column) tile_column[column] = column / p.phases_w;
+
+    const T* window = read_window(p.source, w, n, images, group * p.channels, p.channels, i_begin * p.step_h, p.layout);
+    T* tile = workspace<T>(Slot::tile, count * nr<T>);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t lanes = std::min(nr<T>, p.filters - panel * nr<T>), filter = group * p.filters + panel * nr<T>;
+      const T* bias = epilogue.bias == nullptr ? nullptr : epilogue.bias + filter;
+      // Where the positions of a block follow each other in the result, and the filters too, it is the tile.
+      const bool direct = p.layout == Layout::channels_last && phases == 1 && lanes % kLanes<T> == 0;
+      T* rows_at = direct ? p.result.data + n * p.result.strides.n + i_begin * p.result.strides.h + filter : tile;
+      const int64_t row_size = direct ? p.result.strides.w : nr<T>;
+      for (int64_t f = 0; f < phases; ++f) {
+        const int64_t depth = p.phases[f].taps * p.channels;
+        const int64_t depths = std::max<int64_t>(1, ceil_div(depth, max_depth));  // a phase without taps is zero
+        for (int64_t d = 0; d < depths; ++d) {
+          const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k,
+                        first = p.phases[f].first_tap * p.channels + k;
+          const gemm::Ends<T> ends{direct ? bias : nullptr, d > 0, direct && epilogue.relu && d + 1 == depths};
+          const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
+          for (int64_t x = first_position[f]; x < first_position[f + 1];) {
+            const int64_t rows = gemm::tile_rows(first_position[f + 1] - x);
+            gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
+              gemm::IndirectA<T> a{{}, patch + first};
+              for (int m = 0; m < count; ++m) a.row[m] = window + position[x + m];
+              if (lanes > kLanes<T>)
+                gemm::tile_product<T, count, 2>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
+              else
+                gemm::tile_product<T, count, 1>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
+            });
+            x += rows;
+          }
+        }
+      }
+
+      if (direct) continue;
+      const Finish<T> finish{bias, lanes, epilogue.relu};
+      const Strides& s = p.result.strides;
+      for (int64_t image = 0; image < images; ++image) {
+        T* to = p.result.data + (n + image) * s.n + filter * s.c;
+        if (phases == 1 && p.layout == Layout::nchw) {  // whole rows follow each other
+          const T* from = tile + image * phase_rows[0] * largest.columns * nr<T>;
+          gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, phase_rows[0] * largest.columns,
+                                     to + i_begin * s.h, s.c, finish);
+          continue;
+        }
+        const int64_t h_end = std::min(p.result.rows, (i_begin + blocks.rows) * p.phases_h);
+        for (int64_t h = i_begin * p.phases_h; h < h_end; ++h) {
+          const int64_t row_phase = h % p.phases_h * p.phases_w, i = h / p.phases_h - i_begin;
+          const auto row_of = [&](int64_t column) {
+            const int64_t f = row_phase + column - tile_column[column] * p.phases_w;
+            const int64_t x = first_position[f] + (image * phase_rows[f] + i) * p.phases[f].columns + tile_column[column];
+            return tile + x * nr<T>;
+          };
+          if (p.layout == Layout::nchw) {
+            gemm::unpack_transposed<T>(row_of, lanes, p.result.columns, to + h * s.h, s.c, finish);
+            continue;
+          }
+          for (int64_t column = 0; column < p.result.columns; ++column) {
+            const T* from = row_of(column);
+            T* pixel = to + h * s.h + column * s.w;
+            for (int64_t first = 0; first < lanes; first += kLanes<T>) {
+              const Vec<T> v = finish(load(from + first), first);
+              if (lanes - first >= kLanes<T>)
+                store(pixel + first, v);
+              else
+                store_partial(pixel + first, v, lanes - first);
+            }
+          }
+        }
+      }
+    }
+  });
 }
 
 // The taps of a filter over the input: forward and grad_weight.
@@ -228,134 +313,228 @@ inline void input_taps(const Conv2dGeometry& g, Tap* taps) {
 
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
-  const Strides in = g.input_strides(), out = g.output_strides();
-  Tap* taps = workspace<Tap>(Slot::tables, g.R * g.S);
+  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
+  const int64_t patch_size = C * taps_count, panels = ceil_div(K, nr<T>);
+  Tap* taps = workspace<Tap>(Slot::tables, taps_count);
   input_taps(g, taps);
-  const int64_t filter_size = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
-  correlate<T>(g.N, g.G, C, K, {g.P, g.Q, g.stride_h, g.stride_w}, {taps, filter_size}, weight, K * C * filter_size,
-               {C * filter_size, filter_size}, epilogue, [&](int64_t n, int64_t group) {
-    return source_view(input, in, n, group * C, g.H, g.W);
-  }, [&](int64_t n, int64_t group) { return OutputView<T>{output + n * out.n + group * K * out.c, out.c, out.h, out.w}; });
+  const Phase phase{0, taps_count, g.P, g.Q};
+
+  T* packed_weight = workspace<T>(Slot::packed_weight, g.G * panels * patch_size * nr<T>);
+  const PatchOrder order = patch_order(g.layout, C, taps_count);
+  parallel_for(g.G * panels, patch_size * 2, [&](int64_t task) {
+    const int64_t group = task / panels, panel = task % panels, lanes = std::min(nr<T>, K - panel * nr<T>);
+    const T* from = weight + (group * K + panel * nr<T>)*patch_size;
+    T* to = packed_weight + task * patch_size * nr<T>;
+    if (g.layout == Layout::nchw || taps_count == 1) {
+      gemm::pack_transposed(from, patch_size, lanes, patch_size, to, [](int64_t x) { return x; });
+    } else {
+      int64_t* row = workspace<int64_t>(Slot::positions, patch_size);
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t t = 0; t < taps_count; ++t) row[c * taps_count + t] = c * order.channel_step + t * order.tap_step;
+      gemm::pack_transposed(from, patch_size, lanes, patch_size, to, [&](int64_t x) { return row[x]; });
+    }
+  });
+  correlate<T>({g.N,
+                g.G,
+                C,
+                K,
+                g.layout,
+                {input, g.input_strides(), g.H, g.W},
+                {output, g.output_strides(), g.P, g.Q},
+                g.stride_h,
+                g.stride_w,
+                1,
+                1,
+                taps,
+                &phase,
+                taps_count},
+               packed_weight, epilogue);
+}
+
+// The phases (h mod stride_h, w mod stride_w) of the input and the taps by which grad_output reaches each. The first tap exists
+// even if there is none.
+struct InputPhases {
+  int64_t along_h, along_w;
+  const Phase* data;
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t count() const { return along_h * along_w; }
+};
+
+inline InputPhases input_phases(const Conv2dGeometry& g) {
+  const int64_t along_h = std::min(g.stride_h, g.H), along_w = std::min(g.stride_w, g.W);
+  Tap* taps = workspace<Tap>(Slot::tables, g.R * g.S + 1);
+  Phase* phases = workspace<Phase>(Slot::phases, along_h * along_w);
+  taps[0] = {0, 0, 0};
+  int64_t tap_count = 0;
+  for (int64_t f = 0; f < along_h * along_w; ++f) {
+    const int64_t h = f / along_w, w = f % along_w;
+    phases[f] = {tap_count, 0, ceil_div(g.H - h, g.stride_h), ceil_div(g.W - w, g.stride_w)};
+    for (int64_t r = 0; r < g.R; ++r) {
+      const int64_t row = h + g.pad_h - r * g.dilation_h;
+      if (row % g.stride_h != 0) continue;
+      for (int64_t s = 0; s < g.S; ++s) {
+        const int64_t column = w + g.pad_w - s * g.dilation_w;
+        if (column % g.stride_w == 0) taps[tap_count++] = {row / g.stride_h, column / g.stride_w, r * g.S + s};
+      }
+    }
+    phases[f].taps = tap_count - phases[f].first_tap;
+  }
+  return {along_h, along_w, phases, taps, tap_count};
 }
 
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
-  const Strides in = g.input_strides(), out = g.output_strides();
-  Tap* taps = workspace<Tap>(Slot::tables, g.R * g.S);
-  const int64_t filter_size = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
-  for (int64_t phase_h = 0; phase_h < std::min(g.stride_h, g.H); ++phase_h) {
-    for (int64_t phase_w = 0; phase_w < std::min(g.stride_w, g.W); ++phase_w) {
-      int64_t tap_count = 0;
-      for (int64_t r = 0; r < g.R; ++r) {
-        const int64_t row = phase_h + g.pad_h - r * g.dilation_h;
-        if (row % g.stride_h != 0) continue;
-        for (int64_t s = 0; s < g.S; ++s) {
-          const int64_t column = phase_w + g.pad_w - s * g.dilation_w;
-          if (column % g.stride_w == 0) taps[tap_count++] = {row / g.stride_h, column / g.stride_w, r * g.S + s};
-        }
+  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
+  const InputPhases p = input_phases(g);
+  const int64_t patch_size = K * p.tap_count, panels = ceil_div(C, nr<T>);
+  T* packed_weight = workspace<T>(Slot::packed_weight, g.G * panels * patch_size * nr<T>);
+  parallel_for(g.G * panels, patch_size * 2, [&](int64_t task) {
+    const int64_t group = task / panels, c = task % panels * nr<T>, lanes = std::min(nr<T>, C - c);
+    T* to = packed_weight + task * patch_size * nr<T>;
+    // Tap r S + s with grad_output channel k goes to row first[r S + s] + k step[r S + s].
+    int64_t* first = workspace<int64_t>(Slot::positions, 2 * taps_count);
+    int64_t* step = first + taps_count;
+    for (int64_t t = 0; t < taps_count; ++t) first[t] = -1, step[t] = 0;
+    for (int64_t f = 0; f < p.count(); ++f) {
+      const Phase& phase = p.data[f];
+      const PatchOrder order = patch_order(g.layout, K, phase.taps);
+      for (int64_t t = 0; t < phase.taps; ++t) {
+        const int64_t w = p.taps[phase.first_tap + t].weight;
+        first[w] = phase.first_tap * K + t * order.tap_step;
+        step[w] = order.channel_step;
       }
-      const Grid grid{ceil_div(g.H - phase_h, g.stride_h), ceil_div(g.W - phase_w, g.stride_w), 1, 1};
-      correlate<T>(g.N, g.G, K, C, grid, {taps, tap_count}, weight, K * C * filter_size, {filter_size, C * filter_size},
-                   {nullptr, false}, [&](int64_t n, int64_t group) {
-        return source_view(grad_output, out, n, group * K, g.P, g.Q);
-      }, [&](int64_t n, int64_t group) {
-        T* first = grad_input + n * in.n + group * C * in.c + phase_h * in.h + phase_w * in.w;
-        return OutputView<T>{first, in.c, g.stride_h * in.h, g.stride_w * in.w};
-      });
     }
-  }
+    for (int64_t k = 0; k < K; ++k) {
+      const T* from = weight + ((group * K + k) * C + c) * taps_count;
+      if (taps_count == 1 && lanes == nr<T> && p.tap_count == 1) {
+        for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + (first[0] + k * step[0]) * nr<T> + v, load(from + v));
+      } else if (p.tap_count == taps_count) {
+        gemm::pack_transposed(from, taps_count, lanes, taps_count, to, [&](int64_t t) { return first[t] + k * step[t]; });
+      } else {
+        for (int64_t t = 0; t < taps_count; ++t)
+          if (first[t] >= 0)
+            gemm::pack_transposed(from + t, taps_count, lanes, 1, to, [&](int64_t) { return first[t] + k * step[t]; });
+      }
+    }
+  });
+  correlate<T>({g.N,
+                g.G,
+                K,
+                C,
+                g.layout,
+                {grad_output, g.output_strides(), g.P, g.Q},
+                {grad_input, g.input_strides(), g.H, g.W},
+                1,
+                1,
+                p.along_h,
+                p.along_w,
+                p.taps,
+                p.data,
+                p.tap_count},
+               packed_weight, {nullptr, false});
 }
 
-// grad_weight: rows of grad_output times rows of patches, both running along x, as 3 x 4 dot products at a time (12 accumulators
-// + 3 grad_output vectors + 1 patch vector in 16 registers). Positions of all images are one long axis cut into blocks of
-// `x_block` elements, so that 7x7 planes fill vectors too.
-inline constexpr int64_t dot_m = 3, dot_n = 4;
-template <class T>
-inline constexpr int64_t x_block = 2048 / sizeof(T);
-template <class T>
-inline constexpr int64_t x_row = x_block<T> + 64 / sizeof(T);
-inline constexpr int64_t filter_chunk = 96;  // rows of grad_output packed at a time: 96 x 512 floats = 192 KiB
-inline constexpr int64_t patch_chunk = 96;   // rows of patches packed at a time, likewise
-
-template <class T>
-inline void dot_tile(int64_t length, const T* grad_output, const T* patches, T sums[dot_m][dot_n]) {
-  Vec<T> sum[dot_m][dot_n] = {};
-  for (int64_t x = 0; x < length; x += kLanes<T>) {
-    Vec<T> gradient[dot_m];
-    for (int m = 0; m < dot_m; ++m) gradient[m] = load(grad_output + m * x_row<T> + x);
-    for (int n = 0; n < dot_n; ++n) {
-      const Vec<T> patch = load(patches + n * x_row<T> + x);
-      for (int m = 0; m < dot_m; ++m) sum[m][n] += gradient[m] * patch;
-    }
-  }
-  for (int m = 0; m < dot_m; ++m)
-    for (int n = 0; n < dot_n; ++n) sums[m][n] = horizontal_sum<T>(sum[m][n]);
-}
+// grad_weight is cut into tasks of chunk_rows rows (c,t) by chunk_filters filters: 288 x 128 sums are 144 KiB, which stay in L2.
+inline constexpr int64_t chunk_rows = 288;
+inline constexpr int64_t chunk_filters = 128;
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group(), patch_size = C * taps_count;
   const Strides in = g.input_strides(), out = g.output_strides();
-  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
   Tap* taps = workspace<Tap>(Slot::tables, taps_count);
   input_taps(g, taps);
-  const Grid grid{g.P, g.Q, g.stride_h, g.stride_w};
-  const Grid whole{g.P, g.Q, 1, 1};  // grad_output seen as its own patches
-  const Tap here{0, 0, 0};
+  const int64_t chunk_channels = std::clamp<int64_t>(chunk_rows / taps_count, 1, C);
+  const Blocks blocks = blocks_of(g.N, g.P, g.Q);
+  const Window w = window_of(taps, taps_count, in, g.H, g.W, chunk_channels, blocks.rows, g.P, g.Q, g.stride_h, g.stride_w,
+                             g.layout, sizeof(T));
 
-  const int64_t patch_rows = C * taps_count, patch_chunks = ceil_div(patch_rows, patch_chunk), positions = g.N * grid.size();
-  const int64_t blocks = ceil_div(positions, x_block<T>), weights = g.K * patch_rows;
-  // Too few chunks to share out among threads: cut the sum over positions into slices as well, added in order at the end. How
+  // Too few tasks to share out among threads: cut the sum over positions into slices as well, added in order at the end. How
   // many is decided by the geometry alone, or the bits would depend on the number of threads.
-  const int64_t chunks = g.G * patch_chunks, slices = chunks >= 8 ? 1 : std::min<int64_t>(8, blocks);
+  const int64_t c_chunks = ceil_div(C, chunk_channels), k_chunks = ceil_div(K, chunk_filters), chunks = g.G * c_chunks * k_chunks;
+  const int64_t slices = chunks >= 8 ? 1 : std::min<int64_t>(8, blocks.count()), weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
-
-  const int64_t task_cost = K * std::min(patch_rows, patch_chunk) * (positions / slices) / kLanes<T>;
+  const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
   parallel_for(chunks * slices, task_cost, [&](int64_t task) {
-    const int64_t slice = task % slices, chunk = task / slices % patch_chunks, group = task / slices / patch_chunks;
-    const int64_t row_begin = chunk * patch_chunk, rows = std::min(patch_chunk, patch_rows - row_begin);
-    const int64_t padded_rows = ceil_div(rows, dot_n) * dot_n;
-    T* result = partial + slice * weights + group * K * patch_rows + row_begin;
-    for (int64_t k = 0; k < K; ++k) fill(result + k * patch_rows, rows, T(0));
-    T* patches = workspace<T>(Slot::patches, patch_chunk * x_row<T>);
-    T* gradient = workspace<T>(Slot::tile, filter_chunk * x_row<T>);
-    for (int64_t row = rows; row < padded_rows; ++row) fill(patches + row * x_row<T>, x_block<T>, T(0));
+    const int64_t slice = task % slices, c_chunk = task / slices % c_chunks, k_chunk = task / slices / c_chunks % k_chunks;
+    const int64_t group = task / slices / c_chunks / k_chunks;
+    const int64_t c_begin = c_chunk * chunk_channels, channels = std::min(chunk_channels, C - c_begin);
+    const int64_t k_begin = k_chunk * chunk_filters, filters = std::min(chunk_filters, K - k_begin);
+    const int64_t rows = channels * taps_count, panels = ceil_div(filters, nr<T>);
+    const int64_t max_positions = blocks.images * blocks.rows * g.Q;
 
-    // Packs `row` of positions x_begin ... x_end - 1 of the long axis: a piece of each image it crosses.
-    const auto pack_row = [&](const auto& source_of, const Grid& of_grid, const Tap& tap, int64_t c, int64_t x_begin,
-                              int64_t x_end, T* to) {
-      for (int64_t x = x_begin; x < x_end;) {
-        const int64_t n = x / grid.size(), end = std::min(x_end, (n + 1) * grid.size());
-        pack_patch_row(source_of(n), of_grid, tap, c, x - n * grid.size(), end - n * grid.size(), to + (x - x_begin));
-        x = end;
-      }
-    };
-    const auto input_of = [&](int64_t n) { return source_view(input, in, n, group * C, g.H, g.W); };
-    const auto grad_output_of = [&](int64_t n) { return source_view(grad_output, out, n, group * K, g.P, g.Q); };
+    int64_t* patch = workspace<int64_t>(Slot::offsets, rows + max_positions);
+    int64_t* position = patch + rows;
+    fill_patch_offsets(taps, {0, taps_count, g.P, g.Q}, channels, w, g.layout, patch);
+    T* gradient = workspace<T>(Slot::gradient, panels * max_positions * nr<T>);
+    T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
+    for (int64_t i = 0; i < panels * rows * nr<T>; i += kLanes<T>) store(sums + i, Vec<T>{});
 
-    for (int64_t block = slice * blocks / slices; block < (slice + 1) * blocks / slices; ++block) {
-      const int64_t x_begin = block * x_block<T>, x_end = std::min(positions, x_begin + x_block<T>), width = x_end - x_begin;
-      const int64_t padded_width = ceil_div(width, kLanes<T>) * kLanes<T>;
-      for (int64_t row = 0; row < rows; ++row) {
-        T* to = patches + row * x_row<T>;
-        pack_row(input_of, grid, taps[(row_begin + row) % taps_count], (row_begin + row) / taps_count, x_begin, x_end, to);
-        fill(to + width, padded_width - width, T(0));
-      }
-      for (int64_t k_begin = 0; k_begin < K; k_begin += filter_chunk) {
-        const int64_t filters = std::min(filter_chunk, K - k_begin), padded_filters = ceil_div(filters, dot_m) * dot_m;
-        for (int64_t k = 0; k < padded_filters; ++k) {
-          T* to = gradient + k * x_row<T>;
-          if (k < filters) pack_row(grad_output_of, whole, here, k_begin + k, x_begin, x_end, to);
-          fill(to + (k < filters ? width : 0), padded_width - (k < filters ? width : 0), T(0));
-        }
-        for (int64_t row = 0; row < rows; row += dot_n) {
-          for (int64_t k = 0; k < filters; k += dot_m) {
-            T sums[dot_m][dot_n];
-            dot_tile(padded_width, gradient + k * x_row<T>, patches + row * x_row<T>, sums);
-            for (int64_t m = 0; m < std::min(dot_m, filters - k); ++m)
-              for (int64_t n = 0; n < std::min(dot_n, rows - row); ++n)
-                result[(k_begin + k + m) * patch_rows + row + n] += sums[m][n];
+    for (int64_t block = slice * blocks.count() / slices; block < (slice + 1) * blocks.count() / slices; ++block) {
+      const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, g.N - n);
+      const int64_t i_begin = block % blocks.along_rows * blocks.rows, i_count = std::min(blocks.rows, g.P - i_begin);
+      const int64_t image_positions = i_count * g.Q, positions = images * image_positions;
+      for (int64_t x = 0, image = 0; image < images; ++image)
+        for (int64_t i = 0; i < i_count; ++i)
+          for (int64_t j = 0; j < g.Q; ++j, ++x)
+            position[x] = image * w.strides.n + i * g.stride_h * w.strides.h + j * g.stride_w * w.strides.w;
+      const T* window = read_window(View<const T>{input, in, g.H, g.W}, w, n, images, group * C + c_begin, channels,
+                                    i_begin * g.stride_h, g.layout);
+
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, filters - k);
+        T* to = gradient + panel * positions * nr<T>;
+        for (int64_t image = 0; image < images; ++image) {
+          const T* from = grad_output + (n + image) * out.n + (group * K + k_begin + k) * out.c + i_begin * out.h;
+          T* row = to + image * image_positions * nr<T>;
+          if (g.layout == Layout::nchw) {
+            gemm::pack_transposed(from, out.c, lanes, image_positions, row, [](int64_t x) { return x; });
+          } else if (lanes == nr<T>) {
+            for (int64_t x = 0; x < image_positions; ++x, from += out.w, row += nr<T>)
+              for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(row + v, load(from + v));
+          } else {
+            for (int64_t x = 0; x < image_positions; ++x, from += out.w, row += nr<T>) {
+              copy_row(from, lanes, row);
+              for (int64_t l = lanes; l < nr<T>; ++l) row[l] = T(0);
+            }
           }
         }
+      }
+      for (int64_t x = 0; x < positions; x += max_depth) {
+        const int64_t depth = std::min(max_depth, positions - x);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const T* b = gradient + (panel * positions + x) * nr<T>;
+          const bool narrow = filters - panel * nr<T> <= kLanes<T>;
+          for (int64_t row = 0; row < rows;) {
+            const int64_t tile_rows = gemm::tile_rows(rows - row);
+            T* c = sums + (panel * rows + row) * nr<T>;
+            gemm::with_rows(tile_rows, [&]<int count>(std::integral_constant<int, count>) {
+              gemm::IndirectA<T> a{{}, position + x};
+              for (int m = 0; m < count; ++m) a.row[m] = window + patch[row + m];
+              if (narrow)
+                gemm::tile_product<T, count, 1>(depth, a, b, c, nr<T>, {nullptr, true, false});
+              else
+                gemm::tile_product<T, count, 2>(depth, a, b, c, nr<T>, {nullptr, true, false});
+            });
+            row += tile_rows;
+          }
+        }
+      }
+    }
+
+    const PatchOrder order = patch_order(g.layout, channels, taps_count);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, filters - k);
+      T* to = partial + slice * weights + (group * K + k_begin + k) * patch_size + c_begin * taps_count;
+      const T* from = sums + panel * rows * nr<T>;
+      const Finish<T> as_it_is{nullptr, lanes, false};
+      if (order.tap_step == 1 || taps_count == 1) {
+        gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, rows, to, patch_size, as_it_is);
+      } else {
+        for (int64_t c = 0; c < channels; ++c)
+          gemm::unpack_transposed<T>([&](int64_t t) { return from + (t * channels + c) * nr<T>; }, lanes, taps_count,
+                                     to + c * taps_count, patch_size, as_it_is);
       }
     }
   });

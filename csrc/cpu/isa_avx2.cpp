@@ -4,6 +4,7 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -14,7 +15,9 @@
 
 #include "../geometry.h"
 #include "conv2d_choice.h"
+#include "element.h"
 #include "kernels.h"
+#include "pool2d_indexed.h"
 #include "pool2d_reference.h"
 #include "runtime.h"
 
@@ -38,7 +41,7 @@
 
 namespace torchcnn {
 
-constinit const KernelTable avx2_kernels = {"avx2", avx2::vector_kernels<float>, avx2::vector_kernels<double>};
+constinit const KernelTable avx2_kernels = avx2::vector_kernel_table("avx2");
 
 }  // namespace torchcnn
 

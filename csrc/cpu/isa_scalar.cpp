@@ -6,6 +6,6 @@
 
 namespace torchcnn {
 
-constinit const KernelTable scalar_kernels = {"scalar", scalar::vector_kernels<float>, scalar::vector_kernels<double>};
+constinit const KernelTable scalar_kernels = scalar::vector_kernel_table("scalar");
 
 }  // namespace torchcnn

@@ -1,71 +1,194 @@
-// The kernels that follow indices h W + w into a plane: no arithmetic to vectorise, so one version serves every instruction set.
+// The kernels that follow positions into a plane: no arithmetic to vectorise, so one version serves every instruction set.
 //
-//   scatter_add     grad_input[n,c,indices[n,c,p,q]] += grad_output[n,c,p,q]      max, min and adaptive max pooling, backward
-//   scatter_assign  output[n,c,indices[n,c,p,q]]      = input[n,c,p,q]            max_unpool2d; of equal indices the last stays
-//   gather          output[n,c,p,q] = source[n,c,indices[n,c,p,q]]               derivative of both
+//   scatter_add      grad_input[n,c,indices[n,c,p,q]] += grad_output[n,c,p,q]     max, min and adaptive max pooling, backward
+//   scatter_offsets  the same where offsets r S + s into the window of (p, q) stand in the place of the indices
+//   scatter_assign   output[n,c,indices[n,c,p,q]] = input[n,c,p,q]                max_unpool2d; of equal indices the last stays
+//   gather           output[n,c,p,q] = source[n,c,indices[n,c,p,q]]              derivative of both
+//   gather_offsets   the same for offsets
 //
-// One thread owns a plane (in channels_last, a range of channels of one image), so the order of every sum is fixed and no
-// atomics are needed. The caller has checked the indices.
+// One thread owns a plane (in channels_last, some channels of one image), so the order of every sum is fixed and no atomics are
+// needed. A position outside the plane is never touched: an index there is reported, an offset there counts for nothing, which
+// is how relu_max_pool2d says that no value of the window came through.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "../geometry.h"
+#include "element.h"
 #include "runtime.h"
 
 namespace torchcnn {
 
-// Calls visit(flat offset among the (p, q) positions, offset of channel c of image n with h W + w = 0, stride of h W + w) for
-// every output position, in the order that one thread owns.
+inline constexpr int64_t kChannelsOfTask = 32;
+
+// Calls visit(n, first channel, channels) for the parts that one thread owns.
 template <class Visit>
-void for_each_indexed(const Pool2dGeometry& g, Visit visit) {
-  const int64_t positions = g.P * g.Q, plane = g.H * g.W;
-  if (g.layout == Layout::nchw) {
-    parallel_for(g.N * g.C, positions, [&](int64_t nc) {
-      for (int64_t x = 0; x < positions; ++x) visit(nc * positions + x, nc * plane, int64_t(1));
-    });
-    return;
-  }
-  constexpr int64_t chunk = 32;
-  const int64_t chunks = ceil_div(g.C, chunk);
-  parallel_for(g.N * chunks, positions * chunk, [&](int64_t task) {
-    const int64_t n = task / chunks, c_begin = task % chunks * chunk, c_end = std::min(g.C, c_begin + chunk);
-    for (int64_t x = 0; x < positions; ++x)
-      for (int64_t c = c_begin; c < c_end; ++c) visit((n * positions + x) * g.C + c, n * plane * g.C + c, g.C);
+void for_each_owned(const Pool2dGeometry& g, Visit visit) {
+  const int64_t channels = g.layout == Layout::nchw || g.C == 0 ? 1 : std::min(g.C, kChannelsOfTask),
+                parts = ceil_div(g.C, channels);
+  parallel_for(g.N * parts, (g.P * g.Q * 2 + g.H * g.W / 8) * channels, [&](int64_t task) {
+    const int64_t c = task % parts * channels;
+    visit(task / parts, c, std::min(channels, g.C - c));
   });
 }
 
-// The first index outside 0 ... H W - 1, or -1.
-inline int64_t first_bad_index(const int64_t* indices, int64_t count, int64_t plane) {
-  for (int64_t i = 0; i < count; ++i)
-    if (indices[i] < 0 || indices[i] >= plane) return i;
-  return -1;
+// Calls visit(p, q, c, flat offset of the element (n, c, p, q)) for every window of a part.
+template <class Visit>
+void for_each_window(const Pool2dGeometry& g, int64_t n, int64_t c_begin, int64_t channels, Visit visit) {
+  const Strides out = g.output_strides();
+  for (int64_t p = 0; p < g.P; ++p)
+    for (int64_t q = 0; q < g.Q; ++q)
+      for (int64_t c = c_begin; c < c_begin + channels; ++c) visit(p, q, c, n * out.n + c * out.c + p * out.h + q * out.w);
+}
+
+// A zeroed plane of each channel of a part, in the tensor itself or, if sums have another type than it, beside it.
+template <class T>
+struct OwnedPlanes {
+  using A = Arithmetic<T>;
+  const Pool2dGeometry& g;
+  T* tensor;  // channel c_begin of image n
+  A* sums;
+  int64_t c_begin, channels, tensor_step, step;
+
+  OwnedPlanes(const Pool2dGeometry& g, T* whole, int64_t n, int64_t c_begin, int64_t channels)
+      : g(g),
+        tensor(whole + n * g.input_strides().n + c_begin * g.input_strides().c),
+        c_begin(c_begin),
+        channels(channels),
+        tensor_step(g.layout == Layout::nchw ? 1 : g.C) {
+    const int64_t plane = g.H * g.W;
+    if constexpr (std::is_same_v<T, A>) {
+      sums = tensor;
+      step = tensor_step;
+      for (int64_t i = 0; i < (step == channels ? 1 : plane); ++i)
+        std::fill_n(sums + i * step, step == channels ? plane * channels : channels, A(0));
+    } else {
+      sums = workspace<A>(Slot::patches, plane * channels);
+      step = channels;
+      std::fill_n(sums, plane * channels, A(0));
+    }
+  }
+
+  A& at(int64_t index, int64_t c) const { return sums[index * step + c - c_begin]; }
+
+  void write_back() const {
+    if constexpr (!std::is_same_v<T, A>) {
+      for (int64_t i = 0; i < g.H * g.W; ++i)
+        for (int64_t c = 0; c < channels; ++c) tensor[i * tensor_step + c] = narrow<T>(sums[i * step + c]);
+    }
+  }
+};
+
+// Whether every index lay in the plane.
+template <class T>
+bool pool2d_scatter_add(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input) {
+  std::atomic<bool> inside = true;
+  const uint64_t plane = static_cast<uint64_t>(g.H * g.W);
+  for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
+    const OwnedPlanes<T> planes(g, grad_input, n, c_begin, channels);
+    bool all_inside = true;
+    for_each_window(g, n, c_begin, channels, [&](int64_t, int64_t, int64_t c, int64_t from) {
+      const int64_t index = indices[from];
+      if (static_cast<uint64_t>(index) < plane) {
+        planes.at(index, c) += widen(grad_output[from]);
+      } else {
+        all_inside = false;
+      }
+    });
+    planes.write_back();
+    if (!all_inside) inside.store(false, std::memory_order_relaxed);
+  });
+  return inside;
 }
 
 template <class T>
-void zero(T* data, int64_t count) {
-  constexpr int64_t block = 1 << 16;
-  parallel_for(ceil_div(count, block), block / 8,
-               [&](int64_t task) { std::fill(data + task * block, data + std::min(count, (task + 1) * block), T(0)); });
+bool pool2d_scatter_assign(const Pool2dGeometry& g, const T* input, const int64_t* indices, T* output) {
+  static_assert(!kIsLowPrecision<T>);  // their bits are moved
+  std::atomic<bool> inside = true;
+  const uint64_t plane = static_cast<uint64_t>(g.H * g.W);
+  for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
+    const OwnedPlanes<T> planes(g, output, n, c_begin, channels);
+    bool all_inside = true;
+    for_each_window(g, n, c_begin, channels, [&](int64_t, int64_t, int64_t c, int64_t from) {
+      const int64_t index = indices[from];
+      if (static_cast<uint64_t>(index) < plane) {
+        planes.at(index, c) = input[from];
+      } else {
+        all_inside = false;
+      }
+    });
+    if (!all_inside) inside.store(false, std::memory_order_relaxed);
+  });
+  return inside;
 }
 
 template <class T>
-void pool2d_scatter_add(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input) {
-  zero(grad_input, g.N * g.C * g.H * g.W);
-  for_each_indexed(
-      g, [&](int64_t from, int64_t to, int64_t stride) { grad_input[to + indices[from] * stride] += grad_output[from]; });
+bool pool2d_gather(const Pool2dGeometry& g, const T* source, const int64_t* indices, T* output) {
+  std::atomic<bool> inside = true;
+  const uint64_t plane = static_cast<uint64_t>(g.H * g.W);
+  const Strides in = g.input_strides();
+  const int64_t step = g.layout == Layout::nchw ? 1 : g.C;
+  for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
+    bool all_inside = true;
+    for_each_window(g, n, c_begin, channels, [&](int64_t, int64_t, int64_t c, int64_t to) {
+      const int64_t index = indices[to];
+      const bool is_inside = static_cast<uint64_t>(index) < plane;
+      output[to] = is_inside ? source[n * in.n + c * in.c + index * step] : T(0);
+      all_inside &= is_inside;
+    });
+    if (!all_inside) inside.store(false, std::memory_order_relaxed);
+  });
+  return inside;
 }
 
-template <class T>
-void pool2d_scatter_assign(const Pool2dGeometry& g, const T* input, const int64_t* indices, T* output) {
-  zero(output, g.N * g.C * g.H * g.W);
-  for_each_indexed(g, [&](int64_t from, int64_t to, int64_t stride) { output[to + indices[from] * stride] = input[from]; });
+// Where the taps of a window stand relative to tap (0, 0).
+struct Tap {
+  int64_t h, w;
+};
+
+inline const Tap* taps_of(const Pool2dGeometry& g) {
+  Tap* taps = workspace<Tap>(Slot::tables, g.R * g.S);
+  for (int64_t r = 0; r < g.R; ++r)
+    for (int64_t s = 0; s < g.S; ++s) taps[r * g.S + s] = {r * g.dilation_h, s * g.dilation_w};
+  return taps;
 }
 
-template <class T>
-void pool2d_gather(const Pool2dGeometry& g, const T* source, const int64_t* indices, T* output) {
-  for_each_indexed(g, [&](int64_t from, int64_t to, int64_t stride) { output[from] = source[to + indices[from] * stride]; });
+// The index h W + w of an offset in the window of (p, q), or -1 if it lies outside the window or the plane.
+inline int64_t index_of_offset(const Pool2dGeometry& g, const Tap* taps, int64_t p, int64_t q, int64_t offset) {
+  if (static_cast<uint64_t>(offset) >= static_cast<uint64_t>(g.R * g.S)) return -1;
+  const int64_t h = p * g.stride_h - g.pad_h + taps[offset].h, w = q * g.stride_w - g.pad_w + taps[offset].w;
+  const bool inside =
+      static_cast<uint64_t>(h) < static_cast<uint64_t>(g.H) && static_cast<uint64_t>(w) < static_cast<uint64_t>(g.W);
+  return inside ? h * g.W + w : -1;
+}
+
+template <class T, class Offset>
+void pool2d_scatter_offsets(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
+  const Tap* taps = taps_of(g);
+  for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
+    const OwnedPlanes<T> planes(g, grad_input, n, c_begin, channels);
+    for_each_window(g, n, c_begin, channels, [&](int64_t p, int64_t q, int64_t c, int64_t from) {
+      const int64_t index = index_of_offset(g, taps, p, q, offsets[from]);
+      if (index >= 0) planes.at(index, c) += widen(grad_output[from]);
+    });
+    planes.write_back();
+  });
+}
+
+template <class T, class Offset>
+void pool2d_gather_offsets(const Pool2dGeometry& g, const T* source, const Offset* offsets, T* output) {
+  const Tap* taps = taps_of(g);
+  const Strides in = g.input_strides();
+  const int64_t step = g.layout == Layout::nchw ? 1 : g.C;
+  for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
+    for_each_window(g, n, c_begin, channels, [&](int64_t p, int64_t q, int64_t c, int64_t to) {
+      const int64_t index = index_of_offset(g, taps, p, q, offsets[to]);
+      output[to] = index >= 0 ? source[n * in.n + c * in.c + index * step] : T(0);
+    });
+  });
 }
 
 }  // namespace torchcnn

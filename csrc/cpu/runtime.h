@@ -26,7 +26,21 @@ void parallel_for(int64_t tasks, int64_t task_cost, Task&& task) {
 
 // Scratch memory of the calling thread, 64-byte aligned, kept from call to call because touching fresh pages costs more than
 // the arithmetic of a small layer. A slot is valid until the same thread asks for it again.
-enum class Slot { tables, packed_weight, patches, tile, partial_sums, flags, count };
+enum class Slot {
+  tables,
+  row_pointers,
+  phases,
+  filter_rows,
+  offsets,
+  positions,
+  packed_weight,
+  patches,
+  gradient,
+  tile,
+  partial_sums,
+  flags,
+  count
+};
 void* workspace_bytes(Slot slot, size_t bytes);
 
 template <class T>

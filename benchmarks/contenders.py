@@ -1,0 +1,226 @@
+"""The cases of each table: the same work by torch in both layouts and by torchcnn, and its result in float64."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import floors
+import layers
+import torch
+import torch.nn.functional as F
+
+import torchcnn
+
+BEST_OF = ("torch_nchw", "torch_channels_last")
+
+
+@dataclass
+class Case:
+    group: str
+    layer: str
+    direction: str
+    dtype: str
+    contenders: dict[str, Callable]
+    truth: Callable  # the result in float64
+    peers: tuple[str, ...] = BEST_OF  # the contenders that torchcnn is compared with
+    flops: int = 0
+    bytes: int = 0  # that have to be read and written, whatever the algorithm
+    algorithm: str = ""
+    extras: dict[str, Callable] = field(default_factory=dict)  # what else is timed beside
+
+
+def in_layout(layout, *tensors):
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return [x.contiguous(memory_format=memory_format) if x.dim() == 4 else x for x in tensors]
+
+
+def copy_of(bytes):
+    """A plain copy that reads and writes so many bytes in all."""
+    source = torch.zeros(max(1, bytes // 8))
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+# ------------------------------------------------------------------------------------------------------------ convolution
+
+
+def conv_tensors(layer, dtype):
+    """input, weight, bias and grad_output of a layer, its output of about unit variance.
+
+    float64 ones are integers up to 2**16: the sums stay below 2**53, so torch's are exact and can be the truth.
+    """
+    R, S = layer.kernel_size
+    weight_size = layer.K, layer.C // layer.groups, R, S
+    output_size = torchcnn.functional.conv2d_output_size(layer.size, (R, S), layer.stride, layer.padding, layer.dilation)
+    sizes = (layer.N, layer.C, *layer.size), weight_size, (layer.K,), (layer.N, layer.K, *output_size)
+    if dtype == torch.float64:
+        return [torch.randint(-(2**16), 2**16, size).double() for size in sizes]
+    input, weight, bias, grad_output = (torch.randn(size) for size in sizes)
+    return [x.to(dtype) for x in (input, weight / math.sqrt(weight[0].numel()), bias, grad_output)]
+
+
+def torch_conv(layer, input, weight, bias, grad_output):
+    options = [layer.stride] * 2, list(layer.padding), [layer.dilation] * 2
+
+    def backward(*mask):
+        return torch.ops.aten.convolution_backward(
+            grad_output, input, weight, [layer.K], *options, False, [0, 0], layer.groups, mask
+        )
+
+    return {
+        floors.FORWARD: lambda: F.conv2d(input, weight, bias, *options, layer.groups),
+        floors.GRAD_INPUT: lambda: backward(True, False, False)[0],
+        floors.GRAD_WEIGHT: lambda: backward(False, True, True)[1:],
+    }
+
+
+def torchcnn_conv(layer, input, weight, bias, grad_output, layout):
+    ops = torch.ops.torchcnn
+    options = layer.stride, layer.stride, *layer.padding, layer.dilation, layer.dilation, layer.groups
+    last = layout == "channels_last"
+
+    def grad_weight():
+        grad = ops.conv2d_grad_weight(grad_output, input, *layer.kernel_size, *options, last)
+        return grad, ops.conv2d_grad_bias(grad_output)
+
+    return {
+        floors.FORWARD: lambda: torchcnn.functional.conv2d(
+            input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        ),
+        floors.GRAD_INPUT: lambda: ops.conv2d_grad_input(grad_output, weight, *layer.size, *options, last),
+        floors.GRAD_WEIGHT: grad_weight,
+    }
+
+
+def conv_cases(group, layer, dtype, layout, directions):
+    tensors = conv_tensors(layer, dtype)
+    nchw, last = (torch_conv(layer, *in_layout(name, *tensors)) for name in ("nchw", "channels_last"))
+    ours = torchcnn_conv(layer, *in_layout(layout, *tensors), layout)
+    extras = {}
+    if dtype in (torch.bfloat16, torch.float16):
+        extras = torchcnn_conv(layer, *in_layout(layout, *(x.float() for x in tensors)), layout)
+    exact = torch_conv(layer, *(x.double() for x in tensors))
+
+    input, weight, _, grad_output = tensors
+    explained = torchcnn.explain(
+        input.shape,
+        weight.shape,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        layout == "channels_last",
+        torch.float64 if dtype == torch.float64 else torch.float32,
+    )
+    algorithms = dict(line.split()[:2] for line in explained.splitlines())
+    for direction in directions:
+        yield Case(
+            group,
+            layer.name,
+            direction,
+            str(dtype).removeprefix("torch."),
+            {"torch_nchw": nchw[direction], "torch_channels_last": last[direction], "torchcnn": ours[direction]},
+            exact[direction],
+            flops=2 * grad_output.numel() * weight[0].numel(),
+            bytes=sum(x.numel() * x.element_size() for x in (input, weight, grad_output)),
+            algorithm=algorithms[direction.removesuffix("+bias")],
+            extras={"float32": extras[direction]} if extras else {},
+        )
+
+
+def conv_table(groups, layout, quick, dtype=torch.float32):
+    for group in groups:
+        directions = floors.CONV[group]
+        for layer in layers.CONV[group]:
+            if not (quick and too_large_to_be_quick(layer)):
+                yield from conv_cases(group, layer, dtype, layout, directions)
+
+
+def dtypes_table(groups, layout, quick):
+    for group in groups:
+        for layer in layers.DTYPES[group]:
+            if not (quick and too_large_to_be_quick(layer)):
+                yield from conv_cases(group, layer, getattr(torch, group.split()[0]), layout, floors.DTYPES[group])
+
+
+def too_large_to_be_quick(layer):
+    H, W = layer.size
+    R, S = layer.kernel_size
+    return layer.N * layer.K * H * W // layer.stride**2 * layer.C // layer.groups * R * S > 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------- pooling
+
+
+def pools(group, layer):
+    """A pool as torch has it, as torchcnn has it, and what torch's is called with to return its indices, if it can."""
+    kind = group.split()[1] if group.endswith(("max", "avg")) else group.split()[0]
+    if layer.output:
+        name = f"adaptive_{kind}_pool2d"
+        ours = f"global_{kind}_pool2d" if group.startswith("global") else name
+        sizes = () if group.startswith("global") else (layer.output,)
+        return (
+            lambda x: getattr(F, name)(x, layer.output),
+            lambda x: getattr(torchcnn.functional, ours)(x, *sizes),
+            {},
+        )
+    window = layer.kernel, layer.stride, layer.pad
+    return (
+        lambda x, **options: getattr(F, f"{kind}_pool2d")(x, *window, **options),
+        lambda x, **options: getattr(torchcnn.functional, f"{kind}_pool2d")(x, *window, **options),
+        {"return_indices": True} if kind == "max" else {},
+    )
+
+
+def pool_calls(pool, options, input, grad_output):
+    """Each direction of a pool, the derivatives as autograd computes them."""
+    leaf = input.detach().requires_grad_()
+    output = pool(leaf)
+
+    def forward():
+        with torch.no_grad():
+            return pool(input, **options)
+
+    return {
+        floors.FORWARD: forward,
+        "backward": lambda: torch.autograd.grad(output, leaf, grad_output, retain_graph=True),
+        floors.TRAIN: lambda: torch.autograd.grad(pool(leaf), leaf, grad_output),
+    }
+
+
+def pool_cases(group, layer, layout):
+    theirs, ours, options = pools(group, layer)
+    input = torch.randn(layer.N, layer.C, layer.H, layer.H)
+    grad_output = torch.randn_like(theirs(input))
+    nchw, last = (pool_calls(theirs, options, *in_layout(name, input, grad_output)) for name in ("nchw", "channels_last"))
+    calls = pool_calls(ours, options, *in_layout(layout, input, grad_output))
+    exact = pool_calls(theirs, options, input.double(), grad_output.double())
+    index_bytes = {floors.FORWARD: 8, "backward": 1} if options else {}  # offsets in the window are enough for backward
+    for direction in floors.POOL[group]:
+        large = 4 * input.numel() >= floors.LARGE_POOL_BYTES and not layer.output and direction != floors.TRAIN
+        bytes = 4 * input.numel() + (4 + index_bytes.get(direction, 0)) * grad_output.numel()
+        yield Case(
+            group,
+            layer.name,
+            direction,
+            "float32",
+            {"torch_nchw": nchw[direction], "torch_channels_last": last[direction], "torchcnn": calls[direction]},
+            exact[direction],
+            peers=BEST_OF if layer.output or direction == floors.TRAIN or layout != "nchw" else BEST_OF[:1],
+            bytes=bytes,
+            extras={"copy": copy_of(bytes)} if large else {},
+        )
+
+
+def pool_table(groups, layout, quick):
+    for group in groups:
+        kind = {"global": layers.GLOBAL_POOL, "adaptive": layers.ADAPTIVE_POOL}.get(group.split()[0], layers.POOL)
+        for layer in kind:
+            yield from pool_cases(group, layer, layout)
+
+
+TABLES = {
+    "conv": (conv_table, floors.CONV, torch.inference_mode),
+    "pool": (pool_table, floors.POOL, torch.enable_grad),
+    "dtypes": (dtypes_table, floors.DTYPES, torch.inference_mode),
+}

@@ -1,0 +1,174 @@
+"""The picture and the README's tables from the CSV files of run.py: python benchmarks/plot.py [--readme README.md]
+
+Draws speedup.png and speedup.svg beside the CSV files and prints the tables in markdown. With --readme they also replace what
+stands between the two marker comments in that file.
+"""
+
+import argparse
+import csv
+import math
+import os
+import statistics
+from pathlib import Path
+
+import floors
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+TABLES = {"conv": floors.CONV, "pool": floors.POOL, "dtypes": floors.DTYPES}
+TITLES = {"conv": "Convolution, float32", "pool": "Pooling, float32", "dtypes": "Convolution in other dtypes"}
+COLORS = {
+    floors.FORWARD: "#0072b2",
+    floors.GRAD_INPUT: "#e69f00",
+    floors.GRAD_WEIGHT: "#009e73",
+    "backward": "#e69f00",
+    floors.TRAIN: "#cc79a7",
+}
+
+
+def read(folder):
+    """Rows by (table, layout, threads) and then (class, direction); of two rows for one case the later file's counts."""
+    cases = {}
+    for path in sorted(folder.glob("*.csv")):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                table = next(name for name, classes in TABLES.items() if row["class"] in classes)
+                setting = table, row["layout"], int(row["threads"])
+                cases[(*setting, row["class"], row["direction"], row["layer"])] = row
+    tables, layouts = list(TABLES), ["nchw", "channels_last"]
+    settings = {}
+
+    def place(key):
+        table, layout, threads, group, *_ = key
+        return tables.index(table), threads, layouts.index(layout), list(TABLES[table]).index(group)
+
+    for key in sorted(cases, key=place):
+        settings.setdefault(key[:3], {}).setdefault(key[3:5], []).append(cases[key])
+    return settings
+
+
+def ratios(rows):
+    return [float(row["ratio"]) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------- the tables
+
+
+def title(setting):
+    table, layout, threads = setting
+    tensors = "channels_last tensors" if layout == "channels_last" else "NCHW tensors"
+    return f"{TITLES[table]}, {tensors}, {'one thread' if threads == 1 else f'{threads} threads'}"
+
+
+def markdown(settings):
+    """Every setting as a table, a row a class, a column a direction: geometric mean, worst layer."""
+    lines = ["Times faster than torch: geometric mean of the class, and in parentheses its slowest layer."]
+    lines[0] += " Below 1 torchcnn is slower. torch counts in the better of its layouts, except for a pool's forward and"
+    lines[0] += " backward alone, which are compared on NCHW tensors."
+    for setting, members in settings.items():
+        directions = list(dict.fromkeys(direction for _, direction in members))
+        lines += [
+            "",
+            f"**{title(setting)}**",
+            "",
+            f"| class | {' | '.join(directions)} |",
+            "| --- |" + " ---: |" * len(directions),
+        ]
+        for group in dict.fromkeys(group for group, _ in members):
+            cells = [cell(members.get((group, direction))) for direction in directions]
+            lines.append(f"| {group} | {' | '.join(cells)} |")
+    rows = [row for members in settings.values() for group in members.values() for row in group]
+    used = {(row["cpu"], row["isa"], row["torch_version"], row["torch_isa"]) for row in rows}
+    machines = "; ".join(f"{cpu}, kernels {isa}, torch {torch} ({wide})" for cpu, isa, torch, wide in sorted(used))
+    lines += ["", f"Measured on: {machines}."]
+    return "\n".join(lines)
+
+
+def cell(rows):
+    if not rows:
+        return ""
+    mean = statistics.geometric_mean(ratios(rows))
+    return f"{mean:.2f}" + (f" ({min(ratios(rows)):.2f})" if len(rows) > 1 else "")
+
+
+def replace_block(path, block):
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"plot.py: {path} must hold one line {BEGIN} and below it one line {END}")
+    path.write_text(text[: text.index(BEGIN) + len(BEGIN)] + f"\n{block}\n" + text[text.index(END) :])
+
+
+# ------------------------------------------------------------------------------------------------------------ the picture
+
+
+def draw_setting(axes, setting, members):
+    directions = list(dict.fromkeys(direction for _, direction in members))
+    groups = list(dict.fromkeys(group for group, _ in members))
+    width = 0.8 / len(directions)
+    labels = set()
+
+    def once(label):
+        fresh = label not in labels
+        labels.add(label)
+        return label if fresh else None
+
+    for (group, direction), rows in members.items():
+        x = groups.index(group) + (directions.index(direction) - (len(directions) - 1) / 2) * width
+        mean = statistics.geometric_mean(ratios(rows))
+        # A bar from 1: up where torchcnn is faster, down where torch is.
+        axes.bar(x, mean - 1, 0.9 * width, bottom=1, color=COLORS[direction], label=once(direction))
+        if len(rows) > 1:
+            axes.plot([x] * len(rows), ratios(rows), "o", color="black", markersize=2.5, alpha=0.5, label=once("each layer"))
+        ends = x - 0.45 * width, x + 0.45 * width
+        for column, style, what in (("mean_floor", "-", "mean"), ("worst_floor", ":", "worst layer")):
+            if floor := rows[0][column]:
+                axes.plot(ends, [float(floor)] * 2, style, color="#d62728", linewidth=1.8, label=once(f"floor of the {what}"))
+        axes.annotate(f"{mean:.2g}", (x, 0.01), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_yscale("log", base=2)
+    low, high = (round(math.log2(limit)) for limit in axes.get_ylim())
+    axes.set_ylim(2 ** (low - 0.8), 2 ** (high + 0.6))  # the means are written below the bars
+    exponents = range(low, high + 1)
+    axes.set_yticks([2.0**e for e in exponents], [f"{2**e}x" if e >= 0 else f"1/{2**-e}" for e in exponents])
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel("times faster than torch")
+    axes.set_title(title(setting), loc="left", fontsize=11)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw(settings, folder):
+    """The settings on NCHW tensors and one thread, or all if there is none such."""
+    os.environ.setdefault("MPLBACKEND", "agg")
+    import matplotlib.pyplot as plt
+
+    shown = {s: members for s, members in settings.items() if s[1:] == ("nchw", 1)} or settings
+    figure, axes = plt.subplots(len(shown), figsize=(11, 3.4 * len(shown)), squeeze=False, layout="constrained")
+    for axis, (setting, members) in zip(axes[:, 0], shown.items(), strict=True):
+        draw_setting(axis, setting, members)
+    paths = [folder / f"speedup.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return paths
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the CSV files")
+    parser.add_argument("--readme", type=Path, help="a file with the marker comments")
+    args = parser.parse_args(argv)
+    settings = read(args.results)
+    if not settings:
+        raise SystemExit(f"plot.py: there are no CSV files in {args.results}; run benchmarks/run.py first")
+    draw(settings, args.results)
+    table = markdown(settings)
+    print(table)
+    if args.readme:
+        replace_block(args.readme, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+// Depthwise convolution (C / G = 1; output channel k reads input channel k / M, M = K / G) by direct sums. It does 2 R S
+// operations for every two elements of memory traffic, so that touching memory once and in order is most of the work.
+//
+// forward and grad_input are one correlation. Along an axis, outputs fall into phases: position i of phase f is the output
+// i phases + f, and each tap t of the phase reads the source at i step + offset[t].
+//
+//   forward       output      = epilogue(sum_t weight[t] input)    phases = 1,      step = stride, offset = r dilation - pad
+//   grad_input    grad_input  = sum_t weight[t] grad_output        phases = stride, step = 1,      for the taps r of phase f,
+//                                                                  offset = (f + pad - r dilation) / stride
+//   grad_weight[t] = sum_{n,i,j} grad_output[i,j] input(i,j,t)     over the positions and taps of forward
+//
+// The kernels themselves: conv2d_depthwise_nchw.h (vectors along a row) and conv2d_depthwise_channels_last.h (vectors along the
+// channels). Every element is summed in an order that the geometry alone decides. 0 * inf never enters a sum: channels_last
+// leaves out taps outside the image; NCHW multiplies them by zero and repeats a sum without them where a number is not finite.
+#pragma once
+
+#include "conv2d_depthwise_channels_last.h"
+#include "conv2d_depthwise_nchw.h"
+
+namespace torchcnn::TORCHCNN_ISA::depthwise {
+
+template <class T>
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  const int64_t M = g.K_per_group();
+  const Correlation<T> correlation{forward_axes(g), g.N, g.C, 1, M, g.R, g.S, input, weight, epilogue, output};
+  g.layout == Layout::nchw ? nchw::correlate(correlation) : channels_last::correlate(correlation);
+}
+
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
+  const int64_t M = g.K_per_group();
+  const Correlation<T> correlation{grad_input_axes(g), g.N,       g.C, M, 1, g.R, g.S, grad_output, weight,
+                                   {nullptr, false},   grad_input};
+  g.layout == Layout::nchw ? nchw::correlate(correlation) : channels_last::correlate(correlation);
+}
+
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  g.layout == Layout::nchw ? nchw::conv2d_grad_weight(g, grad_output, input, grad_weight)
+                           : channels_last::conv2d_grad_weight(g, grad_output, input, grad_weight);
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA::depthwise

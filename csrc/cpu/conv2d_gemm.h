@@ -1,0 +1,278 @@
+// The matrix product that every dense convolution ends in: a register tile of C += A B, and the copies that feed it.
+//
+//   C[m][n] += sum_k A(m, k) B(k, n)         m < 6 rows, n < 2 vectors, k < depth
+//
+//   A   one element at a time, broadcast. It is read where it lies: IndirectA finds (m, k) at row[m] + offset[k], so that pixels
+//       of an image, taps of a filter or positions of a batch need no patch matrix ("indirect convolution", Dukhan 2019,
+//       section 3); StridedA at data + m row_stride + k step.
+//   B   a vector at a time, packed [k][nr] (PackedB), or rows of an image at data + offset[k] (IndirectB).
+//
+// The method is that of BLIS (Van Zee and van de Geijn 2015, sections 2 and 5): the tile lives in registers, a depth of 384 keeps
+// the packed operand (24 KiB) in L1. How an element of C is summed depends on the depth alone, not on the tile it falls into, so results
+// do not depend on how the loops around are split among threads or on the neighbours in the batch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../geometry.h"
+#include "simd.h"
+
+namespace torchcnn::TORCHCNN_ISA::gemm {
+
+// 16 vector registers: 6 x 2 accumulators + 2 vectors of B + 1 broadcast element of A.
+inline constexpr int64_t mr = 6;
+template <class T>
+inline constexpr int64_t nr = 2 * kLanes<T>;
+// 384 x 16 floats are 24 KiB, three quarters of L1.
+inline constexpr int64_t max_depth = 384;
+
+template <class T>
+struct IndirectA {
+  const T* row[mr];
+  const int64_t* offset;
+  T at(int m) const { return row[m][*offset]; }
+  void next() { ++offset; }
+};
+
+template <class T>
+struct StridedA {
+  const T* data;
+  int64_t row_stride, step;
+  T at(int m) const { return data[m * row_stride]; }
+  void next() { data += step; }
+};
+
+template <class T>
+struct PackedB {
+  const T* data;
+  int64_t row;
+  Vec<T> at(int v) const { return load(data + v * kLanes<T>); }
+  void next() { data += row; }
+};
+
+template <class T>
+struct IndirectB {
+  const T* data;
+  const int64_t* offset;
+  Vec<T> at(int v) const { return load(data + *offset + v * kLanes<T>); }
+  void next() { ++offset; }
+};
+
+// All loops over the tile are unrolled, or the accumulators would live in memory.
+template <class T, int rows, int vectors>
+struct Tile {
+  Vec<T> sum[rows][vectors];
+
+  [[gnu::always_inline]] void load_from(const T* c, int64_t c_row) {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[m][v] = load(c + m * c_row + v * kLanes<T>);
+  }
+  [[gnu::always_inline]] void add(const T* c, int64_t c_row) {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[m][v] += load(c + m * c_row + v * kLanes<T>);
+  }
+  // Row m starts at start[m], or at 0 without a start.
+  [[gnu::always_inline]] void start_at(const T* start) {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[m][v] = start == nullptr ? Vec<T>{} : broadcast(start[m]);
+  }
+  // Leaves a and b behind the last term.
+  template <class A, class B>
+  [[gnu::always_inline]] void accumulate(int64_t depth, A& a, B& b) {
+    for (int64_t k = 0; k < depth; ++k, a.next(), b.next()) {
+      if constexpr (vectors <= rows) {
+        Vec<T> right[vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) right[v] = b.at(v);
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) {
+          const T left = a.at(m);
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) sum[m][v] += left * right[v];
+        }
+      } else {  // wide and low: hold the elements of A instead
+        T left[rows];
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) left[m] = a.at(m);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+          const Vec<T> right = b.at(v);
+#pragma GCC unroll 8
+          for (int m = 0; m < rows; ++m) sum[m][v] += left[m] * right;
+        }
+      }
+    }
+  }
+  [[gnu::always_inline]] void rectify() {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[m][v] = rectified<T>(sum[m][v]);
+  }
+  [[gnu::always_inline]] void store_to(T* c, int64_t c_row) const {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) store(c + m * c_row + v * kLanes<T>, sum[m][v]);
+  }
+};
+
+// Calls run(std::integral_constant<int, rows>) for 1 <= rows <= 6.
+template <class Run>
+[[gnu::always_inline]] inline void with_rows(int64_t rows, Run run) {
+  switch (rows) {
+    case 6: return run(std::integral_constant<int, 6>());
+    case 5: return run(std::integral_constant<int, 5>());
+    case 4: return run(std::integral_constant<int, 4>());
+    case 3: return run(std::integral_constant<int, 3>());
+    case 2: return run(std::integral_constant<int, 2>());
+    default: return run(std::integral_constant<int, 1>());
+  }
+}
+
+// How a tile of C begins and ends: it adds to what is there, or starts at `bias` (null: 0), one element for each column; at last
+// it is rectified.
+template <class T>
+struct Ends {
+  const T* bias;
+  bool add, relu;
+};
+
+// Terms are added in runs of at most 48, then the runs: rounding errors grow with the longer of the two instead of the depth.
+inline constexpr int64_t max_run = 48;
+
+// c[rows][nr] (+)= A B with B packed; `vectors` is 1 where only the first of the two holds anything.
+template <class T, int rows, int vectors, class A>
+[[gnu::noinline]] void tile_product(int64_t depth, A a, const T* b, T* c, int64_t c_row, const Ends<T>& ends) {
+  PackedB<T> right{b, nr<T>};
+  const int64_t runs = std::max<int64_t>(1, ceil_div(depth, max_run));
+  for (int64_t r = 0; r < runs; ++r) {
+    Tile<T, rows, vectors> tile;
+    tile.start_at(nullptr);
+    tile.accumulate((r + 1) * depth / runs - r * depth / runs, a, right);
+    if (r > 0 || ends.add)
+      tile.add(c, c_row);
+    else if (ends.bias != nullptr)
+      tile.add(ends.bias, 0);
+    if (ends.relu && r + 1 == runs) tile.rectify();
+    tile.store_to(c, c_row);
+  }
+}
+
+// How many rows the next tile of `rest` rows takes: 6, but the last two share evenly what would leave a sliver.
+inline int64_t tile_rows(int64_t rest) { return rest >= mr + 3 || rest <= mr ? std::min(rest, mr) : (rest + 1) / 2; }
+
+// In every 16 bytes, units of `unit` elements alternate: a0 b0 a1 b1 ... from the first half of them (half = 0) or the second.
+template <class T, int unit, int half, size_t... lane>
+[[gnu::always_inline]] inline Vec<T> interleave_units(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
+  constexpr int lanes = sizeof...(lane), part = 16 / sizeof(T), units = part / unit;
+  constexpr auto source = [](int l) {
+    const int u = l % part / unit;
+    return l / part * part + (half * units / 2 + u / 2) * unit + l % unit + u % 2 * lanes;
+  };
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, source(lane)...);
+#else
+  return __builtin_shuffle(a, b, Vec<IndexOf<T>>{source(lane)...});
+#endif
+}
+
+// The first (half = 0) or second halves of a and b, side by side.
+template <class T, int half, size_t... lane>
+[[gnu::always_inline]] inline Vec<T> join_halves(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
+  constexpr int lanes = sizeof...(lane), h = half * lanes / 2;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (lane < lanes / 2 ? lane + h : lane + h + lanes / 2)...);
+#else
+  return __builtin_shuffle(a, b, Vec<IndexOf<T>>{(lane < lanes / 2 ? lane + h : lane + h + lanes / 2)...});
+#endif
+}
+
+// In place: v[i][j] = v[j][i]. Squares of 16 bytes first, then (in vectors of 32 bytes) the squares themselves.
+template <class T>
+[[gnu::always_inline]] inline void transpose(Vec<T>* v) {
+  constexpr int lanes = int(kLanes<T>), part = 16 / sizeof(T);
+  static_assert(lanes == part || lanes == 2 * part);
+  constexpr auto each = kEachLane<T>;
+#pragma GCC unroll 8
+  for (int i = 0; i < lanes; i += 2) {
+    const Vec<T> a = v[i], b = v[i + 1];
+    v[i] = interleave_units<T, 1, 0>(a, b, each), v[i + 1] = interleave_units<T, 1, 1>(a, b, each);
+  }
+  if constexpr (part == 4) {
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes; i += 4) {
+      const Vec<T> a = v[i], b = v[i + 1], c = v[i + 2], d = v[i + 3];
+      v[i] = interleave_units<T, 2, 0>(a, c, each), v[i + 1] = interleave_units<T, 2, 1>(a, c, each);
+      v[i + 2] = interleave_units<T, 2, 0>(b, d, each), v[i + 3] = interleave_units<T, 2, 1>(b, d, each);
+    }
+  }
+  if constexpr (lanes == 2 * part) {
+#pragma GCC unroll 8
+    for (int i = 0; i < part; ++i) {
+      const Vec<T> a = v[i], b = v[i + part];
+      v[i] = join_halves<T, 0>(a, b, each), v[i + part] = join_halves<T, 1>(a, b, each);
+    }
+  }
+}
+
+// to + row_of(x) nr: the elements from[l from_row + x] for l < lanes, then zeros up to nr.
+template <class T, class RowOf>
+void pack_transposed(const T* from, int64_t from_row, int64_t lanes, int64_t count, T* to, RowOf row_of) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t first = 0; first < nr<T>; first += L) {
+    int64_t x = 0;
+    const int64_t used = std::clamp<int64_t>(lanes - first, 0, L);
+    if (used > 0) {
+      for (; x + L <= count; x += L) {
+        Vec<T> v[L];
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < L; ++l) v[l] = l < used ? load(from + (first + l) * from_row + x) : Vec<T>{};
+        transpose<T>(v);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < L; ++l) store(to + row_of(x + l) * nr<T> + first, v[l]);
+      }
+    }
+    for (; x < count; ++x) {
+      T* row = to + row_of(x) * nr<T> + first;
+      for (int64_t l = 0; l < used; ++l) row[l] = from[(first + l) * from_row + x];
+      for (int64_t l = used; l < L; ++l) row[l] = T(0);
+    }
+  }
+}
+
+// The other way: to[l to_row + x] = finish(row_of(x)[l], l) for l < lanes. finish takes vectors: lane-wise starting at lane l.
+template <class T, class RowOf, class Finish>
+void unpack_transposed(RowOf row_of, int64_t lanes, int64_t count, T* to, int64_t to_row, Finish finish) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t first = 0; first < lanes; first += L) {
+    const int64_t used = std::min(L, lanes - first);
+    int64_t x = 0;
+    for (; x + L <= count; x += L) {
+      Vec<T> v[L];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < L; ++l) v[l] = finish(load(row_of(x + l) + first), first);
+      transpose<T>(v);
+      if (used == L) {
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < L; ++l) store(to + (first + l) * to_row + x, v[l]);
+      } else {
+        for (int64_t l = 0; l < used; ++l) store(to + (first + l) * to_row + x, v[l]);
+      }
+    }
+    for (; x < count; ++x) {
+      const Vec<T> v = finish(load(row_of(x) + first), first);
+      for (int64_t l = 0; l < used; ++l) to[(first + l) * to_row + x] = v[l];
+    }
+  }
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA::gemm

@@ -1,0 +1,176 @@
+// 1x1 convolution without padding in NCHW: the plain product of the weight matrix and the planes of the tensor.
+//
+//   forward      output[k][x]     = bias[k] + sum_c weight[k][c] input[c][x]          x = (n, p, q), every stride-th pixel
+//   grad_input   grad_input[c][x] =           sum_k weight[k][c] grad_output[k][x]    and 0 at the pixels between
+//
+// A is the weight: in place in forward, in grad_input packed [c / 12][k][c % 12]. B is packed [x / nr][c][x % nr] from the planes,
+// a panel at a time, so that pixels of several small images share a vector. A block of panels is taken through a whole row of
+// tiles before the next, since neighbouring panels read and write neighbouring pixels of the planes, which lie pages apart. A panel
+// within one plane is stored straight to the result, another by way of a tile.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../geometry.h"
+#include "conv2d_gemm.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace torchcnn::TORCHCNN_ISA::pointwise {
+
+using gemm::max_depth;
+using gemm::mr;
+using gemm::nr;
+
+inline constexpr int64_t block_panels = 32;  // 512 positions: A is read from memory once for so many
+inline constexpr int64_t a_panel = 2 * mr;   // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
+
+// Planes with one element for each position (p, q) of the smaller side; the pixels of the larger side are step apart.
+template <class T>
+struct Planes {
+  T* data;
+  Strides strides;
+  int64_t step_h, step_w;
+};
+
+// Element (m, k) of A is at (m / panel) panel_stride + (m % panel) row_stride + k step.
+template <class T>
+struct Weights {
+  const T* data;
+  int64_t panel_stride, row_stride, step;
+  const T* at(int64_t m, int64_t k) const { return data + m / a_panel * panel_stride + m % a_panel * row_stride + k * step; }
+};
+
+template <class T, int rows>
+[[gnu::noinline]] void tile_product(int64_t depth, gemm::StridedA<T> a, const T* b, T* c, int64_t c_row, const T* start, bool add,
+                                    bool relu) {
+  gemm::Tile<T, rows, 2> tile;
+  if (add)
+    tile.load_from(c, c_row);
+  else
+    tile.start_at(start);
+  gemm::PackedB<T> right{b, nr<T>};
+  tile.accumulate(depth, a, right);
+  if (relu) tile.rectify();
+  tile.store_to(c, c_row);
+}
+
+// result[m][x] = sum_k A(m, k) source[k][x] over x = (n, i, j), for one group.
+template <class T>
+void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t channels, const Weights<T>& weight,
+             const Planes<const T>& source, const Planes<T>& result, const Epilogue<T>& epilogue) {
+  const int64_t plane = rows * columns, positions = N * plane, panels = ceil_div(positions, nr<T>);
+  const auto offset_of = [&](const auto& planes, int64_t x) {
+    const int64_t n = x / plane, i = x % plane / columns, j = x % columns;
+    return n * planes.strides.n + i * planes.step_h * planes.strides.h + j * planes.step_w * planes.strides.w;
+  };
+  const bool source_dense = source.step_h == 1 && source.step_w == 1, result_dense = result.step_h == 1 && result.step_w == 1;
+
+  const int64_t blocks = ceil_div(panels, block_panels), a_panels = ceil_div(filters, a_panel);
+  const int64_t parts = blocks < 4 * thread_count() ? std::min(a_panels, ceil_div(4 * thread_count(), blocks)) : 1;
+  const int64_t part_filters = ceil_div(a_panels, parts) * a_panel;
+  parallel_for(blocks * parts, block_panels * 2 * part_filters * channels, [&](int64_t task) {
+    const int64_t first_panel = task / parts * block_panels, count = std::min(block_panels, panels - first_panel);
+    const int64_t m_begin = task % parts * part_filters, m_end = std::min(filters, m_begin + part_filters);
+    if (m_begin >= m_end) return;
+    struct Panel {
+      int64_t from[nr<T>], to[nr<T>], width;
+      bool from_row, to_row;  // the positions follow each other in the source, in the result
+    };
+    Panel* panel = workspace<Panel>(Slot::tables, block_panels);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t x = (first_panel + j) * nr<T>;
+      Panel& p = panel[j];
+      p.width = std::min(nr<T>, positions - x);
+      const bool one_plane = p.width == nr<T> && x / plane == (x + nr<T> - 1) / plane;
+      p.from_row = one_plane && source_dense;
+      p.to_row = one_plane && result_dense;
+      for (int64_t l = 0; l < nr<T>; ++l) {
+        const int64_t position = l < p.width ? x + l : x;
+        p.from[l] = offset_of(source, position), p.to[l] = offset_of(result, position);
+      }
+    }
+
+    T* b = workspace<T>(Slot::patches, block_panels * max_depth * nr<T>);
+    T* tiles = workspace<T>(Slot::tile, block_panels * part_filters * nr<T>);
+    const int64_t depths = ceil_div(channels, max_depth);
+    for (int64_t d = 0; d < depths; ++d) {
+      const int64_t k = d * channels / depths, depth = (d + 1) * channels / depths - k;
+      for (int64_t c = 0; c < depth; ++c) {  // plane by plane: the panels of a block are one stretch of it
+        const T* from = source.data + (k + c) * source.strides.c;
+        T* to = b + c * nr<T>;
+        for (int64_t j = 0; j < count; ++j, to += max_depth * nr<T>) {
+          const Panel& p = panel[j];
+          if (p.from_row) {
+            for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(from + p.from[0] + v));
+          } else {
+            for (int64_t l = 0; l < nr<T>; ++l) to[l] = from[p.from[l]];
+          }
+        }
+      }
+      for (int64_t chunk = m_begin; chunk < m_end; chunk += a_panel) {
+        const int64_t chunk_end = std::min(m_end, chunk + a_panel);
+        for (int64_t j = 0; j < count; ++j) {
+          const Panel& p = panel[j];
+          for (int64_t m = chunk, rows = 0; m < chunk_end; m += rows) {
+            rows = gemm::tile_rows(chunk_end - m);
+            T* c = p.to_row ? result.data + p.to[0] + m * result.strides.c : tiles + (j * part_filters + m - m_begin) * nr<T>;
+            const int64_t c_row = p.to_row ? result.strides.c : nr<T>;
+            const T* start = epilogue.bias == nullptr ? nullptr : epilogue.bias + m;
+            gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
+              tile_product<T, count>(depth, {weight.at(m, k), weight.row_stride, weight.step}, b + j * max_depth * nr<T>, c,
+                                     c_row, start, d > 0, epilogue.relu && d + 1 == depths);
+            });
+          }
+        }
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const Panel& p = panel[j];
+      if (p.to_row) continue;
+      for (int64_t m = m_begin; m < m_end; ++m) {
+        const T* from = tiles + (j * part_filters + m - m_begin) * nr<T>;
+        T* to = result.data + m * result.strides.c;
+        for (int64_t l = 0; l < p.width; ++l) to[p.to[l]] = from[l];
+      }
+    }
+  });
+}
+
+template <class T>
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  const Strides in = g.input_strides(), out = g.output_strides();
+  const int64_t C = g.C_per_group(), K = g.K_per_group();
+  for (int64_t group = 0; group < g.G; ++group) {
+    product<T>(g.N, g.P, g.Q, K, C, {weight + group * K * C, a_panel * C, C, 1},
+               {input + group * C * in.c, in, g.stride_h, g.stride_w}, {output + group * K * out.c, out, 1, 1},
+               {epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K, epilogue.relu});
+  }
+}
+
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
+  const Strides in = g.input_strides(), out = g.output_strides();
+  const int64_t C = g.C_per_group(), K = g.K_per_group(), panels = ceil_div(C, a_panel);
+  if (g.stride_h > 1 || g.stride_w > 1)
+    parallel_for(g.N * g.C, in.c / kLanes<T>, [&](int64_t i) { fill(grad_input + i * in.c, in.c, T(0)); });
+  T* packed = workspace<T>(Slot::packed_weight, panels * K * a_panel + kLanes<T>);
+  for (int64_t group = 0; group < g.G; ++group) {
+    parallel_for(panels, K * 2, [&](int64_t panel) {
+      const int64_t c = panel * a_panel, width = std::min(a_panel, C - c);
+      const T* from = weight + group * K * C + c;
+      T* to = packed + panel * K * a_panel;
+      for (int64_t k = 0; k < K; ++k) {
+        if (width == a_panel)
+          std::memcpy(to + k * a_panel, from + k * C, a_panel * sizeof(T));
+        else
+          for (int64_t m = 0; m < width; ++m) to[k * a_panel + m] = from[k * C + m];
+      }
+    });
+    product<T>(g.N, g.P, g.Q, C, K, {packed, K * a_panel, 1, a_panel}, {grad_output + group * K * out.c, out, 1, 1},
+               {grad_input + group * C * in.c, in, g.stride_h, g.stride_w}, {nullptr, false});
+  }
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA::pointwise

@@ -1,0 +1,259 @@
+// Max and min pooling, NCHW, forward.
+//
+// Each lane keeps the best value of its window and the code of the tap where it stands; what a code is depends on what is asked
+// for: r S + s, or the distance r dilation_h W + s dilation_w from tap (0, 0) in the plane. A minimum is the maximum of the
+// negated values. Ties, NaN and windows are those of pool2d_reference.h: taps are offered in row-major order, a later one wins if
+// it is greater or NaN.
+//
+// Adaptive windows reduce the rows of a window first, as vectors over w, then its columns one by one.
+#pragma once
+
+#include <limits>
+
+#include "pool2d_rows.h"
+
+namespace torchcnn::TORCHCNN_ISA {
+
+template <class A>
+inline constexpr A kLeast = -std::numeric_limits<A>::infinity();
+
+// The largest value so far and its code, lane by lane.
+template <class A>
+struct Best {
+  Vec<A> value;
+  Vec<IndexOf<A>> code;
+
+  void offer(Vec<A> candidate, Vec<IndexOf<A>> candidate_code) {
+    const Vec<IndexOf<A>> better = (candidate > value) | (candidate != candidate);
+    value = better ? candidate : value;
+    code = better ? candidate_code : code;
+  }
+
+  // max(0, value), with a code that no tap has where that is not the value of a tap.
+  void rectify() {
+    const Vec<IndexOf<A>> nothing = value <= Vec<A>{};
+    value = nothing ? Vec<A>{} : value;
+    code = nothing ? Vec<IndexOf<A>>{} - 1 : code;
+  }
+};
+
+// A lane counts positions of a plane in 32 bits beside a float, 64 beside a double.
+template <class A>
+inline bool index_fits_lane(const Pool2dGeometry& g) {
+  const int64_t margin = g.dilation_h * g.R + g.stride_h + 2;  // codes of taps in the padding are formed, though never chosen
+  return g.H + 2 * margin <= std::numeric_limits<IndexOf<A>>::max() / (g.W + g.dilation_w * g.S + g.stride_w);
+}
+
+template <class A>
+struct ExtremumPlan {
+  Pool2dGeometry g;
+  Extremum extremum;
+  bool padded;                     // some window reaches beyond the plane
+  IndexOf<A> row_code;             // what a step down adds to a code
+  const IndexOf<A>* codes;         // of tap r S + s
+  const IndexOf<A>* first_column;  // code of the first column of window q that lies inside
+};
+
+// Of windows p_begin ... p_end - 1 of plane nc. values: of window (p_begin, 0).
+template <class A, int R_, int S_, int stride_, PositionKind kind>
+void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_t p_begin, int64_t p_end, A* values,
+                   void* positions) {
+  using I = IndexOf<A>;
+  constexpr int64_t L = kLanes<A>;
+  const Pool2dGeometry& g = plan.g;
+  const int64_t R = R_ ? R_ : g.R, S = S_ ? S_ : g.S, step = stride_ ? stride_ : g.stride_w, Q = g.Q;
+  const int64_t row_step = g.dilation_h * rows.pitch, column_step = S_ ? 1 : g.dilation_w;
+  const Vec<I> lane_steps = steps_of<I>(step);
+  for (int64_t p = p_begin; p < p_end; ++p, values += Q) {
+    const A* row = rows.data + (p - p_begin) * g.stride_h * rows.pitch;
+    const int64_t to = (nc * g.P + p) * Q, origin = (p * g.stride_h - g.pad_h) * g.W - g.pad_w;
+    const int64_t top = p * g.stride_h - g.pad_h;
+    const I first_row = top < 0 ? static_cast<I>(ceil_div(-top, g.dilation_h)) * plan.row_code : 0;
+    for (int64_t q = 0; q < Q; q += L) {
+      if (q + L > Q && Q >= L) q = Q - L;  // overlap the last vector instead of a scalar tail
+      const A* at = row + q * step;
+      Best<A> best{};
+      const auto offer = [&](int64_t tap, Vec<A> candidate) {
+        if (tap == 0) {
+          best = {candidate, Vec<I>{}};
+        } else {
+          best.offer(candidate, broadcast(plan.codes[tap]));
+        }
+      };
+      for (int64_t r = 0; r < R; ++r, at += row_step) {
+        if constexpr (stride_ == 2 && S_ >= 2) {
+          const Vec<A> a = load(at), b = load(at + L);
+          offer(r * S, evens_blocked<A>(a, b));
+          offer(r * S + 1, odds_blocked<A>(a, b));
+          if constexpr (S_ == 3) offer(r * S + 2, load_evens_blocked(at + 2));
+        } else {
+          for (int64_t s = 0; s < S; ++s) offer(r * S + s, load_tap<stride_>(at + s * column_step, step));
+        }
+      }
+      best = {ordered<stride_, A>(best.value), ordered<stride_, I>(best.code)};
+      // A window of nothing but -inf points to its first value, not to the padding.
+      if (kind != PositionKind::none && plan.padded)
+        best.code = best.value == kLeast<A> ? load(plan.first_column + q) + first_row : best.code;
+      if (plan.extremum.relu) best.rectify();
+      if (plan.extremum.minimum) best.value = -best.value;
+      const int64_t count = Q - q;
+      if (count >= L) {
+        store(values + q, best.value);
+      } else {
+        store_partial(values + q, best.value, count);
+      }
+      if constexpr (kind == PositionKind::indices)
+        store_integers<I>(static_cast<int64_t*>(positions) + to + q,
+                          best.code + (lane_steps + broadcast(static_cast<I>(origin + q * step))), count);
+      if constexpr (kind == PositionKind::byte_offsets)
+        store_integers<I>(static_cast<uint8_t*>(positions) + to + q, best.code, count);
+      if constexpr (kind == PositionKind::int_offsets)
+        store_integers<I>(static_cast<int32_t*>(positions) + to + q, best.code, count);
+    }
+  }
+}
+
+template <class A>
+using ExtremumRows = void (*)(const ExtremumPlan<A>&, Rows<A>, int64_t, int64_t, int64_t, A*, void*);
+
+template <class A, PositionKind kind>
+ExtremumRows<A> extremum_rows_for(const Pool2dGeometry& g) {
+  if constexpr (kind != PositionKind::int_offsets) {
+    const bool dense = g.dilation_h == 1 && g.dilation_w == 1;
+    if (dense && g.R == 2 && g.S == 2 && g.stride_w == 2) return extremum_rows<A, 2, 2, 2, kind>;
+    if (dense && g.R == 3 && g.S == 3 && g.stride_w == 2) return extremum_rows<A, 3, 3, 2, kind>;
+    if (dense && g.R == 3 && g.S == 3 && g.stride_w == 1) return extremum_rows<A, 3, 3, 1, kind>;
+  }
+  if (g.stride_w == 1) return extremum_rows<A, 0, 0, 1, kind>;
+  if (g.stride_w == 2) return extremum_rows<A, 0, 0, 2, kind>;
+  return extremum_rows<A, 0, 0, 0, kind>;
+}
+
+template <class A>
+ExtremumRows<A> extremum_rows_for(const Pool2dGeometry& g, PositionKind kind) {
+  switch (kind) {
+    case PositionKind::indices: return extremum_rows_for<A, PositionKind::indices>(g);
+    case PositionKind::byte_offsets: return extremum_rows_for<A, PositionKind::byte_offsets>(g);
+    case PositionKind::int_offsets: return extremum_rows_for<A, PositionKind::int_offsets>(g);
+    default: return extremum_rows_for<A, PositionKind::none>(g);
+  }
+}
+
+template <class T>
+void extremum_pool2d_sliding(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
+  using A = Arithmetic<T>;
+  using I = IndexOf<A>;
+  const bool of_plane = positions.kind == PositionKind::indices;
+  const int64_t row_code = of_plane ? g.dilation_h * g.W : g.S, column_code = of_plane ? g.dilation_w : 1;
+  const int64_t windows = round_up_to_lanes<A>(g.Q);
+  I* first_column = workspace<I>(Slot::tables, windows + g.R * g.S);
+  I* codes = first_column + windows;
+  for (int64_t q = 0; q < windows; ++q) {
+    const int64_t left = q * g.stride_w - g.pad_w;
+    first_column[q] = left < 0 ? static_cast<I>(ceil_div(-left, g.dilation_w) * column_code) : 0;
+  }
+  for (int64_t r = 0; r < g.R; ++r)
+    for (int64_t s = 0; s < g.S; ++s) codes[r * g.S + s] = static_cast<I>(r * row_code + s * column_code);
+  const ExtremumPlan<A> plan{g, extremum, !windows_lie_inside(g), static_cast<I>(row_code), codes, first_column};
+  const ExtremumRows<A> rows_kernel = extremum_rows_for<A>(g, positions.kind);
+  for_each_band(g, input, kLeast<A>, extremum.minimum, 5, [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
+    T* to = output + (nc * g.P + p_begin) * g.Q;
+    if constexpr (std::is_same_v<T, A>) {
+      rows_kernel(plan, rows, nc, p_begin, p_end, to, positions.to);
+    } else {
+      const int64_t count = (p_end - p_begin) * g.Q;
+      A* values = workspace<A>(Slot::tile, count);
+      rows_kernel(plan, rows, nc, p_begin, p_end, values, positions.to);
+      narrow_row(values, count, to);
+    }
+  });
+}
+
+// The better of two candidates in any order: the earlier of equal ones, the later of two NaN.
+template <class A>
+inline void offer_anywhere(A candidate, int64_t candidate_index, A& best, int64_t& index) {
+  const bool nan = candidate != candidate, best_nan = best != best;
+  const bool wins = nan ? !best_nan || candidate_index > index
+                        : !best_nan && (candidate > best || (candidate == best && candidate_index < index));
+  if (wins) {
+    best = candidate;
+    index = candidate_index;
+  }
+}
+
+// The extreme of a whole plane; the vectors run over its positions.
+template <class T>
+void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
+  using A = Arithmetic<T>;
+  using I = IndexOf<A>;
+  constexpr int64_t L = kLanes<A>, unroll = 4;  // independent chains: an offer waits for the one before
+  const int64_t count = g.H * g.W;
+  const Vec<A> sign = extremum.minimum ? broadcast(A(-1)) : broadcast(A(1));
+  parallel_for(g.N * g.C, count / L * 5, [&](int64_t nc) {
+    const T* plane = input + nc * count;
+    Best<A> best[unroll];
+    for (Best<A>& chain : best) chain = {broadcast(kLeast<A>), steps_of<I>(1)};
+    int64_t i = 0;
+    for (; i + unroll * L <= count; i += unroll * L) {
+      for (int64_t u = 0; u < unroll; ++u)
+        best[u].offer(load_wide(plane + i + u * L) * sign, steps_of<I>(1) + static_cast<I>(i + u * L));
+    }
+    for (; i + L <= count; i += L) best[0].offer(load_wide(plane + i) * sign, steps_of<I>(1) + static_cast<I>(i));
+    A value = kLeast<A>;
+    int64_t index = 0;  // of a plane that is -inf throughout, too
+    for (const Best<A>& chain : best)
+      for (int64_t lane = 0; lane < L; ++lane) {
+        if (chain.value[lane] != kLeast<A>) offer_anywhere<A>(chain.value[lane], chain.code[lane], value, index);
+      }
+    for (; i < count; ++i) offer_anywhere<A>(widen(plane[i]) * sign[0], i, value, index);
+    if (extremum.relu && value <= 0) {
+      value = 0;
+      index = -1;
+    }
+    output[nc] = narrow<T>(extremum.minimum ? -value : value);
+    switch (positions.kind) {
+      case PositionKind::indices: static_cast<int64_t*>(positions.to)[nc] = index; break;
+      case PositionKind::byte_offsets: static_cast<uint8_t*>(positions.to)[nc] = static_cast<uint8_t>(index); break;
+      case PositionKind::int_offsets: static_cast<int32_t*>(positions.to)[nc] = static_cast<int32_t>(index); break;
+      case PositionKind::none: break;
+    }
+  });
+}
+
+template <class T>
+void extremum_pool2d_adaptive(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
+  using A = Arithmetic<T>;
+  using I = IndexOf<A>;
+  constexpr int64_t L = kLanes<A>;
+  const int64_t pitch = round_up_to_lanes<A>(g.W);
+  const A sign = extremum.minimum ? A(-1) : A(1);
+  const T* end = input + g.N * g.C * g.H * g.W;
+  parallel_for(g.N * g.C, g.H * g.W, [&](int64_t nc) {
+    // Of column w and the rows of one window: the best value, and its row.
+    A* column_best = workspace<A>(Slot::tile, pitch);
+    I* column_row = workspace<I>(Slot::partial_sums, pitch);
+    for (int64_t p = 0; p < g.P; ++p) {
+      const Window row = row_window(g, p);
+      for (int64_t w = 0; w < g.W; w += L) {
+        const T* from = input + (nc * g.H + row.begin) * g.W + w;
+        Best<A> best{broadcast(kLeast<A>), broadcast(static_cast<I>(row.begin))};
+        for (int64_t h = row.begin; h < row.end; ++h, from += g.W)
+          best.offer(load_row_end(from, g.W - w, end) * sign, broadcast(static_cast<I>(h)));
+        store(column_best + w, best.value);
+        store(column_row + w, best.code);
+      }
+      for (int64_t q = 0; q < g.Q; ++q) {
+        const Window column = column_window(g, q);
+        A value = column_best[column.begin];
+        int64_t index = column_row[column.begin] * g.W + column.begin;
+        for (int64_t w = column.begin + 1; w < column.end; ++w)
+          offer_anywhere<A>(column_best[w], column_row[w] * g.W + w, value, index);
+        const int64_t to = (nc * g.P + p) * g.Q + q;
+        output[to] = narrow<T>(value * sign);
+        if (positions.kind == PositionKind::indices) static_cast<int64_t*>(positions.to)[to] = index;
+      }
+    }
+  });
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA

@@ -1,0 +1,225 @@
+// What the NCHW pooling kernels share: the rows that windows read, and how the work is cut into bands.
+//
+// Vectors run over the windows q of a row: tap (r, s) of windows q, q + 1, ... is
+//
+//   data[(p - p_begin) stride_h + r dilation_h][q stride_w + s dilation_w],   and from there every stride_w-th element
+//
+// Where every window lies inside the plane, rows are read in place. Otherwise, and to convert 16-bit elements, a band of rows is
+// staged first, with a neutral value in the padding and up to a vector beyond the last window:
+//
+//   staged[h][j] = input[h][j - pad_w]          j = 0 ... pitch - 1,  neutral outside the plane
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../geometry.h"
+#include "runtime.h"
+#include "simd_convert.h"
+
+namespace torchcnn::TORCHCNN_ISA {
+
+template <class A>
+struct Rows {
+  const A* data;
+  int64_t pitch;
+};
+
+template <class T>
+inline int64_t round_up_to_lanes(int64_t count) {
+  return ceil_div(count, kLanes<T>) * kLanes<T>;
+}
+
+// A step that is never taken may be as large as it likes; here it becomes 1.
+inline Pool2dGeometry with_steps_taken(Pool2dGeometry g) {
+  if (g.P == 1) g.stride_h = 1;
+  if (g.Q == 1) g.stride_w = 1;
+  if (g.R == 1) g.dilation_h = 1;
+  if (g.S == 1) g.dilation_w = 1;
+  return g;
+}
+
+// A vector of a row of which `count` elements are left; the lanes after them hold anything. Only at the end of the tensor must
+// they not be read.
+template <class T>
+inline Vec<Arithmetic<T>> load_row_end(const T* from, int64_t count, const T* end) {
+  return end - from >= kLanes<Arithmetic<T>> ? load_wide(from) : load_wide_partial(from, count);
+}
+
+inline bool windows_lie_inside(const Pool2dGeometry& g) {
+  return g.pad_h == 0 && g.pad_w == 0 && (g.P - 1) * g.stride_h + g.dilation_h * (g.R - 1) < g.H &&
+         (g.Q - 1) * g.stride_w + g.dilation_w * (g.S - 1) < g.W;
+}
+
+// Rows are read in place if the elements need no conversion and no vector reaches beyond the plane.
+template <class T>
+inline bool reads_in_place(const Pool2dGeometry& g) {
+  return std::is_same_v<T, Arithmetic<T>> && windows_lie_inside(g) && g.Q >= kLanes<Arithmetic<T>>;
+}
+
+template <class A>
+inline int64_t staged_pitch(const Pool2dGeometry& g) {
+  return round_up_to_lanes<A>(round_up_to_lanes<A>(g.Q) * g.stride_w + g.dilation_w * (g.S - 1) + kLanes<A>);
+}
+
+// A window can be much larger than the plane if it is mostly padding: beyond 64 MiB it is not staged.
+template <class A>
+inline bool can_be_staged(const Pool2dGeometry& g) {
+  const double columns = static_cast<double>(g.dilation_w) * (g.S - 1) + static_cast<double>(g.Q + kLanes<A>) * g.stride_w;
+  const double rows = static_cast<double>(g.dilation_h) * (g.R - 1) + 1;
+  return rows * columns * sizeof(A) < 64 * 1024 * 1024;
+}
+
+// Rows of windows that a task computes: outputs and staged rows stay in the caches next to the core.
+template <class T>
+inline int64_t windows_of_band(const Pool2dGeometry& g) {
+  constexpr int64_t band_outputs = 8192, staged_bytes = 64 * 1024;
+  const int64_t by_outputs = std::max<int64_t>(1, band_outputs / g.Q);
+  if (reads_in_place<T>(g)) return std::min(g.P, by_outputs);
+  const int64_t rows = staged_bytes / static_cast<int64_t>(staged_pitch<Arithmetic<T>>(g) * sizeof(Arithmetic<T>));
+  const int64_t by_rows = (rows - g.dilation_h * (g.R - 1) - 1) / g.stride_h + 1;
+  return std::clamp<int64_t>(by_rows, 1, std::min(g.P, by_outputs));
+}
+
+// Of any type: elements are moved in blocks of a vector, the last overlapping the one before it.
+template <class T>
+inline void copy_row(const T* from, int64_t count, T* to) {
+  constexpr int64_t L = kLanes<T>;
+  struct Block {
+    char bytes[TORCHCNN_VECTOR_BYTES];
+  };
+  if (count < L) {
+    for (int64_t j = 0; j < count; ++j) to[j] = from[j];
+    return;
+  }
+  for (int64_t j = 0; j < count; j += L) {
+    Block block;
+    std::memcpy(&block, from + std::min(j, count - L), sizeof block);
+    std::memcpy(to + std::min(j, count - L), &block, sizeof block);
+  }
+}
+
+template <class A>
+inline void fill_row(A* to, int64_t count, A value) {  // count: a multiple of kLanes
+  for (int64_t j = 0; j < count; j += kLanes<A>) store(to + j, broadcast(value));
+}
+
+// Writes the neutral value left and right of `count` elements that are to be written at row[pad ...].
+template <class A>
+inline void fill_margins(A* row, int64_t pad, int64_t count, int64_t pitch, A neutral) {
+  for (int64_t j = 0; j < pad; j += kLanes<A>) store(row + j, broadcast(neutral));
+  for (int64_t j = (pad + count) / kLanes<A> * kLanes<A>; j < pitch; j += kLanes<A>) store(row + j, broadcast(neutral));
+}
+
+// The rows of windows p_begin ... p_end - 1, in the workspace of the calling thread; with the sign changed if `negate`.
+template <class T>
+Rows<Arithmetic<T>> stage_rows(const Pool2dGeometry& g, const T* plane, int64_t p_begin, int64_t p_end, Arithmetic<T> neutral,
+                               bool negate) {
+  using A = Arithmetic<T>;
+  const int64_t first = p_begin * g.stride_h - g.pad_h, pitch = staged_pitch<A>(g);
+  const int64_t rows = (p_end - 1 - p_begin) * g.stride_h + g.dilation_h * (g.R - 1) + 1;
+  const int64_t columns = std::min(g.W, pitch - g.pad_w);
+  A* staged = workspace<A>(Slot::patches, rows * pitch);
+  for (int64_t row = 0; row < rows; ++row) {
+    A* to = staged + row * pitch;
+    const int64_t h = first + row;
+    if (h < 0 || h >= g.H) {
+      fill_row(to, pitch, neutral);
+      continue;
+    }
+    fill_margins(to, g.pad_w, columns, pitch, neutral);
+    widen_row(plane + h * g.W, columns, to + g.pad_w);
+    if (!negate) continue;
+    for (int64_t w = 0; w < columns; ++w) to[g.pad_w + w] = -to[g.pad_w + w];
+  }
+  return {staged, pitch};
+}
+
+// Calls visit(nc, p_begin, p_end, rows) for bands of windows that together cover every plane. `tap_cost` is the number of
+// instructions that a tap of a vector of windows costs, roughly.
+template <class T, class Visit>
+void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutral, bool negate, int64_t tap_cost, Visit visit) {
+  using A = Arithmetic<T>;
+  const bool in_place = reads_in_place<T>(g) && !negate;
+  const int64_t band = windows_of_band<T>(g), bands = ceil_div(g.P, band);
+  parallel_for(g.N * g.C * bands, g.R * g.S * ceil_div(g.Q, kLanes<A>) * band * tap_cost, [&](int64_t task) {
+    const int64_t nc = task / bands, p_begin = task % bands * band, p_end = std::min(g.P, p_begin + band);
+    const T* plane = input + nc * g.H * g.W;
+    if constexpr (std::is_same_v<T, A>) {
+      if (in_place) return visit(nc, p_begin, p_end, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
+    }
+    visit(nc, p_begin, p_end, stage_rows(g, plane, p_begin, p_end, neutral, negate));
+  });
+}
+
+// The windows that contain a position of one axis: first[i] ... last[i], none if first[i] > last[i]. Without dilation they follow
+// each other.
+struct Cover {
+  const int64_t* first;
+  const int64_t* last;
+};
+
+template <class WindowOf>
+Cover cover_of(int64_t size, int64_t windows, int64_t* table, WindowOf window_of) {  // table: 2 size elements
+  int64_t *first = table, *last = table + size;
+  for (int64_t i = 0; i < size; ++i) {
+    first[i] = 1;
+    last[i] = 0;
+  }
+  for (int64_t p = windows - 1; p >= 0; --p) {
+    const Window window = window_of(p);
+    for (int64_t i = window.begin; i < window.end; ++i) {
+      if (first[i] > last[i]) last[i] = p;
+      first[i] = p;
+    }
+  }
+  return {first, last};
+}
+
+// Windows of 2x2 that tile the plane; a row and a column may be left over.
+inline bool is_tiling_2x2(const Pool2dGeometry& g) {
+  return !g.adaptive && g.R == 2 && g.S == 2 && g.stride_h == 2 && g.stride_w == 2 && g.dilation_h == 1 && g.dilation_w == 1 &&
+         windows_lie_inside(g);
+}
+
+// grad_input of windows that tile the plane. vector(i, element) gives what windows i, i + 1, ... (flat positions in grad_output)
+// put into their element r S + s; scalar(i, element) the same for one.
+template <class A, class VectorOf, class ScalarOf>
+void write_tiles_2x2(const Pool2dGeometry& g, A* grad_input, VectorOf vector, ScalarOf scalar) {
+  constexpr int64_t L = kLanes<A>;
+  const int64_t band = std::clamp<int64_t>(8192 / g.W, 1, g.P), bands = ceil_div(g.P, band);
+  parallel_for(g.N * g.C * bands, band * ceil_div(g.Q, L) * 22, [&](int64_t task) {
+    const int64_t nc = task / bands, p_begin = task % bands * band, p_end = std::min(g.P, p_begin + band);
+    A* plane = grad_input + nc * g.H * g.W;
+    for (int64_t p = p_begin; p < p_end; ++p) {
+      A *top = plane + 2 * p * g.W, *bottom = top + g.W;
+      const int64_t row = (nc * g.P + p) * g.Q;
+      int64_t q = 0;
+      if (g.Q >= L) {
+        for (; q < g.Q; q += L) {
+          if (q + L > g.Q) q = g.Q - L;  // overlap the last vector instead of a scalar tail
+          const auto elements = vector(row + q);
+          store_interleaved<A>(top + 2 * q, elements[0], elements[1]);
+          store_interleaved<A>(bottom + 2 * q, elements[2], elements[3]);
+        }
+      }
+      for (; q < g.Q; ++q) {
+        for (int s = 0; s < 2; ++s) {
+          top[2 * q + s] = scalar(row + q, s);
+          bottom[2 * q + s] = scalar(row + q, 2 + s);
+        }
+      }
+      if (2 * g.Q < g.W) top[g.W - 1] = bottom[g.W - 1] = 0;
+    }
+    if (p_end == g.P && 2 * g.P < g.H) std::fill_n(plane + 2 * g.P * g.W, g.W, A(0));
+  });
+}
+
+template <class A>
+struct Tiles {
+  Vec<A> element[4];
+  Vec<A> operator[](int i) const { return element[i]; }
+};
+
+}  // namespace torchcnn::TORCHCNN_ISA

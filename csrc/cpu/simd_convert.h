@@ -1,0 +1,228 @@
+// Vectors of any element type in the arithmetic of element.h, the shuffles of strided rows, and integers stored in other widths.
+#pragma once
+
+#include "element.h"
+#include "simd.h"
+
+namespace torchcnn::TORCHCNN_ISA {
+
+// kLanes<float> elements of 16 bits.
+using Bits16 [[gnu::vector_size(TORCHCNN_VECTOR_BYTES / 2)]] = uint16_t;
+using Bits32 = Vec<uint32_t>;
+
+// kLanes<A> elements from memory, as the type that they are computed with; the formulas stand in element.h.
+template <class T>
+inline Vec<Arithmetic<T>> load_wide(const T* from) {
+  if constexpr (kIsLowPrecision<T>) {
+    Bits16 narrow_bits;
+    std::memcpy(&narrow_bits, from, sizeof narrow_bits);
+    const Bits32 x = __builtin_convertvector(narrow_bits, Bits32);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return (Vec<float>)(x << 16);
+    } else {
+      const Bits32 magnitude = (x & 0x7fff) << 13;
+      const Bits32 bits = (Bits32)((Vec<float>)magnitude * 0x1p112f);
+      // Compared as signed: the unsigned comparison is two instructions, and magnitudes stay below 2^28.
+      const Bits32 special = (Bits32)((Vec<int32_t>)magnitude >= (0x7c00 << 13)) & 0x7f800000u;
+      return (Vec<float>)(bits | special | (x & 0x8000) << 16);
+    }
+  } else {
+    return load(from);
+  }
+}
+
+template <class T>
+inline void store_narrow(T* to, Vec<Arithmetic<T>> v) {
+  if constexpr (kIsLowPrecision<T>) {
+    const Bits32 bits = (Bits32)v;
+    const Vec<int32_t> magnitude = (Vec<int32_t>)(bits & 0x7fffffff);
+    Bits32 x;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const Bits32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      x = magnitude > 0x7f800000 ? (bits >> 16 | 0x40) : rounded;
+    } else {
+      const Vec<int32_t> normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+      const Vec<int32_t> subnormal = (Vec<int32_t>)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
+      Vec<int32_t> half = magnitude < 0x38800000 ? subnormal : normal;
+      half = magnitude >= 0x47800000 ? Vec<int32_t>{} + 0x7c00 : half;
+      half = magnitude > 0x7f800000 ? Vec<int32_t>{} + 0x7e00 : half;
+      x = (Bits32)half | (bits >> 16 & 0x8000);
+    }
+    const Bits16 narrow_bits = __builtin_convertvector(x, Bits16);
+    std::memcpy(to, &narrow_bits, sizeof narrow_bits);
+  } else {
+    store(to, v);
+  }
+}
+
+template <class T>
+inline Vec<Arithmetic<T>> load_wide_partial(const T* from, int64_t count) {
+  Vec<Arithmetic<T>> v{};
+  for (int64_t lane = 0; lane < count; ++lane) v[lane] = widen(from[lane]);
+  return v;
+}
+
+template <class T>
+inline void store_narrow_partial(T* to, Vec<Arithmetic<T>> v, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = narrow<T>(v[lane]);
+}
+
+// to[j] = from[j], converted; in either direction.
+template <class T>
+inline void widen_row(const T* from, int64_t count, Arithmetic<T>* to) {
+  constexpr int64_t L = kLanes<Arithmetic<T>>;
+  if (count < L) {
+    for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j]);
+    return;
+  }
+  int64_t j = 0;
+  for (; j + L <= count; j += L) store(to + j, load_wide(from + j));
+  if (j < count) store(to + count - L, load_wide(from + count - L));  // overlap the last vector instead of a scalar tail
+}
+
+template <class T>
+inline void narrow_row(const Arithmetic<T>* from, int64_t count, T* to) {
+  constexpr int64_t L = kLanes<Arithmetic<T>>;
+  if (count < L) {
+    for (int64_t j = 0; j < count; ++j) to[j] = narrow<T>(from[j]);
+    return;
+  }
+  int64_t j = 0;
+  for (; j + L <= count; j += L) store_narrow(to + j, load(from + j));
+  if (j < count) store_narrow(to + count - L, load(from + count - L));
+}
+
+#if !defined(__clang__)
+template <size_t... i>
+inline Vec<uint8_t> low_bytes_in_blocks(Vec<uint8_t> v, std::index_sequence<i...>) {
+  return __builtin_shuffle(v, Vec<uint8_t>{static_cast<uint8_t>(i / 16 * 16 + i % 4 * 4)...});
+}
+#endif
+
+// Integer lanes stored as To, the first `count` of them if count < kLanes.
+template <class I, class To>
+inline void store_integers(To* to, Vec<I> v, int64_t count) {
+  constexpr int64_t L = kLanes<I>;
+  if (count < L) {
+    for (int64_t lane = 0; lane < count; ++lane) to[lane] = static_cast<To>(v[lane]);
+  } else if constexpr (sizeof(To) == sizeof(I)) {
+    std::memcpy(to, &v, sizeof v);
+  } else if constexpr (sizeof(To) == 8 && sizeof(I) == 4) {
+    using Half [[gnu::vector_size(TORCHCNN_VECTOR_BYTES / 2)]] = int32_t;
+    Half half[2];
+    std::memcpy(half, &v, sizeof v);
+    store(to, __builtin_convertvector(half[0], Vec<int64_t>));
+    store(to + L / 2, __builtin_convertvector(half[1], Vec<int64_t>));
+  } else if constexpr (sizeof(To) == 1 && sizeof(I) == 4) {
+    // The lowest bytes of the four elements of each 16-byte block, side by side.
+#if defined(__clang__)
+    for (int64_t lane = 0; lane < L; ++lane) to[lane] = static_cast<To>(v[lane]);
+#else
+    const Bits32 bytes = (Bits32)low_bytes_in_blocks((Vec<uint8_t>)v, std::make_index_sequence<TORCHCNN_VECTOR_BYTES>());
+    for (int block = 0; block < TORCHCNN_VECTOR_BYTES / 16; ++block) {
+      const uint32_t four = bytes[4 * block];
+      std::memcpy(to + 4 * block, &four, sizeof four);
+    }
+#endif
+  } else {
+    for (int64_t lane = 0; lane < L; ++lane) to[lane] = static_cast<To>(v[lane]);
+  }
+}
+
+// Offsets of windows, one byte or four each, as integer lanes.
+template <class I, class From>
+inline Vec<I> load_integers(const From* from) {
+  using Narrow [[gnu::vector_size(kLanes<I> * sizeof(From))]] = From;
+  Narrow narrow_lanes;
+  std::memcpy(&narrow_lanes, from, sizeof narrow_lanes);
+  return __builtin_convertvector(narrow_lanes, Vec<I>);
+}
+
+// Every second element of two vectors, in an order that costs one instruction: within each 16-byte block those of `a` stand
+// before those of `b`. in_order restores the order, once for everything that was computed in between.
+//
+//   8 lanes, two blocks:   a0 a2 b0 b2 | a4 a6 b4 b6   --in_order-->   a0 a2 a4 a6 b0 b2 b4 b6
+template <int lanes, int block>
+constexpr int blocked_source(int lane, int odd_of_a, int odd_of_b) {
+  const int first = lane / block * block, within = lane % block;
+  return within < block / 2 ? first + 2 * within + odd_of_a : lanes + first + 2 * (within - block / 2) + odd_of_b;
+}
+
+template <int lanes, int block>
+constexpr int ordered_source(int lane) {
+  const int element = 2 * (lane % (lanes / 2));
+  return element / block * block + element % block / 2 + (lane < lanes / 2 ? 0 : block / 2);
+}
+
+template <int odd_of_a, int odd_of_b, class T, size_t... lane>
+inline Vec<T> every_second_blocked(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
+  constexpr int L = sizeof...(lane), B = 16 / sizeof(T);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, blocked_source<L, B>(lane, odd_of_a, odd_of_b)...);
+#else
+  return __builtin_shuffle(a, b, Vec<IndexOf<T>>{blocked_source<L, B>(lane, odd_of_a, odd_of_b)...});
+#endif
+}
+
+// Elements 0, 2, 4, ... (or 1, 3, 5, ...) of the 2 kLanes elements of a, b.
+template <class T>
+inline Vec<T> evens_blocked(Vec<T> a, Vec<T> b) {
+  return every_second_blocked<0, 0, T>(a, b, kEachLane<T>);
+}
+template <class T>
+inline Vec<T> odds_blocked(Vec<T> a, Vec<T> b) {
+  return every_second_blocked<1, 1, T>(a, b, kEachLane<T>);
+}
+// from[0], from[2], from[4], ...: reads nothing beyond the last of them, so the second vector starts one element early.
+template <class T>
+inline Vec<T> load_evens_blocked(const T* from) {
+  return every_second_blocked<0, 1, T>(load(from), load(from + kLanes<T> - 1), kEachLane<T>);
+}
+
+template <class T, size_t... lane>
+inline Vec<T> in_order(Vec<T> v, std::index_sequence<lane...>) {
+  constexpr int L = sizeof...(lane), B = 16 / sizeof(T);
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ordered_source<L, B>(lane)...);
+#else
+  return __builtin_shuffle(v, Vec<IndexOf<T>>{ordered_source<L, B>(lane)...});
+#endif
+}
+
+// a0 b0 a1 b1 ...: to[0 ... 2 kLanes - 1].
+template <class T>
+inline void store_interleaved(T* to, Vec<T> a, Vec<T> b) {
+  store(to, interleave<T>(a, b, 0, kEachLane<T>));
+  store(to + kLanes<T>, interleave<T>(a, b, 1, kEachLane<T>));
+}
+
+// The lanes of a tap of consecutive windows, `stride` elements apart: 1 and 2 vectorised, 0 stands for any other. A result of
+// stride 2 is in blocked order; ordered<stride> puts it right.
+template <int stride, class T>
+inline Vec<T> load_tap(const T* from, int64_t step) {
+  if constexpr (stride == 1) {
+    return load(from);
+  } else if constexpr (stride == 2) {
+    return load_evens_blocked(from);
+  } else {
+    Vec<T> v;
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) v[lane] = from[lane * step];
+    return v;
+  }
+}
+
+template <int stride, class T>
+inline Vec<T> ordered(Vec<T> v) {
+  if constexpr (stride == 2) return in_order<T>(v, kEachLane<T>);
+  return v;
+}
+
+// 0, step, 2 step, ...
+template <class I>
+inline Vec<I> steps_of(int64_t step) {
+  Vec<I> v;
+  for (int64_t lane = 0; lane < kLanes<I>; ++lane) v[lane] = static_cast<I>(lane * step);
+  return v;
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA

@@ -1,0 +1,61 @@
+"""Fixtures: device x dtype x memory layout. The instruction set is chosen for the whole run by TORCHCNN_ISA."""
+
+import os
+
+import cases
+import hypothesis
+import pytest
+import torch
+
+import torchcnn
+
+# The same examples on every run of a CI, new ones on a developer's machine.
+hypothesis.settings.register_profile(
+    "torchcnn",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    max_examples=int(os.environ.get("TORCHCNN_TEST_EXAMPLES", 30)),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("torchcnn")
+
+
+def has_cuda():
+    return torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("torchcnn::conv2d", "CUDA")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def direct_sums():
+    """Tiers 1 and 3 hold for direct sums; test_winograd.py turns Winograd on and has its bound."""
+    with torchcnn.backends.flags(allow_winograd=False):
+        yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not has_cuda(), reason="no CUDA kernels"))])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def half_dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=lambda dtype: str(dtype)[6:])
+def integer_dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=cases.LAYOUTS, ids=lambda layout: layout.__name__)
+def layout(request):
+    return request.param

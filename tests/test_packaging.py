@@ -1,0 +1,108 @@
+"""The build's refusals, one line each, and what one binary for every torch >= 2.10 rests on."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchcnn
+from torchcnn import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CPU_TORCH = '__version__ = "2.13.0+cpu"\nclass version:\n    cuda = None\n'
+TORCH = '__version__ = "2.13.0"\nclass version:\n    cuda = "13.0"\n'
+NO_TORCH = 'raise ModuleNotFoundError("No module named torch", name="torch")\n'
+GCC_12 = 'echo "#define __GNUC__ 12"'
+GCC_10 = 'echo "#define __GNUC__ 10"'
+CLANG_13 = 'echo "#define __GNUC__ 4"; echo "#define __clang_major__ 13"'
+NVCC_12 = 'echo "Cuda compilation tools, release 12.8, V12.8.93"'
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Runs setup.py in a folder of its own, with a made-up torch, compiler and nvcc."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "modules").mkdir()
+
+    def script(path, line):
+        path = tmp_path / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def run(command, torch=TORCH, compiler=GCC_12, nvcc=None, cuda_sources=False, **environment):
+        (tmp_path / "modules" / "torch.py").write_text(torch)
+        if nvcc:
+            script("toolkit/bin/nvcc", nvcc)
+        if cuda_sources:
+            (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+            (tmp_path / "csrc" / "cuda" / "conv2d.cu").touch()
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("TORCH")},
+            "PYTHONPATH": str(tmp_path / "modules"),
+            "CXX": script("compiler", compiler),
+            "CUDA_HOME": str(tmp_path / "toolkit"),
+            **environment,
+        }
+        command = [sys.executable, "setup.py", "--quiet", command]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("reason", "circumstances"),
+    [
+        ("there is no torch.* install torch >= 2.10.* --no-build-isolation", {"torch": NO_TORCH}),
+        ("torch 2.9.1.cpu is too old: install torch >= 2.10", {"torch": '__version__ = "2.9.1+cpu"'}),
+        ("compiler' is no C..20 compiler.*install gcc >= 11", {"compiler": GCC_10}),
+        ("compiler' is no C..20 compiler.*or clang >= 14", {"compiler": CLANG_13}),
+        ("'nowhere' is no C..20 compiler", {"CXX": "nowhere"}),
+        ("TORCHCNN_CUDA is 'yes': set it to 0, 1 or auto", {"TORCHCNN_CUDA": "yes"}),
+        ("TORCHCNN_CUDA is 1, but there are no CUDA sources", {"TORCHCNN_CUDA": "1"}),
+        ("TORCHCNN_CUDA is 1, but there is no nvcc", {"TORCHCNN_CUDA": "1", "cuda_sources": True}),
+        (
+            "TORCHCNN_CUDA is 1, but torch 2.13.0.cpu was built without CUDA",
+            {"TORCHCNN_CUDA": "1", "cuda_sources": True, "nvcc": NVCC_12, "torch": CPU_TORCH},
+        ),
+        (
+            "TORCHCNN_CUDA is 1, but torch is for CUDA 13.0 and nvcc is of CUDA 12",
+            {"TORCHCNN_CUDA": "1", "cuda_sources": True, "nvcc": NVCC_12},
+        ),
+    ],
+)
+def test_build_refuses_in_one_line(build, reason, circumstances):
+    result = build("build_ext", **circumstances)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert re.match(f"torchcnn cannot be built: .*{reason}", result.stderr), result.stderr
+
+
+def test_sdist_needs_neither_torch_nor_compiler(build):
+    result = build("egg_info", torch=NO_TORCH, CXX="nowhere")
+    assert result.returncode == 0, result.stderr
+
+
+def test_version_is_that_of_the_installed_package():
+    assert importlib.metadata.version("torchcnn") == torchcnn.__version__
+
+
+def test_pre_commit_has_the_pinned_versions():
+    pins = set(re.findall(r"^(ruff|clang-format)==(\S+)", (ROOT / "requirements-dev.txt").read_text(), re.M))
+    hooks = set(re.findall(r"\[(ruff|clang-format)==(\S+)\]", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert len(pins) == 2 and hooks == pins
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("nm"), reason="reads ELF symbols with nm")
+def test_extension_needs_only_the_stable_abi_of_torch():
+    command = ["nm", "--dynamic", "--undefined-only", _C.__file__]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\baoti_torch_library_def\b", symbols)
+    assert not re.findall(r"\b_ZN?K?[RO]?(?:2at|3c10|5torch)\w*", symbols)
