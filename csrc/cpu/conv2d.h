@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "../geometry.h"
 #include "conv2d_choice.h"
@@ -37,6 +38,15 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   }
 }
 
+// kLanes<double> elements.
+template <class T>
+inline Vec<double> load_as_double(const T* from) {
+  using Narrow [[gnu::vector_size(kLanes<double> * sizeof(T))]] = T;
+  Narrow v;
+  std::memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+
 // Sums over a whole batch of planes are in double: they are long, and the loop waits for memory anyway.
 template <class T>
 void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
@@ -51,8 +61,8 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
         const int64_t size = g.P * g.Q;
         int64_t x = 0;
         for (; x + 4 * lanes <= size; x += 4 * lanes)
-          for (int v = 0; v < 4; ++v)
-            for (int64_t lane = 0; lane < lanes; ++lane) sum[v][lane] += double(plane[x + v * lanes + lane]);
+          for (int v = 0; v < 4; ++v) sum[v] += load_as_double(plane + x + v * lanes);
+        for (; x + lanes <= size; x += lanes) sum[0] += load_as_double(plane + x);
         for (; x < size; ++x) tail += double(plane[x]);
       }
       grad_bias[k] = static_cast<T>(horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail);
