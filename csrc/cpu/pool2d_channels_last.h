@@ -30,7 +30,7 @@ inline Vec<Arithmetic<T>> load_channels(const T* from, int64_t left, int64_t unt
 
 template <class I, class Offset>
 inline Vec<I> load_offsets(const Offset* from, int64_t left, int64_t until_end) {
-  if (until_end >= kLanes<I>) return load_integers<I>(from);
+  if (until_end >= kLanes<I>) return load_unsigned<I>(from);
   Vec<I> v{};
   for (int64_t lane = 0; lane < left; ++lane) v[lane] = static_cast<I>(from[lane]);
   return v;
