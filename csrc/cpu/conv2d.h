@@ -63,7 +63,6 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   }
 }
 
-<<<<<<< HEAD
 // As many elements as Vec<double> has.
 template <class T>
 struct NarrowOf {
@@ -73,18 +72,10 @@ struct NarrowOf {
 template <class T>
 Vec<double> load_as_double(const T* from) {
   typename NarrowOf<T>::type v;
-=======
-// kLanes<double> elements.
-template <class T>
-inline Vec<double> load_as_double(const T* from) {
-  using Narrow [[gnu::vector_size(kLanes<double> * sizeof(T))]] = T;
-  Narrow v;
->>>>>>> wt-depthwise
   std::memcpy(&v, from, sizeof v);
   return __builtin_convertvector(v, Vec<double>);
 }
 
-<<<<<<< HEAD
 template <class T>
 double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64_t size) {
   constexpr int64_t L = kLanes<double>;
@@ -101,8 +92,6 @@ double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64
   return horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
 
-=======
->>>>>>> wt-depthwise
 // Sums over a whole batch of planes are in double: they are long, and the loop waits for memory anyway.
 template <class T>
 void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
@@ -110,22 +99,7 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
   constexpr int64_t lanes = kLanes<double>;
   if (g.layout == Layout::nchw) {
     parallel_for(g.K, g.N * g.P * g.Q / lanes, [&](int64_t k) {
-<<<<<<< HEAD
       grad_bias[k] = static_cast<T>(sum_of_planes(grad_output + k * out.c, g.N, out.n, g.P * g.Q));
-=======
-      Vec<double> sum[4] = {};
-      double tail = 0.0;
-      for (int64_t n = 0; n < g.N; ++n) {
-        const T* plane = grad_output + n * out.n + k * out.c;
-        const int64_t size = g.P * g.Q;
-        int64_t x = 0;
-        for (; x + 4 * lanes <= size; x += 4 * lanes)
-          for (int v = 0; v < 4; ++v) sum[v] += load_as_double(plane + x + v * lanes);
-        for (; x + lanes <= size; x += lanes) sum[0] += load_as_double(plane + x);
-        for (; x < size; ++x) tail += double(plane[x]);
-      }
-      grad_bias[k] = static_cast<T>(horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail);
->>>>>>> wt-depthwise
     });
     return;
   }
