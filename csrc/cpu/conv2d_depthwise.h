@@ -29,7 +29,8 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
-  const Correlation<T> c{grad_input_axes(g), g.N, g.C, g.K_per_group(), 1, g.R, g.S, grad_output, weight, {nullptr, false}, grad_input};
+  const Correlation<T> c{grad_input_axes(g), g.N,       g.C, g.K_per_group(), 1, g.R, g.S, grad_output, weight,
+                         {nullptr, false},   grad_input};
   if (g.layout == Layout::channels_last) return channels_last::correlate(c);
   filter3x3::applies(g) && g.K == g.C ? filter3x3::conv2d_grad_input(c, g.stride_h) : nchw::correlate(c);
 }

@@ -166,8 +166,11 @@ struct Columns {
   Mask<T> all, not_first, not_last;
 
   Columns(int64_t width_, int64_t input_width)
-      : width(width_), last(std::max<int64_t>(0, width_ - lanes)), reach((last + lanes) * stride + 1),
-        all(lanes_between<T, stride>(0, lanes)), not_first(lanes_between<T, stride>(1, lanes)),
+      : width(width_),
+        last(std::max<int64_t>(0, width_ - lanes)),
+        reach((last + lanes) * stride + 1),
+        all(lanes_between<T, stride>(0, lanes)),
+        not_first(lanes_between<T, stride>(1, lanes)),
         not_last(lanes_between<T, stride>(0, (input_width + stride - 2) / stride - last)) {}
 
   // tile(j, masks of filter columns 0 and 2, is an edge)
@@ -220,9 +223,8 @@ void correlate(const Correlation<T>& c, bool turned) {
         continue;
       }
       Vec<T> weight[3][3];  // [column][row]
-      unrolled<9>([&](auto t) __attribute__((always_inline)) {
-        weight[t % 3][t / 3] = broadcast(filter[turned ? 8 - t : int64_t(t)]);
-      });
+      unrolled<9>([&](auto t)
+                      __attribute__((always_inline)) { weight[t % 3][t / 3] = broadcast(filter[turned ? 8 - t : int64_t(t)]); });
       for_blocks<tile_rows<stride>>(row_begin, row_end, [&](int64_t i, auto block_rows) __attribute__((always_inline)) {
         constexpr int64_t count = block_rows, input_rows = (count - 1) * stride + 3;
         prefetch(source + i * stride * W, count * stride * W, false);
@@ -311,7 +313,8 @@ void grad_weight_with(const Conv2dGeometry& g, const Axes& axes, const T* grad_o
   parallel_for(ceil_div(g.K, group), group * g.N * P * Q * 9 / lanes, [&](int64_t task) {
     const Columns<T, stride> columns(Q, g.W);
     const Rows<T> inputs(input, g.N * g.C, g.H, g.W, columns.reach);
-    const Mask<T> kept = lanes_between<T, 1>(columns.last == 0 ? 0 : ceil_div(Q, lanes) * lanes - Q, columns.last == 0 ? Q : lanes);
+    const Mask<T> kept =
+        lanes_between<T, 1>(columns.last == 0 ? 0 : ceil_div(Q, lanes) * lanes - Q, columns.last == 0 ? Q : lanes);
     const T* const gradients_end = grad_output + g.N * g.K * P * Q;
     for (int64_t k = task * group; k < std::min(g.K, (task + 1) * group); ++k) {
       Vec<T> total[9] = {};

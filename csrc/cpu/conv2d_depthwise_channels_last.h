@@ -44,10 +44,10 @@ inline constexpr int64_t wide = 8, narrow = 4;
 // One output row and phase: where its pixels are, and the taps that reach them.
 template <class T>
 struct Row {
-  const T* source;  // column 0 of source row i step
-  const T* weight;  // packed_weight
-  const T* bias;    // or null
-  T* output;        // position 0 of the row
+  const T* source;                                               // column 0 of source row i step
+  const T* weight;                                               // packed_weight
+  const T* bias;                                                 // or null
+  T* output;                                                     // position 0 of the row
   int64_t source_row, source_column, output_column, weight_tap;  // distances in elements
   int64_t S;
   const Axis& axis;
@@ -72,9 +72,8 @@ void correlate_pixels(const Row<T>& row, int64_t j, int64_t c_begin, int64_t c_e
   T* const output = row.output + j * output_column;
   const bool relu = row.relu;
   const T* weights[taps];
-  unrolled<taps>([&](auto s) __attribute__((always_inline)) {
-    weights[s] = row.weight + row.phase.taps[s].index * row.weight_tap;
-  });
+  unrolled<taps>([&](auto s)
+                     __attribute__((always_inline)) { weights[s] = row.weight + row.phase.taps[s].index * row.weight_tap; });
   for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
     Vec<T> sum[pixels];
     const Vec<T> start = bias == nullptr ? Vec<T>{} : load(bias + c);
@@ -100,9 +99,8 @@ template <class T, int64_t pixels>
 void correlate_any_taps(const Row<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
   const int64_t source_step = row.axis.step * row.source_column;
   const Range columns = pixels == 1 ? taps_inside(row.axis, row.phase, j) : Range{0, row.phase.count};
-  const auto load_source = [&](const T* from, int64_t count) __attribute__((always_inline)) {
-    return pixels > 1 ? load(from) : load_channels(from, count);
-  };
+  const auto load_source = [&](const T* from, int64_t count)
+                               __attribute__((always_inline)) { return pixels > 1 ? load(from) : load_channels(from, count); };
   for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
     const int64_t count = c_end - c;
     Vec<T> sum[pixels];
@@ -140,9 +138,8 @@ void correlate_row(const Row<T>& row, int64_t c_begin, int64_t c_end) {
   }
   if constexpr (taps > 0) {
     const auto tile = [&]<int64_t pixels>(std::integral_constant<int64_t, pixels>, int64_t j) {
-      j >= interior.begin && j + pixels <= interior.end
-          ? correlate_pixels<T, pixels, taps, step, false>(row, j, c_begin, c_end)
-          : correlate_pixels<T, pixels, taps, step, true>(row, j, c_begin, c_end);
+      j >= interior.begin&& j + pixels <= interior.end ? correlate_pixels<T, pixels, taps, step, false>(row, j, c_begin, c_end)
+                                                       : correlate_pixels<T, pixels, taps, step, true>(row, j, c_begin, c_end);
     };
     // The last tile overlaps the one before it.
     int64_t j = 0;
@@ -306,8 +303,8 @@ void dot_row(const DotRow<T>& row, int64_t positions, const Range& interior, int
   if constexpr (taps > 0) {
     const auto tiles = [&]<int64_t pixels>(std::integral_constant<int64_t, pixels>) {
       for (; j + pixels <= positions; j += pixels) {
-        j >= interior.begin && j + pixels <= interior.end ? dot_pixels<T, pixels, taps, step, false>(row, j, 0, c_end)
-                                                          : dot_pixels<T, pixels, taps, step, true>(row, j, 0, c_end);
+        j >= interior.begin&& j + pixels <= interior.end ? dot_pixels<T, pixels, taps, step, false>(row, j, 0, c_end)
+                                                         : dot_pixels<T, pixels, taps, step, true>(row, j, 0, c_end);
       }
     };
     tiles(std::integral_constant<int64_t, wide>{});
@@ -346,11 +343,18 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       for (int64_t row = row_begin; row < std::min(row_end, row_begin + flush); ++row) {
         const int64_t n = row / g.P, i = row % g.P;
         const Range taps = taps_inside(h, phase_h, i);
-        const DotRow<T> dot{grad_output + row * g.Q * C + c_begin, input + (n * g.H + i * h.step) * g.W * C + c_begin, sum, C,
-                            g.W * C, chunk, w, phase_w, phase_h.taps, taps};
-        for_known_taps(w, phase_w, [&]<int64_t known_taps, int64_t step>() {
-          dot_row<T, known_taps, step>(dot, g.Q, interior, whole);
-        });
+        const DotRow<T> dot{grad_output + row * g.Q * C + c_begin,
+                            input + (n * g.H + i * h.step) * g.W * C + c_begin,
+                            sum,
+                            C,
+                            g.W * C,
+                            chunk,
+                            w,
+                            phase_w,
+                            phase_h.taps,
+                            taps};
+        for_known_taps(w, phase_w,
+                       [&]<int64_t known_taps, int64_t step>() { dot_row<T, known_taps, step>(dot, g.Q, interior, whole); });
         if (whole < channels)
           for (int64_t j = 0; j < g.Q; ++j) dot_any_taps(dot, j, whole, channels);
       }

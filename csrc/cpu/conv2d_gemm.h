@@ -8,7 +8,7 @@
 //   B   a vector at a time, packed [k][nr] (PackedB), or rows of an image at data + offset[k] (IndirectB).
 //
 // The method is that of BLIS (Van Zee and van de Geijn 2015, sections 2 and 5): the tile lives in registers, a depth of 384 keeps
-// the packed operand (24 KiB) in L1. An element of C is always summed in the order of k, whatever tile it falls into, so results
+// the packed operand (24 KiB) in L1. How an element of C is summed depends on the depth alone, not on the tile it falls into, so results
 // do not depend on how the loops around are split among threads or on the neighbours in the batch.
 #pragma once
 
@@ -84,8 +84,9 @@ struct Tile {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[m][v] = start == nullptr ? Vec<T>{} : broadcast(start[m]);
   }
+  // Leaves a and b behind the last term.
   template <class A, class B>
-  [[gnu::always_inline]] void accumulate(int64_t depth, A a, B b) {
+  [[gnu::always_inline]] void accumulate(int64_t depth, A& a, B& b) {
     for (int64_t k = 0; k < depth; ++k, a.next(), b.next()) {
       if constexpr (vectors <= rows) {
         Vec<T> right[vectors];
@@ -145,18 +146,25 @@ struct Ends {
   bool add, relu;
 };
 
+// Terms are added in runs of at most 48, then the runs: rounding errors grow with the longer of the two instead of the depth.
+inline constexpr int64_t max_run = 48;
+
 // c[rows][nr] (+)= A B with B packed; `vectors` is 1 where only the first of the two holds anything.
 template <class T, int rows, int vectors, class A>
 [[gnu::noinline]] void tile_product(int64_t depth, A a, const T* b, T* c, int64_t c_row, const Ends<T>& ends) {
-  Tile<T, rows, vectors> tile;
-  if (ends.bias != nullptr)
-    tile.load_from(ends.bias, 0);
-  else
-    tile.start_at(nullptr);
-  tile.accumulate(depth, a, PackedB<T>{b, nr<T>});
-  if (ends.add) tile.add_from(c, c_row);
-  if (ends.relu) tile.rectify();
-  tile.store_to(c, c_row);
+  PackedB<T> right{b, nr<T>};
+  const int64_t runs = std::max<int64_t>(1, (depth + max_run - 1) / max_run);
+  for (int64_t run = 0; run < runs; ++run) {
+    Tile<T, rows, vectors> tile;
+    if (run == 0 && ends.bias != nullptr)
+      tile.load_from(ends.bias, 0);
+    else
+      tile.start_at(nullptr);
+    tile.accumulate((run + 1) * depth / runs - run * depth / runs, a, right);
+    if (run > 0 || ends.add) tile.add_from(c, c_row);
+    if (ends.relu && run + 1 == runs) tile.rectify();
+    tile.store_to(c, c_row);
+  }
 }
 
 // How many rows the next tile of `rest` rows takes: 6, but the last two share evenly what would leave a sliver.

@@ -47,7 +47,8 @@ template <class T, int rows>
                                     bool relu) {
   gemm::Tile<T, rows, 2> tile;
   tile.start_at(start);
-  tile.accumulate(depth, a, gemm::PackedB<T>{b, nr<T>});
+  gemm::PackedB<T> right{b, nr<T>};
+  tile.accumulate(depth, a, right);
   if (add) tile.add_from(c, c_row);
   if (relu) tile.rectify();
   tile.store_to(c, c_row);

@@ -42,7 +42,9 @@ void row_tile(int64_t count, int64_t depth, const T* weight, const T* pixels, co
   T spill[rows * vectors * kLanes<T>];
   const bool whole = count == vectors * kLanes<T>;
   tile.start_at(start);
-  tile.accumulate(depth, gemm::StridedA<T>{weight, 1, rows}, gemm::IndirectB<T>{pixels, offset});
+  gemm::StridedA<T> left{weight, 1, rows};
+  gemm::IndirectB<T> right{pixels, offset};
+  tile.accumulate(depth, left, right);
   if (add) tile.add_from(to, to_row);  // into whole vectors only: sums in several parts are kept in a padded tile
   if (relu) tile.rectify();
   if (whole) return tile.store_to(to, to_row);

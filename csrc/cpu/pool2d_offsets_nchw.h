@@ -21,15 +21,12 @@ inline bool gathers_offsets(const Pool2dGeometry& g) {
 template <class A, class Offset>
 void offset_pool2d_grad_input_tiling(const Pool2dGeometry& g, const A* grad_output, const Offset* offsets, A* grad_input) {
   using I = IndexOf<A>;
-  write_tiles_2x2<A>(
-      g, grad_input,
-      [=](int64_t i) {
-        const Vec<I> gradient = (Vec<I>)load(grad_output + i), offset = load_unsigned<I>(offsets + i);
-        Tiles<A> tiles;
-        for (int element = 0; element < 4; ++element) tiles.element[element] = (Vec<A>)(gradient & (offset == element));
-        return tiles;
-      },
-      [=](int64_t i, int element) { return static_cast<int64_t>(offsets[i]) == element ? grad_output[i] : A(0); });
+  write_tiles_2x2<A>(g, grad_input, [=](int64_t i) {
+    const Vec<I> gradient = (Vec<I>)load(grad_output + i), offset = load_unsigned<I>(offsets + i);
+    Tiles<A> tiles;
+    for (int element = 0; element < 4; ++element) tiles.element[element] = (Vec<A>)(gradient & (offset == element));
+    return tiles;
+  }, [=](int64_t i, int element) { return static_cast<int64_t>(offsets[i]) == element ? grad_output[i] : A(0); });
 }
 
 template <class A>
