@@ -14,6 +14,7 @@
 // leaves out taps outside the image; NCHW multiplies them by zero and repeats a sum without them where a number is not finite.
 #pragma once
 
+#include "conv2d_depthwise_3x3.h"
 #include "conv2d_depthwise_channels_last.h"
 #include "conv2d_depthwise_nchw.h"
 
@@ -21,23 +22,25 @@ namespace torchcnn::TORCHCNN_ISA::depthwise {
 
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
-  const int64_t M = g.K_per_group();
-  const Correlation<T> correlation{forward_axes(g), g.N, g.C, 1, M, g.R, g.S, input, weight, epilogue, output};
-  g.layout == Layout::nchw ? nchw::correlate(correlation) : channels_last::correlate(correlation);
+  const Correlation<T> c{forward_axes(g), g.N, g.C, 1, g.K_per_group(), g.R, g.S, input, weight, epilogue, output};
+  if (g.layout == Layout::channels_last) return channels_last::correlate(c);
+  filter3x3::applies(g) ? filter3x3::conv2d_forward(c, g.stride_h) : nchw::correlate(c);
 }
 
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
-  const int64_t M = g.K_per_group();
-  const Correlation<T> correlation{grad_input_axes(g), g.N,       g.C, M, 1, g.R, g.S, grad_output, weight,
-                                   {nullptr, false},   grad_input};
-  g.layout == Layout::nchw ? nchw::correlate(correlation) : channels_last::correlate(correlation);
+  const Correlation<T> c{grad_input_axes(g), g.N,       g.C, g.K_per_group(), 1, g.R, g.S, grad_output, weight,
+                         {nullptr, false},   grad_input};
+  if (g.layout == Layout::channels_last) return channels_last::correlate(c);
+  filter3x3::applies(g) && g.K == g.C ? filter3x3::conv2d_grad_input(c, g.stride_h) : nchw::correlate(c);
 }
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  g.layout == Layout::nchw ? nchw::conv2d_grad_weight(g, grad_output, input, grad_weight)
-                           : channels_last::conv2d_grad_weight(g, grad_output, input, grad_weight);
+  if (g.layout == Layout::channels_last) return channels_last::conv2d_grad_weight(g, grad_output, input, grad_weight);
+  // With few channels the sums of one must be shared out among threads, which the general kernel does.
+  filter3x3::applies(g) && g.K >= 8 ? filter3x3::conv2d_grad_weight(g, grad_output, input, grad_weight)
+                                    : nchw::conv2d_grad_weight(g, grad_output, input, grad_weight);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::depthwise

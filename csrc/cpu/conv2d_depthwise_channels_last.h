@@ -41,59 +41,146 @@ inline void store_channels(T* to, Vec<T> v, int64_t count) {
 // Pixels in a register tile: 8 accumulators + at most 7 weights of a filter row + 1 of 16 registers.
 inline constexpr int64_t wide = 8, narrow = 4;
 
-// The output pixels of one row from position j on, and the taps that reach all of them.
+// One output row and phase: where its pixels are, and the taps that reach them.
 template <class T>
-struct Pixels {
+struct Row {
   const T* source;                                               // column 0 of source row i step
-  const T* weight;                                               // of channel 0 of this packed_weight
+  const T* weight;                                               // packed_weight
   const T* bias;                                                 // or null
   T* output;                                                     // position 0 of the row
   int64_t source_row, source_column, output_column, weight_tap;  // distances in elements
-  int64_t step, S;
-  const Tap* rows;
-  int64_t row_begin, row_end;
-  const Tap* columns;
-  int64_t column_begin, column_end;
+  int64_t S;
+  const Axis& axis;
+  const Phase& phase;  // of columns
+  const Tap* taps;     // of rows: those from tap_begin on, up to tap_end, lie inside the source
+  int64_t tap_begin, tap_end;
   bool relu;
 };
 
-// tap_columns > 0: that many consecutive columns, step known.
-template <class T, int64_t pixels, int64_t tap_columns, int64_t known_step>
-void correlate_pixels(const Pixels<T>& p, int64_t j, int64_t c_begin, int64_t c_end) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t source_step = p.step * p.source_column;
-  const T* const source = p.source + j * source_step;
-  T* const output = p.output + j * p.output_column;
-  int64_t weight_at[tap_columns + 1];
-  for (int64_t s = 0; s < tap_columns; ++s) weight_at[s] = p.columns[s].index * p.weight_tap;
-  for (int64_t c = c_begin; c < c_end; c += lanes) {
+// The pixels from j on, for whole vectors of channels, by `taps` consecutive columns at a known step. clipped: some of the input
+// columns that the pixels span lie outside the source.
+template <class T, int64_t pixels, int64_t taps, int64_t step, bool clipped>
+void correlate_pixels(const Row<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
+  constexpr int64_t columns = (pixels - 1) * step + taps;
+  const int64_t first = j * step + row.phase.taps[0].offset;
+  const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, row.axis.source_size - first);
+  const int64_t source_row = row.source_row, source_column = row.source_column, output_column = row.output_column;
+  const int64_t tap_begin = row.tap_begin, tap_end = row.tap_end, weight_row = row.S * row.weight_tap;
+  const Tap* const tap = row.taps;
+  const T* const source = row.source + first * source_column;
+  const T* const bias = row.bias;
+  T* const output = row.output + j * output_column;
+  const bool relu = row.relu;
+  const T* weights[taps];
+  unrolled<taps>([&](auto s)
+                     __attribute__((always_inline)) { weights[s] = row.weight + row.phase.taps[s].index * row.weight_tap; });
+  for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
+    Vec<T> sum[pixels];
+    const Vec<T> start = bias == nullptr ? Vec<T>{} : load(bias + c);
+    unrolled<pixels>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
+    for (int64_t a = tap_begin; a < tap_end; ++a) {
+      const T* from = source + tap[a].offset * source_row + c;
+      const int64_t weight_at = tap[a].index * weight_row + c;
+      Vec<T> w[taps];
+      unrolled<taps>([&](auto s) __attribute__((always_inline)) { w[s] = load(weights[s] + weight_at); });
+      unrolled<columns>([&](auto d) __attribute__((always_inline)) {
+        if (!clipped || (d >= begin && d < end)) spread<d, step>(load(from + d * source_column), w, sum);
+      });
+    }
+    unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
+      store(output + v * output_column + c, relu ? rectified<T>(sum[v]) : sum[v]);
+    });
+  }
+}
+
+// Any taps, all of them inside the source for every pixel, or one pixel with those that are. The last vector of channels may be
+// partial for one pixel.
+template <class T, int64_t pixels>
+void correlate_any_taps(const Row<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
+  const int64_t source_step = row.axis.step * row.source_column;
+  const Range columns = pixels == 1 ? taps_inside(row.axis, row.phase, j) : Range{0, row.phase.count};
+  const auto load_source = [&](const T* from, int64_t count)
+                               __attribute__((always_inline)) { return pixels > 1 ? load(from) : load_channels(from, count); };
+  for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
     const int64_t count = c_end - c;
     Vec<T> sum[pixels];
-    const Vec<T> start = p.bias == nullptr ? Vec<T>{} : load_channels(p.bias + c, count);
+    const Vec<T> start = row.bias == nullptr ? Vec<T>{} : load_source(row.bias + c, count);
     unrolled<pixels>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
-    for (int64_t a = p.row_begin; a < p.row_end; ++a) {
-      const T* from = source + p.rows[a].offset * p.source_row + c;
-      const T* weight = p.weight + p.rows[a].index * p.S * p.weight_tap + c;
-      if constexpr (tap_columns > 0) {
-        from += p.columns[0].offset * p.source_column;
-        Vec<T> w[tap_columns];
-        unrolled<tap_columns>([&](auto s) __attribute__((always_inline)) { w[s] = load(weight + weight_at[s]); });
-        unrolled<(pixels - 1) * known_step + tap_columns>(
-            [&](auto d) __attribute__((always_inline)) { spread<d, known_step>(load(from + d * p.source_column), w, sum); });
-      } else {
-        for (int64_t b = p.column_begin; b < p.column_end; ++b) {
-          const Vec<T> w = load(weight + p.columns[b].index * p.weight_tap);  // padded to whole vectors
-          const T* tap = from + p.columns[b].offset * p.source_column;
-          unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-            sum[v] += w * (pixels > 1 ? load(tap + v * source_step) : load_channels(tap, count));
-          });
-        }
+    for (int64_t a = row.tap_begin; a < row.tap_end; ++a) {
+      const T* from = row.source + j * source_step + row.taps[a].offset * row.source_row + c;
+      for (int64_t b = columns.begin; b < columns.end; ++b) {
+        const Tap& tap = row.phase.taps[b];
+        const Vec<T> w = load(row.weight + (row.taps[a].index * row.S + tap.index) * row.weight_tap + c);
+        unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
+          sum[v] += w * load_source(from + tap.offset * row.source_column + v * source_step, count);
+        });
       }
     }
     unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-      store_channels(output + v * p.output_column + c, p.relu ? rectified<T>(sum[v]) : sum[v], count);
+      const Vec<T> result = row.relu ? rectified<T>(sum[v]) : sum[v];
+      T* to = row.output + (j + v) * row.output_column + c;
+      if (pixels > 1)
+        store(to, result);
+      else
+        store_channels(to, result, count);
     });
   }
+}
+
+template <class T, int64_t taps, int64_t step>
+void correlate_row(const Row<T>& row, int64_t c_begin, int64_t c_end) {
+  const Phase& phase = row.phase;
+  const int64_t positions = phase.positions;
+  Range interior{0, positions};
+  if (phase.count > 0) {
+    interior.begin = inside(row.axis, phase, phase.taps[0].offset).begin;
+    interior.end = std::max(interior.begin, inside(row.axis, phase, phase.taps[phase.count - 1].offset).end);
+  }
+  if constexpr (taps > 0) {
+    const auto tile = [&]<int64_t pixels>(std::integral_constant<int64_t, pixels>, int64_t j) {
+      j >= interior.begin&& j + pixels <= interior.end ? correlate_pixels<T, pixels, taps, step, false>(row, j, c_begin, c_end)
+                                                       : correlate_pixels<T, pixels, taps, step, true>(row, j, c_begin, c_end);
+    };
+    // The last tile overlaps the one before it.
+    int64_t j = 0;
+    for (; j + wide <= positions; j += wide) tile(std::integral_constant<int64_t, wide>{}, j);
+    if (positions - j > narrow && positions >= wide) return tile(std::integral_constant<int64_t, wide>{}, positions - wide);
+    if (positions < narrow) {
+      for (; j < positions; ++j) tile(std::integral_constant<int64_t, 1>{}, j);
+      return;
+    }
+    for (; j < positions; j += narrow) tile(std::integral_constant<int64_t, narrow>{}, std::min(j, positions - narrow));
+  } else {
+    int64_t j = 0;
+    for (; j < interior.begin; ++j) correlate_any_taps<T, 1>(row, j, c_begin, c_end);
+    for (; j + narrow <= interior.end; j += narrow) correlate_any_taps<T, narrow>(row, j, c_begin, c_end);
+    for (; j < positions; ++j) correlate_any_taps<T, 1>(row, j, c_begin, c_end);
+  }
+}
+
+// body<taps, step>() for consecutive columns that there is a kernel for, else body<0, 0>().
+template <class Body>
+void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
+  if (phase.count > 0 && consecutive(phase, phase.count)) {
+    if (axis.step == 1) {
+      switch (phase.count) {
+        case 1: return body.template operator()<1, 1>();
+        case 2: return body.template operator()<2, 1>();
+        case 3: return body.template operator()<3, 1>();
+        case 4: return body.template operator()<4, 1>();
+        case 5: return body.template operator()<5, 1>();
+        case 7: return body.template operator()<7, 1>();
+      }
+    }
+    if (axis.step == 2) {
+      switch (phase.count) {
+        case 3: return body.template operator()<3, 2>();
+        case 5: return body.template operator()<5, 2>();
+        case 7: return body.template operator()<7, 2>();
+      }
+    }
+  }
+  body.template operator()<0, 0>();
 }
 
 // to[t][c] = from[c][t]; rows of `to` are `pitch` long and end in zeros.
@@ -106,8 +193,8 @@ void transpose_filters(const T* from, int64_t channels, int64_t filter, int64_t 
   });
 }
 
-template <class T, int64_t tap_columns, int64_t known_step>
-void correlate_with(const Correlation<T>& c) {
+template <class T>
+void correlate(const Correlation<T>& c) {
   constexpr int64_t lanes = kLanes<T>;
   const Axis &h = c.axes.h, &w = c.axes.w;
   const int64_t C = c.C, filter = c.R * c.S, pitch = ceil_div(C, lanes) * lanes, chunk = channel_chunk<T>(C, filter);
@@ -117,124 +204,121 @@ void correlate_with(const Correlation<T>& c) {
 
   const int64_t task_cost = w.output_size * C * filter / (h.phases * w.phases) / lanes;
   parallel_for(c.N * h.output_size, task_cost, [&](int64_t task) {
-    const int64_t n = task / h.output_size, row = task % h.output_size, i = row / h.phases;
-    const Phase& phase_h = h.phase[row % h.phases];
-    const Range rows = taps_inside(h, phase_h, i);
+    const int64_t n = task / h.output_size, p = task % h.output_size, i = p / h.phases;
+    const Phase& phase_h = h.phase[p % h.phases];
+    const Range taps = taps_inside(h, phase_h, i);
     for (int64_t c_begin = 0; c_begin < C; c_begin += chunk) {
       const int64_t c_end = std::min(C, c_begin + chunk), whole_end = std::min(whole_channels, c_end);
       for (int64_t fw = 0; fw < w.phases; ++fw) {
-        const Phase& phase_w = w.phase[fw];
-        Pixels<T> p{c.source + (n * h.source_size + i * h.step) * w.source_size * C,
-                    packed_weight,
-                    c.epilogue.bias,
-                    c.output + ((n * h.output_size + row) * w.output_size + fw) * C,
-                    w.source_size * C,
-                    C,
-                    w.phases * C,
-                    pitch,
-                    w.step,
-                    c.S,
-                    phase_h.taps,
-                    rows.begin,
-                    rows.end,
-                    phase_w.taps,
-                    0,
-                    phase_w.count,
-                    c.epilogue.relu};
-        Range interior{0, phase_w.positions};
-        if (phase_w.count > 0) {
-          interior.begin = inside(w, phase_w, phase_w.taps[0].offset).begin;
-          interior.end = std::max(interior.begin, inside(w, phase_w, phase_w.taps[phase_w.count - 1].offset).end);
-        }
-        const auto edge = [&](int64_t j, int64_t from, int64_t to) {
-          const Range columns = taps_inside(w, phase_w, j);
-          p.column_begin = columns.begin, p.column_end = columns.end;
-          correlate_pixels<T, 1, 0, 0>(p, j, from, to);
-        };
-        int64_t j = 0;
-        for (; j < interior.begin; ++j) edge(j, c_begin, c_end);
-        p.column_begin = 0, p.column_end = phase_w.count;
-        while (j < interior.end) {
-          const int64_t left = interior.end - j, j_tail = j;
-          // The last tile overlaps the one before it.
-          if (left >= wide || (left > narrow && interior.end - interior.begin >= wide)) {
-            j = std::min(j, interior.end - wide);
-            correlate_pixels<T, wide, tap_columns, known_step>(p, j, c_begin, whole_end);
-            j += wide;
-          } else if (interior.end - interior.begin >= narrow) {
-            j = std::min(j, interior.end - narrow);
-            correlate_pixels<T, narrow, tap_columns, known_step>(p, j, c_begin, whole_end);
-            j += narrow;
-          } else {
-            correlate_pixels<T, 1, 0, 0>(p, j, c_begin, whole_end);
-            ++j;
-          }
-          if (whole_end < c_end)
-            for (int64_t pixel = j_tail; pixel < j; ++pixel) correlate_pixels<T, 1, 0, 0>(p, pixel, whole_end, c_end);
-        }
-        for (; j < phase_w.positions; ++j) edge(j, c_begin, c_end);
+        const Phase& phase = w.phase[fw];
+        const Row<T> row{c.source + (n * h.source_size + i * h.step) * w.source_size * C,
+                         packed_weight,
+                         c.epilogue.bias,
+                         c.output + ((n * h.output_size + p) * w.output_size + fw) * C,
+                         w.source_size * C,
+                         C,
+                         w.phases * C,
+                         pitch,
+                         c.S,
+                         w,
+                         phase,
+                         phase_h.taps,
+                         taps.begin,
+                         taps.end,
+                         c.epilogue.relu};
+        for_known_taps(w, phase, [&]<int64_t known_taps, int64_t step>() {
+          if (c_begin < whole_end) correlate_row<T, known_taps, step>(row, c_begin, whole_end);
+        });
+        if (whole_end < c_end)
+          for (int64_t j = 0; j < phase.positions; ++j) correlate_any_taps<T, 1>(row, j, whole_end, c_end);
       }
     }
   });
 }
 
+// Where the pixels of a row of grad_output meet the source.
 template <class T>
-void correlate(const Correlation<T>& c) {
-  const Axis& w = c.axes.w;
-  if (w.phases == 1 && w.step == 1) {
-    if (consecutive(w.phase[0], 3)) return correlate_with<T, 3, 1>(c);
-    if (consecutive(w.phase[0], 5)) return correlate_with<T, 5, 1>(c);
-    if (consecutive(w.phase[0], 7)) return correlate_with<T, 7, 1>(c);
+struct DotRow {
+  const T* gradient;  // position 0
+  const T* source;    // column 0 of source row i step
+  T* sum;             // [row tap][column tap][chunk]
+  int64_t C, source_row, chunk;
+  const Axis& axis;
+  const Phase& phase;  // of columns
+  const Tap* taps;     // of rows: those inside the source
+  Range tap_range;
+};
+
+// sum += grad_output * input over the pixels from j on, for channels c_begin ... c_end - 1 of the chunk; as correlate_pixels.
+template <class T, int64_t pixels, int64_t taps, int64_t step, bool clipped>
+void dot_pixels(const DotRow<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
+  constexpr int64_t columns = (pixels - 1) * step + taps;
+  const int64_t first = j * step + row.phase.taps[0].offset, C = row.C, chunk = row.chunk, source_row = row.source_row;
+  const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, row.axis.source_size - first);
+  const T *const gradient = row.gradient + j * C, *const source = row.source + first * C;
+  T* const sum = row.sum;
+  const Tap* const tap = row.taps;
+  const Range range = row.tap_range;
+  for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
+    Vec<T> g[pixels];
+    unrolled<pixels>([&](auto v) __attribute__((always_inline)) { g[v] = load(gradient + v * C + c); });
+    for (int64_t a = range.begin; a < range.end; ++a) {
+      const T* from = source + tap[a].offset * source_row + c;
+      T* to = sum + a * taps * chunk + c;
+      Vec<T> total[taps];
+      unrolled<taps>([&](auto s) __attribute__((always_inline)) { total[s] = load(to + s * chunk); });
+      unrolled<columns>([&](auto d) __attribute__((always_inline)) {
+        if (clipped && (d < begin || d >= end)) return;
+        const Vec<T> input = load(from + d * C);
+        unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
+          constexpr int64_t s = d - v * step;
+          if constexpr (s >= 0 && s < taps) total[s] += g[v] * input;
+        });
+      });
+      unrolled<taps>([&](auto s) __attribute__((always_inline)) { store(to + s * chunk, total[s]); });
+    }
   }
-  if (w.phases == 1 && w.step == 2) {
-    if (consecutive(w.phase[0], 3)) return correlate_with<T, 3, 2>(c);
-    if (consecutive(w.phase[0], 5)) return correlate_with<T, 5, 2>(c);
-  }
-  correlate_with<T, 0, 0>(c);
 }
 
-// sum[t][c] += grad_output * input over a run of pixels of one row; c counts within the chunk.
-template <class T, int64_t pixels, int64_t tap_columns, int64_t known_step>
-void dot_pixels(const T* gradient, const T* source, int64_t C, int64_t source_row, int64_t step, const Tap* rows, Range row_range,
-                const Tap* columns, Range column_range, int64_t S, int64_t channels, int64_t chunk, T* sum) {
-  constexpr int64_t lanes = kLanes<T>;
-  for (int64_t c = 0; c < channels; c += lanes) {
-    const int64_t count = channels - c;
-    Vec<T> g[pixels];
-    unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-      g[v] = pixels > 1 ? load(gradient + v * C + c) : load_channels(gradient + c, count);
-    });
-    for (int64_t a = row_range.begin; a < row_range.end; ++a) {
-      const T* from = source + rows[a].offset * source_row + c;
-      T* to = sum + a * S * chunk + c;
-      if constexpr (tap_columns > 0) {
-        from += columns[0].offset * C;
-        Vec<T> total[tap_columns];
-        unrolled<tap_columns>([&](auto s) __attribute__((always_inline)) { total[s] = load(to + s * chunk); });
-        unrolled<(pixels - 1) * known_step + tap_columns>([&](auto d) __attribute__((always_inline)) {
-          const Vec<T> input = load(from + d * C);
-          unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-            constexpr int64_t s = d - v * known_step;
-            if constexpr (s >= 0 && s < tap_columns) total[s] += g[v] * input;
-          });
-        });
-        unrolled<tap_columns>([&](auto s) __attribute__((always_inline)) { store(to + s * chunk, total[s]); });
-      } else {
-        for (int64_t b = column_range.begin; b < column_range.end; ++b) {
-          const T* tap = from + columns[b].offset * C;
-          Vec<T> total = load(to + b * chunk);
-          unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-            total += g[v] * (pixels > 1 ? load(tap + v * step * C) : load_channels(tap, count));
-          });
-          store(to + b * chunk, total);
-        }
+// One pixel and any taps; the last vector of channels may be partial.
+template <class T>
+void dot_any_taps(const DotRow<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
+  const Range columns = taps_inside(row.axis, row.phase, j);
+  for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
+    const int64_t count = c_end - c;
+    const Vec<T> g = load_channels(row.gradient + j * row.C + c, count);
+    for (int64_t a = row.tap_range.begin; a < row.tap_range.end; ++a) {
+      const T* from = row.source + j * row.axis.step * row.C + row.taps[a].offset * row.source_row + c;
+      for (int64_t b = columns.begin; b < columns.end; ++b) {
+        T* to = row.sum + (a * row.phase.count + b) * row.chunk + c;
+        store(to, load(to) + g * load_channels(from + row.phase.taps[b].offset * row.C, count));
       }
     }
   }
 }
 
-template <class T, int64_t tap_columns, int64_t known_step>
-void grad_weight_with(const Conv2dGeometry& g, const Axes& axes, const T* grad_output, const T* input, T* grad_weight) {
+template <class T, int64_t taps, int64_t step>
+void dot_row(const DotRow<T>& row, int64_t positions, const Range& interior, int64_t c_end) {
+  int64_t j = 0;
+  if constexpr (taps > 0) {
+    const auto tiles = [&]<int64_t pixels>(std::integral_constant<int64_t, pixels>) {
+      for (; j + pixels <= positions; j += pixels) {
+        j >= interior.begin&& j + pixels <= interior.end ? dot_pixels<T, pixels, taps, step, false>(row, j, 0, c_end)
+                                                         : dot_pixels<T, pixels, taps, step, true>(row, j, 0, c_end);
+      }
+    };
+    tiles(std::integral_constant<int64_t, wide>{});
+    tiles(std::integral_constant<int64_t, narrow>{});
+    tiles(std::integral_constant<int64_t, 2>{});
+    tiles(std::integral_constant<int64_t, 1>{});
+  } else {
+    for (; j < positions; ++j) dot_any_taps(row, j, 0, c_end);
+  }
+}
+
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  const Axes axes = forward_axes(g);
   constexpr int64_t lanes = kLanes<T>;
   const Axis &h = axes.h, &w = axes.w;
   const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
@@ -259,22 +343,20 @@ void grad_weight_with(const Conv2dGeometry& g, const Axes& axes, const T* grad_o
       for (int64_t row = row_begin; row < std::min(row_end, row_begin + flush); ++row) {
         const int64_t n = row / g.P, i = row % g.P;
         const Range taps = taps_inside(h, phase_h, i);
-        const T* source = input + (n * g.H + i * h.step) * g.W * C + c_begin;
-        const T* gradient = grad_output + row * g.Q * C + c_begin;
-        const auto dot = [&]<int64_t pixels, int64_t tap_count>(int64_t j, int64_t from, int64_t to) {
-          const Range columns = pixels == 1 ? taps_inside(w, phase_w, j) : Range{0, phase_w.count};
-          dot_pixels<T, pixels, tap_count, known_step>(gradient + j * C + from, source + j * w.step * C + from, C, g.W * C,
-                                                       w.step, phase_h.taps, taps, phase_w.taps, columns, g.S, to - from, chunk,
-                                                       sum + from);
-        };
-        int64_t j = 0;
-        for (; j < interior.begin; ++j) dot.template operator()<1, 0>(j, 0, channels);
-        for (; j + wide <= interior.end; j += wide) dot.template operator()<wide, tap_columns>(j, 0, whole);
-        for (; j + narrow <= interior.end; j += narrow) dot.template operator()<narrow, tap_columns>(j, 0, whole);
-        const int64_t tiled = j;
-        for (; j < g.Q; ++j) dot.template operator()<1, 0>(j, 0, channels);
+        const DotRow<T> dot{grad_output + row * g.Q * C + c_begin,
+                            input + (n * g.H + i * h.step) * g.W * C + c_begin,
+                            sum,
+                            C,
+                            g.W * C,
+                            chunk,
+                            w,
+                            phase_w,
+                            phase_h.taps,
+                            taps};
+        for_known_taps(w, phase_w,
+                       [&]<int64_t known_taps, int64_t step>() { dot_row<T, known_taps, step>(dot, g.Q, interior, whole); });
         if (whole < channels)
-          for (j = interior.begin; j < tiled; ++j) dot.template operator()<1, 0>(j, whole, channels);
+          for (int64_t j = 0; j < g.Q; ++j) dot_any_taps(dot, j, whole, channels);
       }
       for (int64_t x = 0; x < filter * chunk; x += lanes) store(total + x, load(total + x) + load(sum + x));
     }
@@ -289,25 +371,6 @@ void grad_weight_with(const Conv2dGeometry& g, const Axes& axes, const T* grad_o
       }
     }
   });
-}
-
-template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  const Axes axes = forward_axes(g);
-  const Axis& w = axes.w;
-  const auto run = [&]<int64_t tap_columns, int64_t known_step>() {
-    grad_weight_with<T, tap_columns, known_step>(g, axes, grad_output, input, grad_weight);
-  };
-  if (w.step == 1) {
-    if (consecutive(w.phase[0], 3)) return run.template operator()<3, 1>();
-    if (consecutive(w.phase[0], 5)) return run.template operator()<5, 1>();
-    if (consecutive(w.phase[0], 7)) return run.template operator()<7, 1>();
-  }
-  if (w.step == 2) {
-    if (consecutive(w.phase[0], 3)) return run.template operator()<3, 2>();
-    if (consecutive(w.phase[0], 5)) return run.template operator()<5, 2>();
-  }
-  run.template operator()<0, 0>();
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::depthwise::channels_last

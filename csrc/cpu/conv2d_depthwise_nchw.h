@@ -166,17 +166,24 @@ class StripSource {
   // Rows of position 0 of the strip and offset 0, of the s-th plane.
   const T* const* rows(int64_t s, bool in_place) const { return (in_place ? in_place_ : packed_) + s * plan_.rows - first_tap_; }
 
-  void set(const T* source, int64_t i_begin) {
-    const Axis &h = plan_.axes.h, &w = plan_.axes.w;
+  // The strip from position i_begin on, of the planes from `source` on.
+  void start(const T* source, int64_t i_begin) {
     if (i_begin != i_begin_) prepare(i_begin);
-    for (int64_t s = 0; s < planes_; ++s) {
-      const T* row = source + (s * h.source_size + first_row_) * w.source_size;
-      const T** in_place = in_place_ + s * plan_.rows;
-      if (plan_.runs[1].begin < plan_.runs[1].end)
-        for (int64_t entry = begin_; entry < end_; ++entry) in_place[entry] = row + entry * w.source_size;
-      T* to = packed_rows_ + s * (end_ - begin_) * plan_.pitch;
-      row += begin_ * w.source_size;
-      for (int64_t entry = begin_; entry < end_; ++entry, to += plan_.pitch, row += w.source_size) pack(row, to);
+    source_ = source;
+    ready_ = begin_;
+  }
+
+  // Makes the first `rows` rows of the strip ready. Bit by bit: what was read last is then still in cache.
+  void pack_until(int64_t rows) {
+    const Axis &h = plan_.axes.h, &w = plan_.axes.w;
+    const int64_t end = std::min(rows, end_);
+    const bool in_place = plan_.runs[1].begin < plan_.runs[1].end;
+    for (; ready_ < end; ++ready_) {
+      for (int64_t s = 0; s < planes_; ++s) {
+        const T* row = source_ + (s * h.source_size + first_row_ + ready_) * w.source_size;
+        if (in_place) in_place_[s * plan_.rows + ready_] = row;
+        pack(row, packed_rows_ + (s * (end_ - begin_) + ready_ - begin_) * plan_.pitch);
+      }
     }
   }
 
@@ -227,7 +234,8 @@ class StripSource {
   const T** packed_;
   T* zeros_;
   T* packed_rows_;
-  int64_t i_begin_ = -1, first_tap_ = 0, first_row_ = 0, begin_ = 0, end_ = 0;
+  const T* source_ = nullptr;
+  int64_t ready_ = 0, i_begin_ = -1, first_tap_ = 0, first_row_ = 0, begin_ = 0, end_ = 0;
 };
 
 // The taps of one pair of phases.
@@ -311,23 +319,6 @@ template <class T, int64_t tap_rows, size_t rows>
     tile(one, std::max<int64_t>(0, run.end - lanes), 0);
 }
 
-// The same for a 3x3 filter on one plane, whose weights stay in registers: 9 + 4 accumulators + 1 of 16. Steps are 1.
-template <class T, size_t rows>
-[[gnu::always_inline]] inline void correlate_run_3x3(const T* const* row, const Vec<T> (&weight)[3][3], const Run& run, int64_t x,
-                                                     T start, bool relu, T* const (&to)[rows], int64_t count) {
-  const T* from[rows + 2];
-  unrolled<rows + 2>([&](auto d) __attribute__((always_inline)) { from[d] = row[d] + x; });
-  for (int64_t next = run.begin; next < run.end; next += kLanes<T>) {
-    const int64_t j = std::max<int64_t>(0, std::min(next, run.end - kLanes<T>));
-    Vec<T> sum[1][rows];
-    unrolled<rows>([&](auto i) __attribute__((always_inline)) { sum[0][i] = broadcast(start); });
-    unrolled<rows + 2>([&](auto d) __attribute__((always_inline)) {
-      unrolled<3>([&](auto s) __attribute__((always_inline)) { spread<d, 1>(load(from[d] + j + s), weight[s], sum[0]); });
-    });
-    store_tile<T>(sum, relu, to, j, 0, count);
-  }
-}
-
 // to[j phases + f] = from[f][j] for a row of `size` elements.
 template <class T>
 void interleave_phases(const T* from, int64_t pitch, int64_t phases, int64_t size, T* to) {
@@ -347,21 +338,18 @@ void interleave_phases(const T* from, int64_t pitch, int64_t phases, int64_t siz
 }
 
 // One strip of an output plane. `weight` holds each tap in all lanes: [source][phase of h][phase of w][taps].
-template <class T, int64_t tap_rows, bool is_3x3>
-void correlate_strip(const Correlation<T>& c, const Plan<T>& plan, const StripSource<T>& source, const Vec<T>* weight, T start,
+template <class T, int64_t tap_rows>
+void correlate_strip(const Correlation<T>& c, const Plan<T>& plan, StripSource<T>& source, const Vec<T>* weight, T start,
                      int64_t i_begin, int64_t i_end, T* output, T* buffer) {
   const Axis &h = c.axes.h, &w = c.axes.w;
   const int64_t width = w.output_size, phases_w = w.phases, phase_pitch = plan.phase_pitch, taps_w = w.taps(),
                 taps = h.taps() * taps_w;
   const bool relu = c.epilogue.relu;
-  Vec<T> weight_3x3[3][3];
-  if constexpr (is_3x3) {
-    unrolled<9>([&](auto t) __attribute__((always_inline)) { weight_3x3[t % 3][t / 3] = weight[t]; });
-  }
   for (int64_t fh = 0; fh < h.phases; ++fh) {
     const Phase phase_h = h.phase[fh];
     const auto block = [&]<size_t rows>(const T(&)[rows], int64_t i) __attribute__((always_inline)) {
       const int64_t row = (i - i_begin) * h.step;
+      source.pack_until(row + (int64_t(rows) - 1) * h.step + h.span() + 1);
       for (int64_t fw = 0; fw < phases_w; ++fw) {
         T* to[rows];
         unrolled<rows>([&](auto b) __attribute__((always_inline)) {
@@ -375,14 +363,10 @@ void correlate_strip(const Correlation<T>& c, const Plan<T>& plan, const StripSo
           const Run run = plan.runs[3 * fw + r];
           if (run.begin >= run.end) continue;
           const int64_t x = run.in_place ? w.first : 0;
-          if constexpr (is_3x3) {
-            correlate_run_3x3<T, rows>(source.rows(0, run.in_place) + row + h.first, weight_3x3, run, x, start, relu, to, count);
-          } else {
-            const int64_t taps_before = w.taps_before(fw);
-            const Taps<T> at{phase_h.taps, phase_h.count, plan.columns + taps_before, w.phase[fw].count,
-                             weight + h.taps_before(fh) * taps_w + phase_h.count * taps_before};
-            correlate_run<T, tap_rows, rows>(source, c.sources, row, h.step, at, taps, run, x, start, relu, to, count);
-          }
+          const int64_t taps_before = w.taps_before(fw);
+          const Taps<T> at{phase_h.taps, phase_h.count, plan.columns + taps_before, w.phase[fw].count,
+                           weight + h.taps_before(fh) * taps_w + phase_h.count * taps_before};
+          correlate_run<T, tap_rows, rows>(source, c.sources, row, h.step, at, taps, run, x, start, relu, to, count);
         }
       }
       if (phases_w == 1) return;
@@ -442,7 +426,7 @@ inline int64_t planes_per_task(int64_t planes, int64_t plane_size) {
   return std::clamp(std::min(ceil_div(16384, plane_size), planes / (4 * thread_count())), int64_t(1), planes);
 }
 
-template <class T, int64_t tap_rows, bool is_3x3>
+template <class T, int64_t tap_rows>
 void correlate_with(const Correlation<T>& c) {
   const Axis &h = c.axes.h, &w = c.axes.w;
   const int64_t M = c.sources * c.outputs, filter = c.R * c.S, planes = c.N * c.C;
@@ -463,7 +447,7 @@ void correlate_with(const Correlation<T>& c) {
       const T* source = c.source + plane * c.sources * source_plane;
       const T* weight = c.weight + channel * M * filter;
       T* output = c.output + plane * c.outputs * output_plane;
-      strip.set(source, i_begin);
+      strip.start(source, i_begin);
       for (int64_t m = 0; m < c.outputs; ++m, output += output_plane, weight += filter) {
         const T start = c.epilogue.bias == nullptr ? T(0) : c.epilogue.bias[channel * c.outputs + m];
         if (!all_finite(weight, c.sources * filter)) {
@@ -477,7 +461,7 @@ void correlate_with(const Correlation<T>& c) {
               for (int64_t a = 0; a < h.phase[fh].count; ++a)
                 for (int64_t b = 0; b < w.phase[fw].count; ++b)
                   *to++ = broadcast(weight[(s * c.R + h.phase[fh].taps[a].index) * c.S + w.phase[fw].taps[b].index]);
-        correlate_strip<T, tap_rows, is_3x3>(c, plan, strip, vectors, start, i_begin, i_end, output, buffer);
+        correlate_strip<T, tap_rows>(c, plan, strip, vectors, start, i_begin, i_end, output, buffer);
       }
     }
   });
@@ -485,15 +469,13 @@ void correlate_with(const Correlation<T>& c) {
 
 template <class T>
 void correlate(const Correlation<T>& c) {
-  const Axis &h = c.axes.h, &w = c.axes.w;
+  const Axis& h = c.axes.h;
   if (h.phases == 1 && h.step == 1) {
-    if (c.sources == 1 && w.phases == 1 && w.step == 1 && consecutive(h.phase[0], 3) && consecutive(w.phase[0], 3))
-      return correlate_with<T, 3, true>(c);
-    if (consecutive(h.phase[0], 3)) return correlate_with<T, 3, false>(c);
-    if (consecutive(h.phase[0], 5)) return correlate_with<T, 5, false>(c);
-    if (consecutive(h.phase[0], 7)) return correlate_with<T, 7, false>(c);
+    if (consecutive(h.phase[0], 3)) return correlate_with<T, 3>(c);
+    if (consecutive(h.phase[0], 5)) return correlate_with<T, 5>(c);
+    if (consecutive(h.phase[0], 7)) return correlate_with<T, 7>(c);
   }
-  correlate_with<T, 1, false>(c);
+  correlate_with<T, 1>(c);
 }
 
 // sum[s][r] += gradient[i] * the source at row i step + r, column tap s. known_step 0: rows of taps anywhere.
@@ -640,6 +622,15 @@ T grad_weight_element(const Conv2dGeometry& g, const Axes& axes, const T* grad_o
 }
 
 template <class T>
+void sum_again_unless_finite(const Conv2dGeometry& g, const Axes& axes, const T* grad_output, const T* input, int64_t k,
+                             T* grad_weight) {
+  T* filter = grad_weight + k * g.R * g.S;
+  if (all_finite(filter, g.R * g.S)) return;
+  for (int64_t r = 0; r < g.R; ++r)
+    for (int64_t s = 0; s < g.S; ++s) filter[r * g.S + s] = grad_weight_element(g, axes, grad_output, input, k, r, s);
+}
+
+template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   const Axes axes = forward_axes(g);
   const Plan<T> plan(axes);
@@ -657,7 +648,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       for (int64_t t = 0; t < M * filter; ++t) total[t] = Vec<T>{};
       for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
         const int64_t n = unit / plan.strips, i_begin = unit % plan.strips * plan.positions;
-        strip.set(input + (n * g.C + c) * g.H * g.W, i_begin);
+        strip.start(input + (n * g.C + c) * g.H * g.W, i_begin);
+        strip.pack_until(plan.rows);
         for (int64_t m = 0; m < M; ++m) {
           const T* plane = grad_output + (n * g.K + c * M + m) * g.P * g.Q;
           DotStrip<T>{plan, strip, plane, i_begin, std::min(g.P, i_begin + plan.positions)}(total + m * filter);
@@ -673,10 +665,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * weights + t];
       grad_weight[t] = sum;
     }
-    if (all_finite(grad_weight + k * filter, filter)) return;
-    for (int64_t r = 0; r < g.R; ++r)
-      for (int64_t s = 0; s < g.S; ++s)
-        grad_weight[k * filter + r * g.S + s] = grad_weight_element(g, axes, grad_output, input, k, r, s);
+    sum_again_unless_finite(g, axes, grad_output, input, k, grad_weight);
   });
 }
 

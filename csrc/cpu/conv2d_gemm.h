@@ -16,7 +16,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../geometry.h"
 #include "simd.h"
 
 namespace torchcnn::TORCHCNN_ISA::gemm {
@@ -71,7 +70,8 @@ struct Tile {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[m][v] = load(c + m * c_row + v * kLanes<T>);
   }
-  [[gnu::always_inline]] void add(const T* c, int64_t c_row) {
+  // What is in C is added last: the rounding errors of a long sum then grow with its pieces, not with every term.
+  [[gnu::always_inline]] void add_from(const T* c, int64_t c_row) {
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 8
@@ -153,16 +153,16 @@ inline constexpr int64_t max_run = 48;
 template <class T, int rows, int vectors, class A>
 [[gnu::noinline]] void tile_product(int64_t depth, A a, const T* b, T* c, int64_t c_row, const Ends<T>& ends) {
   PackedB<T> right{b, nr<T>};
-  const int64_t runs = std::max<int64_t>(1, ceil_div(depth, max_run));
-  for (int64_t r = 0; r < runs; ++r) {
+  const int64_t runs = std::max<int64_t>(1, (depth + max_run - 1) / max_run);
+  for (int64_t run = 0; run < runs; ++run) {
     Tile<T, rows, vectors> tile;
-    tile.start_at(nullptr);
-    tile.accumulate((r + 1) * depth / runs - r * depth / runs, a, right);
-    if (r > 0 || ends.add)
-      tile.add(c, c_row);
-    else if (ends.bias != nullptr)
-      tile.add(ends.bias, 0);
-    if (ends.relu && r + 1 == runs) tile.rectify();
+    if (run == 0 && ends.bias != nullptr)
+      tile.load_from(ends.bias, 0);
+    else
+      tile.start_at(nullptr);
+    tile.accumulate((run + 1) * depth / runs - run * depth / runs, a, right);
+    if (run > 0 || ends.add) tile.add_from(c, c_row);
+    if (ends.relu && run + 1 == runs) tile.rectify();
     tile.store_to(c, c_row);
   }
 }
@@ -185,24 +185,37 @@ template <class T, int unit, int half, size_t... lane>
 #endif
 }
 
-// The first (half = 0) or second halves of a and b, side by side.
-template <class T, int half, size_t... lane>
-[[gnu::always_inline]] inline Vec<T> join_halves(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
-  constexpr int lanes = sizeof...(lane), h = half * lanes / 2;
+// Exchanges the blocks of `block` elements at odd places of a with those at even places of b.
+template <class T, int block, size_t... lane>
+[[gnu::always_inline]] inline void swap_blocks(Vec<T>& a, Vec<T>& b, std::index_sequence<lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  const Vec<T> x = a, y = b;
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (lane < lanes / 2 ? lane + h : lane + h + lanes / 2)...);
+  a = __builtin_shufflevector(x, y, (int(lane) & block ? lanes + int(lane) - block : int(lane))...);
+  b = __builtin_shufflevector(x, y, (int(lane) & block ? lanes + int(lane) : int(lane) + block)...);
 #else
-  return __builtin_shuffle(a, b, Vec<IndexOf<T>>{(lane < lanes / 2 ? lane + h : lane + h + lanes / 2)...});
+  using Mask = Vec<IndexOf<T>>;
+  a = __builtin_shuffle(x, y, Mask{(int(lane) & block ? lanes + int(lane) - block : int(lane))...});
+  b = __builtin_shuffle(x, y, Mask{(int(lane) & block ? lanes + int(lane) : int(lane) + block)...});
 #endif
 }
 
-// In place: v[i][j] = v[j][i]. Squares of 16 bytes first, then (in vectors of 32 bytes) the squares themselves.
+template <class T, int block>
+[[gnu::always_inline]] inline void swap_all_blocks(Vec<T>* v) {
+  if constexpr (block < int(kLanes<T>)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < int(kLanes<T>); ++i)
+      if ((i & block) == 0) swap_blocks<T, block>(v[i], v[i + block], kEachLane<T>);
+    swap_all_blocks<T, 2 * block>(v);
+  }
+}
+
+// In place: v[i][j] = v[j][i]. Squares of 16 bytes first, then the squares themselves.
 template <class T>
 [[gnu::always_inline]] inline void transpose(Vec<T>* v) {
   constexpr int lanes = int(kLanes<T>), part = 16 / sizeof(T);
-  static_assert(lanes == part || lanes == 2 * part);
   constexpr auto each = kEachLane<T>;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < lanes; i += 2) {
     const Vec<T> a = v[i], b = v[i + 1];
     v[i] = interleave_units<T, 1, 0>(a, b, each), v[i + 1] = interleave_units<T, 1, 1>(a, b, each);
@@ -215,13 +228,7 @@ template <class T>
       v[i + 2] = interleave_units<T, 2, 0>(b, d, each), v[i + 3] = interleave_units<T, 2, 1>(b, d, each);
     }
   }
-  if constexpr (lanes == 2 * part) {
-#pragma GCC unroll 8
-    for (int i = 0; i < part; ++i) {
-      const Vec<T> a = v[i], b = v[i + part];
-      v[i] = join_halves<T, 0>(a, b, each), v[i + part] = join_halves<T, 1>(a, b, each);
-    }
-  }
+  swap_all_blocks<T, part>(v);
 }
 
 // to + row_of(x) nr: the elements from[l from_row + x] for l < lanes, then zeros up to nr.

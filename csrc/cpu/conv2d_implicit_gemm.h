@@ -81,10 +81,15 @@ inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& sourc
   return w;
 }
 
-// Writes whole vectors, up to one too many elements short of a vector: what comes after is written later.
+// Not a constant on purpose: of a loop that stores one the compiler would make a call of memset, which costs more than a short row.
+template <class T>
+inline Vec<T> zero_vector{};
+
+// Writes whole vectors, up to a vector less one element too many: what comes after is written later.
 template <class T>
 inline void zero_beyond(T* to, int64_t count) {
-  for (int64_t x = 0; x < count; x += kLanes<T>) store(to + x, Vec<T>{});
+  const Vec<T> zero = zero_vector<T>;
+  for (int64_t x = 0; x < count; x += kLanes<T>) store(to + x, zero);
 }
 
 template <class T, int64_t piece = kLanes<T> / 2>
@@ -160,7 +165,7 @@ struct Blocks {
   int64_t images, rows, along_n, along_rows;
   int64_t count() const { return along_n * along_rows; }
 };
-inline Blocks blocks_of(int64_t N, int64_t rows, int64_t columns) {
+inline Blocks blocks_of(int64_t N, int64_t rows, int64_t columns, int64_t block_positions) {
   const int64_t block_rows = ceil_div(rows, ceil_div(rows, std::clamp<int64_t>(block_positions / columns, 1, rows)));
   const int64_t images = block_rows < rows ? 1 : std::clamp<int64_t>(block_positions / (rows * columns), 1, N);
   return {images, block_rows, ceil_div(N, images), ceil_div(rows, block_rows)};
@@ -195,7 +200,7 @@ struct Finish {
 template <class T>
 void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T>& epilogue) {
   const Phase& largest = p.phases[0];
-  const Blocks blocks = blocks_of(p.N, largest.rows, largest.columns * p.phases_h * p.phases_w);
+  const Blocks blocks = blocks_of(p.N, largest.rows, largest.columns * p.phases_h * p.phases_w, block_positions);
   const Window w = window_of(p.taps, p.tap_count, p.source.strides, p.source.rows, p.source.columns, p.channels, blocks.rows,
                              largest.rows, largest.columns, p.step_h, p.step_w, p.layout, sizeof(T));
   const int64_t phases = p.phases_h * p.phases_w, patch_size = p.channels * p.tap_count;
@@ -248,7 +253,7 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
         for (int64_t d = 0; d < depths; ++d) {
           const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k,
                         first = p.phases[f].first_tap * p.channels + k;
-          const gemm::Ends<T> ends{direct ? bias : nullptr, d > 0, direct && epilogue.relu && d + 1 == depths};
+          const gemm::Ends<T> ends{direct && d == 0 ? bias : nullptr, d > 0, direct && epilogue.relu && d + 1 == depths};
           const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
           for (int64_t x = first_position[f]; x < first_position[f + 1];) {
             const int64_t rows = gemm::tile_rows(first_position[f + 1] - x);
@@ -438,6 +443,8 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 // grad_weight is cut into tasks of chunk_rows rows (c,t) by chunk_filters filters: 288 x 128 sums are 144 KiB, which stay in L2.
 inline constexpr int64_t chunk_rows = 288;
 inline constexpr int64_t chunk_filters = 128;
+// Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
+inline constexpr int64_t gradient_depth = 192;
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
@@ -446,7 +453,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   Tap* taps = workspace<Tap>(Slot::tables, taps_count);
   input_taps(g, taps);
   const int64_t chunk_channels = std::clamp<int64_t>(chunk_rows / taps_count, 1, C);
-  const Blocks blocks = blocks_of(g.N, g.P, g.Q);
+  // The fewer the filters, the more positions of grad_output fit into 128 KiB of L2, which saves halo and short reads.
+  const int64_t packed_filters = ceil_div(std::min(K, chunk_filters), nr<T>) * nr<T>;
+  const Blocks blocks = blocks_of(g.N, g.P, g.Q, (int64_t(128) << 10) / (packed_filters * int64_t(sizeof(T))));
   const Window w = window_of(taps, taps_count, in, g.H, g.W, chunk_channels, blocks.rows, g.P, g.Q, g.stride_h, g.stride_w,
                              g.layout, sizeof(T));
 
@@ -466,6 +475,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
 
     int64_t* patch = workspace<int64_t>(Slot::offsets, rows + max_positions);
     int64_t* position = patch + rows;
+    int64_t known_positions = 0;
     fill_patch_offsets(taps, {0, taps_count, g.P, g.Q}, channels, w, g.layout, patch);
     T* gradient = workspace<T>(Slot::gradient, panels * max_positions * nr<T>);
     T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
@@ -475,10 +485,12 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, g.N - n);
       const int64_t i_begin = block % blocks.along_rows * blocks.rows, i_count = std::min(blocks.rows, g.P - i_begin);
       const int64_t image_positions = i_count * g.Q, positions = images * image_positions;
-      for (int64_t x = 0, image = 0; image < images; ++image)
-        for (int64_t i = 0; i < i_count; ++i)
-          for (int64_t j = 0; j < g.Q; ++j, ++x)
-            position[x] = image * w.strides.n + i * g.stride_h * w.strides.h + j * g.stride_w * w.strides.w;
+      if (positions != known_positions)  // they differ at the ends of a plane or of the batch only, then in number too
+        for (int64_t x = 0, image = 0; image < images; ++image)
+          for (int64_t i = 0; i < i_count; ++i)
+            for (int64_t j = 0; j < g.Q; ++j, ++x)
+              position[x] = image * w.strides.n + i * g.stride_h * w.strides.h + j * g.stride_w * w.strides.w;
+      known_positions = positions;
       const T* window = read_window(View<const T>{input, in, g.H, g.W}, w, n, images, group * C + c_begin, channels,
                                     i_begin * g.stride_h, g.layout);
 
@@ -501,8 +513,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           }
         }
       }
-      for (int64_t x = 0; x < positions; x += max_depth) {
-        const int64_t depth = std::min(max_depth, positions - x);
+      const int64_t depths = ceil_div(positions, gradient_depth);
+      for (int64_t d = 0; d < depths; ++d) {
+        const int64_t x = d * positions / depths, depth = (d + 1) * positions / depths - x;
         for (int64_t panel = 0; panel < panels; ++panel) {
           const T* b = gradient + (panel * positions + x) * nr<T>;
           const bool narrow = filters - panel * nr<T> <= kLanes<T>;

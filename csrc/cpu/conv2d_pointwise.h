@@ -46,12 +46,10 @@ template <class T, int rows>
 [[gnu::noinline]] void tile_product(int64_t depth, gemm::StridedA<T> a, const T* b, T* c, int64_t c_row, const T* start, bool add,
                                     bool relu) {
   gemm::Tile<T, rows, 2> tile;
-  if (add)
-    tile.load_from(c, c_row);
-  else
-    tile.start_at(start);
+  tile.start_at(start);
   gemm::PackedB<T> right{b, nr<T>};
   tile.accumulate(depth, a, right);
+  if (add) tile.add_from(c, c_row);
   if (relu) tile.rectify();
   tile.store_to(c, c_row);
 }
@@ -117,7 +115,7 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
             rows = gemm::tile_rows(chunk_end - m);
             T* c = p.to_row ? result.data + p.to[0] + m * result.strides.c : tiles + (j * part_filters + m - m_begin) * nr<T>;
             const int64_t c_row = p.to_row ? result.strides.c : nr<T>;
-            const T* start = epilogue.bias == nullptr ? nullptr : epilogue.bias + m;
+            const T* start = epilogue.bias == nullptr || d > 0 ? nullptr : epilogue.bias + m;
             gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
               tile_product<T, count>(depth, {weight.at(m, k), weight.row_stride, weight.step}, b + j * max_depth * nr<T>, c,
                                      c_row, start, d > 0, epilogue.relu && d + 1 == depths);

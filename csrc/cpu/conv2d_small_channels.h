@@ -41,19 +41,11 @@ void row_tile(int64_t count, int64_t depth, const T* weight, const T* pixels, co
   gemm::Tile<T, rows, vectors> tile;
   T spill[rows * vectors * kLanes<T>];
   const bool whole = count == vectors * kLanes<T>;
-  if (add && whole) {
-    tile.load_from(to, to_row);
-  } else if (add) {
-    for (int m = 0; m < rows; ++m)
-      for (int64_t x = 0; x < vectors * kLanes<T>; ++x)
-        spill[m * vectors * kLanes<T> + x] = x < count ? to[m * to_row + x] : T(0);
-    tile.load_from(spill, vectors * kLanes<T>);
-  } else {
-    tile.start_at(start);
-  }
+  tile.start_at(start);
   gemm::StridedA<T> left{weight, 1, rows};
   gemm::IndirectB<T> right{pixels, offset};
   tile.accumulate(depth, left, right);
+  if (add) tile.add_from(to, to_row);  // into whole vectors only: sums in several parts are kept in a padded tile
   if (relu) tile.rectify();
   if (whole) return tile.store_to(to, to_row);
   tile.store_to(spill, vectors * kLanes<T>);
@@ -95,22 +87,24 @@ template <class T>
 void fill_buffer(const Correlation<T>& p, const Buffer<T>& b, int64_t n, int64_t c, int64_t channels, int64_t row, int64_t count,
                  T* buffer) {
   const Strides& s = p.source.strides;
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      const T* from = p.source.data + n * s.n + (c + channel) * s.c + (row + r) * s.h;
-      T* to = buffer + r * b.row + channel * p.step_w * b.pitch;
-      for (int64_t remainder = 0; remainder < p.step_w; ++remainder, to += b.pitch) {
-        // Element x is source column first_column + remainder + x step_w.
-        const int64_t first = b.first_column + remainder;
-        const int64_t left = std::min(b.pitch, first < 0 ? ceil_div(-first, p.step_w) : 0);
-        const int64_t end =
-            first >= p.source.columns ? left : std::clamp(ceil_div(p.source.columns - first, p.step_w), left, b.pitch);
+  for (int64_t remainder = 0; remainder < p.step_w; ++remainder) {
+    // Element x is source column first_column + remainder + x step_w; left ... end - 1 exist.
+    const int64_t first = b.first_column + remainder;
+    const int64_t left = std::min(b.pitch, first < 0 ? ceil_div(-first, p.step_w) : 0);
+    const int64_t end =
+        first >= p.source.columns ? left : std::clamp(ceil_div(p.source.columns - first, p.step_w), left, b.pitch);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const T* from = p.source.data + n * s.n + (c + channel) * s.c + (row + r) * s.h + first + left * p.step_w;
+        T* to = buffer + r * b.row + (channel * p.step_w + remainder) * b.pitch;
         implicit_gemm::zero_beyond(to, left);
+        const int64_t tail = end / kLanes<T> * kLanes<T>;  // b.pitch ends a vector too
+        implicit_gemm::zero_beyond(to + tail, b.pitch - tail);
+        if (left == end) continue;
         if (p.step_w == 1)
-          implicit_gemm::copy_row(from + first + left, end - left, to + left);
+          implicit_gemm::copy_row(from, end - left, to + left);
         else
-          gather_strided(from + first + left * p.step_w, p.step_w, end - left, to + left);
-        implicit_gemm::zero_beyond(to + end, b.pitch - end);
+          gather_strided(from, p.step_w, end - left, to + left);
       }
     }
   }

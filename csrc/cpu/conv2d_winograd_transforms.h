@@ -13,11 +13,13 @@
 //
 // Six points use 5/8 and 3/2: exact in binary, as is every entry of A and B, and with half of the error of the textbook's 1 and 2.
 //
-// Error bound. |B^T| X |B|, |G| |w| |G^T| and |A^T| ... |A| bound every intermediate value, so that with L terms added up
+// Error bound, elementwise, with L >= 16 the number of terms of the direct sum and X the largest input of the tiles around an output:
 //
-//   |error| <= amplification eps L max|input of the tile| sum|filter|,   amplification = (max_j sum_i |A_ij| b_i max_s |G_is|)^2,
+//   |error| <= c eps L sum X |filter|,   c = (max_j sum_i |A_ij| b_i max_s |G_is|)^2,   b_i = sum_j |B^T_ij|
 //
-// where b_i = sum_j |B^T_ij|, for m outputs; grad_weight has A and G exchanged. amplification() computes it from the matrices.
+// because X b_i b_j, and the like for G and A, bound every intermediate value, and about L / r^2 + 24 roundings follow each other.
+// grad_weight has A and G exchanged. c is 16 (grad_weight 16) for F(2x2, 3x3), 205 (232) for F(4x4, 3x3) and 277 (187) for
+// F(2x2, 5x5): tests/test_winograd.py derives both the matrices and c.
 #pragma once
 
 #include <cstdint>

@@ -53,6 +53,7 @@ void average_rows(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A
       const A* at = row + q * step;
       Vec<A> sum{};
       if constexpr (stride_ == 2 && S_ >= 2) {
+        prefetch_pair<0>(row + 4 * q);
         Vec<A> a{}, b{}, last{};
         for (int64_t r = 0; r < R; ++r) {
           a += load(at + r * pitch);

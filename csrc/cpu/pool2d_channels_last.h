@@ -30,7 +30,7 @@ inline Vec<Arithmetic<T>> load_channels(const T* from, int64_t left, int64_t unt
 
 template <class I, class Offset>
 inline Vec<I> load_offsets(const Offset* from, int64_t left, int64_t until_end) {
-  if (until_end >= kLanes<I>) return load_integers<I>(from);
+  if (until_end >= kLanes<I>) return load_unsigned<I>(from);
   Vec<I> v{};
   for (int64_t lane = 0; lane < left; ++lane) v[lane] = static_cast<I>(from[lane]);
   return v;
@@ -71,6 +71,7 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
       }
       for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) {
         Best<A> best[vectors];
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) best[v] = {broadcast(kLeast<A>), broadcast(static_cast<I>(first_code))};
         I row_start = static_cast<I>(first_code);
         int64_t from = first + c;
@@ -78,6 +79,7 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
           I code = row_start;
           int64_t tap = from;
           for (int64_t w = column.begin; w < column.end; w += g.dilation_w, tap += column_step, code += column_code) {
+#pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) {
               const Vec<A> x =
                   vectors > 1 ? load_wide(input + tap + v * L) : load_channels(input + tap, g.C - c, input_size - tap);
@@ -85,6 +87,7 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
             }
           }
         }
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
           if (extremum.relu) best[v].rectify();
           const int64_t to = (np * g.Q + q) * g.C + c + v * L, until_end = (np + 1) * g.Q * g.C - to;
@@ -134,6 +137,7 @@ void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* gr
           for (int64_t q = q_begin; q < q_end; ++q) {
             const int64_t from = ((n * g.P + p) * g.Q + q) * g.C + c;
             const Vec<I> wanted = broadcast(static_cast<I>((x - p * g.stride_h) * g.S + w + g.pad_w - q * g.stride_w));
+#pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) {
               const int64_t until_end = vectors > 1 ? L : output_size - from;
               const Vec<I> offset = load_offsets<I>(offsets + from + v * L, g.C - c, until_end);
@@ -142,6 +146,7 @@ void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* gr
             }
           }
         }
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
           const int64_t to = (nh * g.W + w) * g.C + c + v * L;
           store_channels(grad_input + to, sum[v], (nh + 1) * g.W * g.C - to);
@@ -168,12 +173,15 @@ void avg_pool2d_channels_last(const Pool2dGeometry& g, const Divisor& divisor, c
           Vec<A> row_sum[vectors] = {};  // sums of sums: large windows lose less to rounding
           int64_t from = ((n * g.H + h) * g.W + column.begin) * g.C + c;
           for (int64_t w = column.begin; w < column.end; ++w, from += g.C) {
+#pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v)
               row_sum[v] +=
                   vectors > 1 ? load_wide(input + from + v * L) : load_channels(input + from, g.C - c, input_size - from);
           }
+#pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) sum[v] += row_sum[v];
         }
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
           const int64_t to = (np * g.Q + q) * g.C + c + v * L;
           store_channels(output + to, sum[v] / divide_by, (np + 1) * g.Q * g.C - to);
@@ -207,12 +215,14 @@ void avg_pool2d_channels_last_grad_input(const Pool2dGeometry& g, const Divisor&
           for (int64_t q = columns.first[w]; q <= columns.last[w]; ++q) {
             const A factor = row_factors[p] * column_factors[q];
             const int64_t from = ((n * g.P + p) * g.Q + q) * g.C + c;
+#pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) {
               const T* at = grad_output + from + v * L;
               sum[v] += (vectors > 1 ? load_wide(at) : load_channels(at, g.C - c, output_size - from)) * factor;
             }
           }
         }
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
           const int64_t to = (nh * g.W + w) * g.C + c + v * L;
           store_channels(grad_input + to, sum[v], (nh + 1) * g.W * g.C - to);

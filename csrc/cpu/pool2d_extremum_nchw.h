@@ -72,6 +72,7 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
     for (int64_t q = 0; q < Q; q += L) {
       if (q + L > Q && Q >= L) q = Q - L;  // overlap the last vector instead of a scalar tail
       const A* at = row + q * step;
+      if constexpr (stride_ == 2 && S_ >= 2) prefetch_pair<0>(row + 4 * q);
       Best<A> best{};
       const auto offer = [&](int64_t tap, Vec<A> candidate) {
         if (tap == 0) {

@@ -22,7 +22,7 @@ template <class A, class Offset>
 void offset_pool2d_grad_input_tiling(const Pool2dGeometry& g, const A* grad_output, const Offset* offsets, A* grad_input) {
   using I = IndexOf<A>;
   write_tiles_2x2<A>(g, grad_input, [=](int64_t i) {
-    const Vec<I> gradient = (Vec<I>)load(grad_output + i), offset = load_integers<I>(offsets + i);
+    const Vec<I> gradient = (Vec<I>)load(grad_output + i), offset = load_unsigned<I>(offsets + i);
     Tiles<A> tiles;
     for (int element = 0; element < 4; ++element) tiles.element[element] = (Vec<A>)(gradient & (offset == element));
     return tiles;
@@ -115,7 +115,7 @@ void offset_pool2d_grad_input_gather(const Pool2dGeometry& g, const T* grad_outp
         const int64_t at = from + q, to = row + margin + q;
         if (at + L <= count) {  // lanes of the next row are no harm: what lies beyond this one is overwritten below
           store(gradient + to, load_wide(grad_output + at));
-          store(offset + to, load_integers<I>(offsets + at));
+          store(offset + to, load_unsigned<I>(offsets + at));
         } else {
           for (int64_t j = 0; j < g.Q - q; ++j) {
             gradient[to + j] = widen(grad_output[at + j]);

@@ -26,6 +26,15 @@ struct Rows {
   int64_t pitch;
 };
 
+// Rows that are read or written two at a time are streams that break off at every row, which the processor does not foresee. So
+// what lies some way ahead is asked for, in the order of memory: `at` is where two cache lines would be next if the rows were one.
+template <int write, class A>
+inline void prefetch_pair(const A* at) {
+  constexpr int64_t ahead = 4096, line = 64;
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead, write);
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead + line, write);
+}
+
 template <class T>
 inline int64_t round_up_to_lanes(int64_t count) {
   return ceil_div(count, kLanes<T>) * kLanes<T>;
@@ -200,6 +209,7 @@ void write_tiles_2x2(const Pool2dGeometry& g, A* grad_input, VectorOf vector, Sc
         for (; q < g.Q; q += L) {
           if (q + L > g.Q) q = g.Q - L;  // overlap the last vector instead of a scalar tail
           const auto elements = vector(row + q);
+          prefetch_pair<1>(top + 4 * q);
           store_interleaved<A>(top + 2 * q, elements[0], elements[1]);
           store_interleaved<A>(bottom + 2 * q, elements[2], elements[3]);
         }

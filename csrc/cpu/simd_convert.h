@@ -10,13 +10,51 @@ namespace torchcnn::TORCHCNN_ISA {
 using Bits16 [[gnu::vector_size(TORCHCNN_VECTOR_BYTES / 2)]] = uint16_t;
 using Bits32 = Vec<uint32_t>;
 
+// Integer lanes I from kLanes<I> unsigned elements of memory.
+//
+// The compiler's own conversion takes a 32-byte vector apart. Instead each element is copied to every byte of its lane, for
+// which the elements are repeated until each 16-byte block has its own within it, and shifted down to the lowest bytes.
+template <class I, class From>
+inline Vec<I> load_unsigned(const From* from) {
+  using Narrow [[gnu::vector_size(kLanes<I> * sizeof(From))]] = From;
+  Narrow elements;
+  std::memcpy(&elements, from, sizeof elements);
+  if constexpr (sizeof(From) == sizeof(I)) {
+    return (Vec<I>)elements;
+  } else if constexpr (TORCHCNN_VECTOR_BYTES != 32 || sizeof(From) > 2) {
+    return __builtin_convertvector(elements, Vec<I>);
+  } else {
+    using Unsigned = std::conditional_t<sizeof(I) == 8, uint64_t, uint32_t>;
+    Vec<uint8_t> repeated;
+    if constexpr (sizeof elements == 4) {
+      repeated = (Vec<uint8_t>)(Vec<uint32_t>{} + (uint32_t)elements);
+    } else if constexpr (sizeof elements == 8) {
+      repeated = (Vec<uint8_t>)(Vec<uint64_t>{} + (uint64_t)elements);
+    } else {
+      static_assert(sizeof elements == 16);
+      using Halves [[gnu::vector_size(16)]] = uint64_t;
+      const Halves halves = (Halves)elements;
+      repeated = [&]<size_t... lane>(std::index_sequence<lane...>) {
+        return (Vec<uint8_t>)Vec<uint64_t>{halves[lane % 2]...};
+      }(kEachLane<uint64_t>);
+    }
+    const auto spread = [&]<size_t... i>(std::index_sequence<i...>) {
+      constexpr size_t size = sizeof(From), wide = sizeof(I);
+#if defined(__clang__)
+      return __builtin_shufflevector(repeated, repeated, static_cast<int>(i / 16 * 16 + i / wide * size % 16 + i % size)...);
+#else
+      return __builtin_shuffle(repeated, Vec<uint8_t>{static_cast<uint8_t>(i / 16 * 16 + i / wide * size % 16 + i % size)...});
+#endif
+    }(std::make_index_sequence<TORCHCNN_VECTOR_BYTES>());
+    return (Vec<I>)((Vec<Unsigned>)spread >> (8 * (sizeof(I) - sizeof(From))));
+  }
+}
+
 // kLanes<A> elements from memory, as the type that they are computed with; the formulas stand in element.h.
 template <class T>
 inline Vec<Arithmetic<T>> load_wide(const T* from) {
   if constexpr (kIsLowPrecision<T>) {
-    Bits16 narrow_bits;
-    std::memcpy(&narrow_bits, from, sizeof narrow_bits);
-    const Bits32 x = __builtin_convertvector(narrow_bits, Bits32);
+    const Bits32 x = (Bits32)load_unsigned<int32_t>(reinterpret_cast<const uint16_t*>(from));
     if constexpr (std::is_same_v<T, BFloat16>) {
       return (Vec<float>)(x << 16);
     } else {
@@ -99,7 +137,18 @@ inline Vec<uint8_t> low_bytes_in_blocks(Vec<uint8_t> v, std::index_sequence<i...
 }
 #endif
 
-// Integer lanes stored as To, the first `count` of them if count < kLanes.
+// Elements first, first + 1, ... of v, not negative, as 64-bit lanes: each is copied to both halves of its lane.
+template <int first, size_t... lane>
+inline Vec<int64_t> first_widened(Vec<int32_t> v, std::index_sequence<lane...>) {
+#if defined(__clang__)
+  const Vec<int32_t> twice = __builtin_shufflevector(v, v, static_cast<int>(first + lane / 2)...);
+#else
+  const Vec<int32_t> twice = __builtin_shuffle(v, Vec<int32_t>{static_cast<int>(first + lane / 2)...});
+#endif
+  return (Vec<int64_t>)((Vec<uint64_t>)twice >> 32);
+}
+
+// Integer lanes, not negative where they become wider, stored as To, the first `count` of them if count < kLanes.
 template <class I, class To>
 inline void store_integers(To* to, Vec<I> v, int64_t count) {
   constexpr int64_t L = kLanes<I>;
@@ -108,11 +157,8 @@ inline void store_integers(To* to, Vec<I> v, int64_t count) {
   } else if constexpr (sizeof(To) == sizeof(I)) {
     std::memcpy(to, &v, sizeof v);
   } else if constexpr (sizeof(To) == 8 && sizeof(I) == 4) {
-    using Half [[gnu::vector_size(TORCHCNN_VECTOR_BYTES / 2)]] = int32_t;
-    Half half[2];
-    std::memcpy(half, &v, sizeof v);
-    store(to, __builtin_convertvector(half[0], Vec<int64_t>));
-    store(to + L / 2, __builtin_convertvector(half[1], Vec<int64_t>));
+    store(to, first_widened<0>(v, kEachLane<int32_t>));
+    store(to + L / 2, first_widened<L / 2>(v, kEachLane<int32_t>));
   } else if constexpr (sizeof(To) == 1 && sizeof(I) == 4) {
     // The lowest bytes of the four elements of each 16-byte block, side by side.
 #if defined(__clang__)
@@ -127,15 +173,6 @@ inline void store_integers(To* to, Vec<I> v, int64_t count) {
   } else {
     for (int64_t lane = 0; lane < L; ++lane) to[lane] = static_cast<To>(v[lane]);
   }
-}
-
-// Offsets of windows, one byte or four each, as integer lanes.
-template <class I, class From>
-inline Vec<I> load_integers(const From* from) {
-  using Narrow [[gnu::vector_size(kLanes<I> * sizeof(From))]] = From;
-  Narrow narrow_lanes;
-  std::memcpy(&narrow_lanes, from, sizeof narrow_lanes);
-  return __builtin_convertvector(narrow_lanes, Vec<I>);
 }
 
 // Every second element of two vectors, in an order that costs one instruction: within each 16-byte block those of `a` stand

@@ -1,0 +1,311 @@
+"""Winograd convolution: its matrices, its error bound, what it does with Inf and NaN, and the switch."""
+
+import re
+from fractions import Fraction
+
+import pytest
+import tiers
+import torch
+import torch.nn.functional as F
+
+import torchcnn
+from torchcnn import _C, backends
+
+ALGORITHMS = {"winograd_2x2_3x3": (2, 3), "winograd_4x4_3x3": (4, 3), "winograd_2x2_5x5": (2, 5)}
+POINTS = {4: ("0", "1", "-1"), 6: ("0", "5/8", "-5/8", "3/2", "-3/2")}  # and infinity
+
+# The constant c of tier 2, for forward and grad_input, and for grad_weight: conv2d_winograd_transforms.h says what it bounds.
+BOUNDS = {"winograd_2x2_3x3": (16, 16), "winograd_4x4_3x3": (205, 232), "winograd_2x2_5x5": (277, 187)}
+
+# N, C, H, W, K, R, padding, groups: odd sizes, tails of channels and filters, padding beyond the kernel, single rows.
+CASES = [
+    (2, 16, 7, 7, 16, 3, (1, 1), 1),
+    (3, 17, 9, 11, 35, 3, (0, 0), 1),
+    (2, 36, 5, 6, 20, 3, (2, 2), 1),
+    (2, 24, 4, 4, 19, 3, (4, 5), 1),
+    (1, 270, 10, 6, 40, 3, (1, 0), 1),
+    (2, 34, 10, 10, 48, 3, (1, 1), 2),
+    (1, 16, 1, 40, 16, 3, (1, 1), 1),
+    (2, 16, 1, 1, 33, 3, (1, 1), 1),
+    (12, 20, 19, 18, 40, 3, (1, 1), 1),
+    (2, 32, 13, 12, 48, 5, (2, 2), 1),
+    (1, 16, 6, 5, 16, 5, (0, 0), 1),
+    (2, 20, 8, 9, 40, 5, (6, 1), 1),
+]
+
+
+def tensors(case, dtype, make=torch.randn):
+    N, C, H, W, K, R, (pad_h, pad_w), groups = case
+    x, w, b = make(N, C, H, W), make(K, C // groups, R, R), make(K)
+    dy = make(N, K, H + 2 * pad_h - R + 1, W + 2 * pad_w - R + 1)
+    return [t.to(dtype) for t in (x, w, b, dy)]
+
+
+def directions(conv2d, x, w, b, dy, case):
+    """output, grad_input, grad_weight"""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    output = conv2d(x, w, b, padding=case[6], groups=case[7])
+    return output.detach(), *torch.autograd.grad(output, (x, w), dy)
+
+
+def ours(*arguments):
+    return directions(torchcnn.functional.conv2d, *arguments)
+
+
+def truth(x, w, b, dy, case):
+    return directions(F.conv2d, x.double(), w.double(), b.double(), dy.double(), case)
+
+
+def algorithms(case):
+    """The algorithm of each direction, as explained."""
+    N, C, H, W, K, R, padding, groups = case
+    text = torchcnn.explain((N, C, H, W), (K, C // groups, R, R), padding=padding, groups=groups)
+    return [line.split()[1] for line in text.splitlines()]
+
+
+def magnitudes(x, w, dy, case):
+    """What c eps L multiplies: sums of absolute values, the largest input of any tile around an output in place of its inputs."""
+
+    def largest(t, m, R, padding):
+        around = tuple(p + m - 1 for p in padding)
+        if min(around) < 0:
+            t = t[..., max(0, -around[0]) : t.shape[2] - max(0, -around[0]), max(0, -around[1]) : t.shape[3] - max(0, -around[1])]
+        around = tuple(max(0, p) for p in around)
+        padded = F.pad(t.double().abs(), (around[1], around[1], around[0], around[0]))
+        return F.max_pool2d(padded, 2 * (m - 1) + R, 1)
+
+    R, padding, groups = case[5:]
+    forward, grad_input, grad_weight = (ALGORITHMS[name] for name in algorithms(case))
+    w = w.double().abs()
+    tap_sum = w.sum((2, 3), keepdim=True)
+    yield F.conv2d(largest(x, forward[0], R, padding), tap_sum, groups=groups)
+    back = largest(dy, grad_input[0], R, [R - 1 - p for p in padding])
+    yield F.conv_transpose2d(back, tap_sum, groups=groups)
+    x_max, dy_abs = largest(x, grad_weight[0], R, padding), dy.double().abs()
+    per_group = [
+        torch.einsum("nkpq,ncpq->kc", d, m) for d, m in zip(dy_abs.chunk(groups, 1), x_max.chunk(groups, 1), strict=True)
+    ]
+    yield torch.cat(per_group)[:, :, None, None].expand(w.shape)
+
+
+def assert_within_bounds(actual, true, x, w, dy, case):
+    N, C, K, R, groups = (case[i] for i in (0, 1, 4, 5, 7))
+    lengths = [C // groups * R * R, K // groups * R * R, max(16, N * dy.shape[2] * dy.shape[3])]
+    constants = [BOUNDS[name][direction == 2] for direction, name in enumerate(algorithms(case))]
+    for result, expected, magnitude, length, c in zip(actual, true, magnitudes(x, w, dy, case), lengths, constants, strict=True):
+        tiers.assert_bound(result, expected, c * magnitude, length)
+
+
+def exact_matrices(m, r):
+    """Toom and Cook: A and G evaluate at the points, B^T interpolates; a pair of rows of G and B^T may change its sign."""
+    points = [Fraction(p) for p in POINTS[m + r - 1]]
+
+    def product_without(skipped):
+        coefficients = [Fraction(1)]
+        for i, q in enumerate(points):
+            if i != skipped:
+                shifted = [Fraction(0), *coefficients]
+                coefficients = [high - q * low for high, low in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
+        return coefficients
+
+    A, G, B_T = [], [], []
+    for i, p in enumerate(points):
+        others = product_without(i)
+        scale = sum(c * p**j for j, c in enumerate(others))
+        A.append([p**j for j in range(m)])
+        G.append([p**j / scale for j in range(r)])
+        B_T.append([*others, Fraction(0)])
+    A.append([Fraction(int(j == m - 1)) for j in range(m)])
+    G.append([Fraction(int(j == r - 1)) for j in range(r)])
+    B_T.append(product_without(None))
+    if m + r == 5:  # the textbook's signs
+        G[0], B_T[0] = [-g for g in G[0]], [-b for b in B_T[0]]
+    return A, G, B_T
+
+
+@pytest.fixture(autouse=True)
+def winograd():
+    with backends.flags(allow_winograd=True):
+        yield
+
+
+needs_winograd = pytest.mark.skipif(torchcnn.isa() == "reference", reason="the reference row has no Winograd")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_matrices(name):
+    m, r = ALGORITHMS[name]
+    exact = A, G, B_T = exact_matrices(m, r)
+    tile = range(m + r - 1)
+    for p in range(m):  # output p takes tap s at input p + s, and nothing else
+        for s in range(r):
+            assert [sum(A[i][p] * G[i][s] * B_T[i][j] for i in tile) for j in tile] == [int(j == p + s) for j in tile]
+    compiled = _C.winograd_matrices()[name]
+    assert [[Fraction(v) for v in row] for row in compiled[0]] == A
+    assert [[Fraction(v) for v in row] for row in compiled[2]] == B_T
+    for row, exact_row in zip(compiled[1], exact[1], strict=True):
+        assert all(abs(Fraction(v) - g) <= abs(g) * Fraction(1, 2**51) for v, g in zip(row, exact_row, strict=True))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_bounds_follow_from_matrices(name):
+    A, G, B_T = exact_matrices(*ALGORITHMS[name])
+    b = [sum(map(abs, row)) for row in B_T]
+
+    def amplification(outer, inner):
+        rows = zip(outer, b, inner, strict=True)
+        per_row = [[abs(v) * b_i * max(map(abs, inner_row)) for v in row] for row, b_i, inner_row in rows]
+        return max(map(sum, zip(*per_row, strict=True))) ** 2
+
+    exact = amplification(A, G), amplification(G, A)
+    assert all(c - 1 < value <= c for c, value in zip(BOUNDS[name], exact, strict=True)), [float(value) for value in exact]
+
+
+@needs_winograd
+def test_cases_take_every_algorithm():
+    taken = [set(names) for names in zip(*map(algorithms, CASES), strict=True)]
+    assert all(names == set(ALGORITHMS) for names in taken), taken
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_small_integers(case, dtype, layout):
+    """An error below 1/2 is no error of indices: rounded, the sums of integers are exact."""
+    x, w, b, dy = tensors(case, torch.float64, lambda *shape: tiers.small_integers(shape))
+    if case[0] * dy.shape[2] * dy.shape[3] > 1000 and dtype == torch.float32:
+        dy = dy * (torch.rand(dy.shape) < 0.1)  # short sums in grad_weight, too
+    expected = truth(x, w, b, dy, case)
+    x, w, b, dy = (t.to(dtype) for t in (x, w, b, dy))
+    actual = ours(layout(x), w, b, layout(dy), case)
+    for result, exact in zip(actual, expected, strict=True):
+        assert (result - exact).abs().max() < 0.25
+        tiers.assert_exact(result.round(), exact)
+
+
+@needs_winograd
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_bound(case, dtype, outliers):
+    x, w, b, dy = tensors(case, dtype)
+    if outliers:
+        for t in (x, dy):
+            t[torch.rand(t.shape) < 0.02] *= 1000
+    b.zero_()
+    assert_within_bounds(ours(x, w, b, dy, case), truth(x, w, b, dy, case), x, w, dy, case)
+
+
+def test_error_beside_torch():
+    """On ordinary data, about 64 channels: no direction above 1e-5 of the largest result (textbook points are)."""
+    case = (2, 64, 28, 28, 64, 3, (1, 1), 1)
+    x, w, b, dy = tensors(case, torch.float32)
+    for result, expected in zip(ours(x, w, b, dy, case), truth(x, w, b, dy, case), strict=True):
+        assert (result - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+@needs_winograd  # the reference row rounds once, after the bias
+@pytest.mark.parametrize("relu", [False, True])
+def test_bias_and_relu(layout, relu):
+    x, w, b, _ = tensors(CASES[1], torch.float32)
+    options = (1, 1, 0, 0, 1, 1, 1)
+    plain = torch.ops.torchcnn.conv2d(layout(x), w, None, *options, False) + b[:, None, None]
+    actual = torch.ops.torchcnn.conv2d(layout(x), w, b, *options, relu)
+    assert torch.equal(actual, plain.relu() if relu else plain)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
+    x, w, b, dy = tensors(case, dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = ours(x, w, b, dy, case)
+        last = {"memory_format": torch.channels_last}
+        for result, expected in zip(ours(x.contiguous(**last), w, b, dy.contiguous(**last), case), one, strict=True):
+            assert torch.equal(result, expected)
+        for count in (2, 3, 8):
+            torch.set_num_threads(count)
+            for result, expected in zip(ours(x, w, b, dy, case), one, strict=True):
+                assert torch.equal(result, expected)
+    finally:
+        torch.set_num_threads(threads)
+    for n in range(min(3, len(x))):
+        alone = ours(x[n : n + 1], w, b, dy[n : n + 1], case)
+        assert torch.equal(alone[0][0], one[0][n])
+        assert torch.equal(alone[1][0], one[1][n])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e38])
+@pytest.mark.parametrize("where", ["input", "weight", "grad_output"])
+@pytest.mark.parametrize("case", [(3, 16, 9, 10, 18, 3, (1, 1), 1), (2, 32, 8, 8, 32, 5, (2, 2), 2)], ids=str)
+def test_not_finite(case, where, value, layout):
+    """Inf and NaN, and overflow of intermediate values, stay where the direct kernel has them."""
+    x, w, b, dy = tensors(case, torch.float32)
+    clean = ours(layout(x), w, b, layout(dy), case)
+    hit = {"input": x[1, 3], "weight": w[5, 2], "grad_output": dy[1, 4]}[where]
+    hit[2, 1] = value
+    actual = ours(layout(x), w, b, layout(dy), case)
+    with backends.flags(allow_winograd=False):
+        direct = ours(layout(x), w, b, layout(dy), case)
+    for result, expected, before in zip(actual, direct, clean, strict=True):
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(result.isinf(), expected.isinf())
+        assert torch.equal(result[result.isinf()], expected[expected.isinf()])
+        if value != 1e38 and not result.isfinite().all():
+            assert result.isfinite().any()
+        if where != "weight" and result.shape == before.shape and len(result) == case[0]:
+            assert torch.equal(result[0], before[0])  # other images keep their bits
+    if value != 1e38:
+        reached = {"input": (0, 2), "weight": (0, 1), "grad_output": (1, 2)}[where]
+        assert all(not actual[direction].isfinite().all() for direction in reached)
+
+
+@needs_winograd
+def test_switch():
+    case = CASES[0]
+    assert backends.allow_winograd is True
+    assert all(name.startswith("winograd") for name in algorithms(case))
+    x, w, b, dy = tensors(case, torch.float32)
+    with backends.flags(allow_winograd=False):
+        assert backends.allow_winograd is False
+        assert not any(name.startswith("winograd") for name in algorithms(case))
+        direct = ours(x, w, b, dy, case)
+    assert backends.allow_winograd is True
+    for result, expected, magnitude in zip(direct, truth(x, w, b, dy, case), magnitudes(x, w, dy, case), strict=True):
+        tiers.assert_bound(result, expected, magnitude, 144)
+    with pytest.raises(KeyError), backends.flags(allow_winograd=False):
+        raise KeyError
+    assert backends.allow_winograd is True
+    try:
+        torchcnn.backends.allow_winograd = False
+        assert backends.allow_winograd is False
+        with backends.flags(allow_winograd=True):
+            assert backends.allow_winograd is True
+        assert backends.allow_winograd is False
+    finally:
+        torchcnn.backends.allow_winograd = True
+    with pytest.raises(TypeError):
+        backends.allow_winograd = "no"
+
+
+@needs_winograd
+def test_rule_reads_neither_batch_nor_threads():
+    threads = torch.get_num_threads()
+    try:
+        texts = set()
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            texts |= {torchcnn.explain((N, 64, 14, 14), (64, 64, 3, 3), padding=1) for N in (1, 2, 64)}
+        assert len(texts) == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_winograd
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2}, {"stride": (1, 2)}, {"dilation": 2}, {"groups": 4}, {"weight": (3, 5)}, {"weight": (1, 1)}],
+    ids=str,
+)
+def test_other_geometries_are_direct(options):
+    weight = options.pop("weight", (3, 3))
+    text = torchcnn.explain((1, 32, 20, 20), (32, 32 // options.get("groups", 1), *weight), **options)
+    assert not re.search("winograd", text)
