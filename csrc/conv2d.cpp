@@ -19,11 +19,11 @@ namespace {
 void require_conv2d_tensors(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   require_rank(op, "input", input, 4);
   require_rank(op, "weight", weight, 4);
-  require_same_dtype(op, "input", input, "weight", weight);
+  require_same_kind(op, "input", input, "weight", weight);
   if (!bias) return;
   require(bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias must have shape [weight.shape[0]], got ", Shape{*bias},
           " for weight of shape ", Shape{weight});
-  require_same_dtype(op, "input", input, "bias", *bias);
+  require_same_kind(op, "input", input, "bias", *bias);
 }
 
 void require_grad_output(const char* op, const Tensor& grad_output, const Conv2dGeometry& g) {
@@ -66,7 +66,7 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W
   const char* op = "conv2d_grad_input";
   require_rank(op, "grad_output", grad_output, 4);
   require_rank(op, "weight", weight, 4);
-  require_same_dtype(op, "grad_output", grad_output, "weight", weight);
+  require_same_kind(op, "grad_output", grad_output, "weight", weight);
   const Layout layout = layout_from(channels_last);
   const Conv2dGeometry g = conv2d_geometry(op, grad_output.size(0), checked_mul(weight.size(1), groups, op, "input channels"), H,
                                            W, weight.size(0), weight.size(1), weight.size(2), weight.size(3),
@@ -95,7 +95,7 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
   const char* op = "conv2d_grad_weight";
   require_rank(op, "grad_output", grad_output, 4);
   require_rank(op, "input", input, 4);
-  require_same_dtype(op, "grad_output", grad_output, "input", input);
+  require_same_kind(op, "grad_output", grad_output, "input", input);
   require(groups > 0, op, "groups must be at least 1, got ", groups);
   const Layout layout = layout_of(input);
   const Conv2dGeometry g =

@@ -41,7 +41,7 @@ inline int64_t checked_add(int64_t a, int64_t b, const char* op, const char* wha
   return sum;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }  // b > 0; a + b - 1 could overflow
 
 // How an activation (input, output and their gradients) lies in memory. Weights are always K C/G R S.
 enum class Layout { nchw, channels_last };
@@ -114,6 +114,8 @@ struct Conv2dOptions {
 inline Conv2dGeometry conv2d_geometry(const char* op, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t C_per_group,
                                       int64_t R, int64_t S, const Conv2dOptions& o, Layout layout) {
   require(o.groups > 0, op, "groups must be at least 1, got ", o.groups);
+  require(N >= 0 && C >= 0, op, "batch and channels must be at least 0, got ", N, " and ", C);
+  require(H > 0 && W > 0, op, "input height and width must be at least 1, got ", H, " and ", W);
   require(K > 0, op, "weight must have at least 1 output channel, got ", K);
   require(K % o.groups == 0, op, "output channels must be divisible by groups, got ", K, " channels and groups=", o.groups);
   require(C == checked_mul(C_per_group, o.groups, op, "weight channels * groups"), op,
@@ -191,6 +193,7 @@ inline Pool2dGeometry pool2d_geometry(const char* op, int64_t N, int64_t C, int6
   require_pool_padding(op, "height", o.pad_h, o.kernel_h, o.dilation_h);
   require_pool_padding(op, "width", o.pad_w, o.kernel_w, o.dilation_w);
   require_numel_fits(op, "number of output bytes", N, C, g.P, g.Q);
+  checked_mul(o.kernel_h, o.kernel_w, op, "kernel height * kernel width");
   require_windows_meet_input(op, "height", g.P, H, o.kernel_h, o.stride_h, o.pad_h, o.dilation_h);
   require_windows_meet_input(op, "width", g.Q, W, o.kernel_w, o.stride_w, o.pad_w, o.dilation_w);
   return g;

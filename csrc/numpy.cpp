@@ -195,8 +195,7 @@ void bind(py::module_& m) {
 std::vector<std::tuple<std::string, std::string, std::string>> explain_conv2d(int64_t N, int64_t C, int64_t H, int64_t W,
                                                                               int64_t K, int64_t C_per_group, int64_t R,
                                                                               int64_t S, Pair stride, Pair padding, Pair dilation,
-                                                                              int64_t groups, bool channels_last,
-                                                                              int64_t element_size) {
+                                                                              int64_t groups, bool channels_last) {
   const Conv2dGeometry g =
       conv2d_geometry("explain", N, C, H, W, K, C_per_group, R, S,
                       {stride.first, stride.second, padding.first, padding.second, dilation.first, dilation.second, groups},
@@ -207,7 +206,7 @@ std::vector<std::tuple<std::string, std::string, std::string>> explain_conv2d(in
       rows.emplace_back(name_of(direction), "direct", "TORCHCNN_ISA=reference: the formula, summed in double");
       continue;
     }
-    const Choice choice = choose_conv2d(g, direction, static_cast<size_t>(element_size));
+    const Choice choice = choose_conv2d(g, direction);
     rows.emplace_back(name_of(direction), name_of(choice.algorithm), choice.reason);
   }
   return rows;

@@ -169,6 +169,7 @@ Pool2dGeometry indexed_geometry(const char* op, const Tensor& positions, int64_t
 void require_indices(const char* op, const char* name, const Tensor& values, const Tensor& indices) {
   require_rank(op, name, values, 4);
   require_rank(op, "indices", indices, 4);
+  require_same_device(op, name, values, "indices", indices);
   require(indices.scalar_type() == ScalarType::Long, op, "indices must be int64, got ",
           torch::headeronly::toString(indices.scalar_type()));
   bool same = true;
@@ -246,6 +247,7 @@ Tensor offset_pool2d(Tensor input, Tensor offsets, int64_t kernel_h, int64_t ker
   const char* op = "offset_pool2d";
   Pool2dGeometry g =
       geometry_of(op, input, {kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, ceil_mode});
+  require_same_device(op, "input", input, "offsets", offsets);
   require_offsets(op, offsets, g);
   g.layout = layout_of(offsets);
   const Tensor from = in_layout(input, g.layout), at = in_layout(offsets, g.layout);
@@ -269,6 +271,7 @@ Tensor offset_pool2d_grad_input(Tensor grad_output, Tensor offsets, int64_t H, i
   const Pool2dGeometry g =
       pool2d_geometry(op, grad_output.size(0), grad_output.size(1), H, W, options, layout_from(channels_last));
   require_grad_output_shape(op, grad_output, g);
+  require_same_device(op, "grad_output", grad_output, "offsets", offsets);
   require_offsets(op, offsets, g);
   const Tensor from = in_layout(grad_output, g.layout), at = in_layout(offsets, g.layout);
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, H, W, g.layout);

@@ -32,7 +32,14 @@ inline void require_rank(const char* op, const char* name, const Tensor& tensor,
   require(tensor.dim() == rank, op, name, " must have ", rank, " dimensions, got shape ", Shape{tensor});
 }
 
-inline void require_same_dtype(const char* op, const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
+inline void require_same_device(const char* op, const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
+  require(a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op, a_name,
+          " and ", b_name, " must be on the same device, got ", a.is_cpu() ? "cpu" : "another", " and ",
+          b.is_cpu() ? "cpu" : "another");
+}
+
+inline void require_same_kind(const char* op, const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
+  require_same_device(op, a_name, a, b_name, b);
   require(a.scalar_type() == b.scalar_type(), op, a_name, " and ", b_name, " must have the same dtype, got ",
           torch::headeronly::toString(a.scalar_type()), " and ", torch::headeronly::toString(b.scalar_type()));
 }

@@ -61,7 +61,7 @@ CONV2D = [
     conv2d("half_dtype", "dtype", "Float|float32", "BFloat16|bfloat16", weight=w(dtype=torch.bfloat16)),
     conv2d("no_filters", "channel", r"\b0\b", weight=w(0, 4, 3, 3)),
     conv2d("empty_kernel", "kernel", r"\b0\b", weight=w(8, 4, 0, 3)),
-    conv2d("empty_image", "output size", r"\b0\b", r"\b3\b", input=x(2, 4, 0, 6)),
+    conv2d("empty_image", "height and width", r"\b0\b", r"\b6\b", input=x(2, 4, 0, 6)),
     conv2d("large_kernel", "output size", r"\b6\b", r"\b7\b", weight=w(8, 4, 7, 7)),
     conv2d("large_dilated_kernel", "output size", r"\b6\b", r"\b7\b", dilation=3),
     conv2d("stride_0", "stride", r"\b0\b", stride=0),
@@ -335,3 +335,55 @@ def test_operators_work_after_an_error():
     with pytest.raises(RuntimeError):
         torchcnn.functional.conv2d(x(), w(), stride=0)
     assert torchcnn.functional.conv2d(x() + 1, w() + 1).eq(36).all()
+
+
+BIG = 2**61
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f: f.conv2d(torch.ones(1, 2, 0, 0), torch.ones(2, 2, 3, 3), padding=10),
+        lambda f: f.conv2d(torch.ones(1, 2, 8, 0), torch.ones(2, 2, 1, 9), padding=(0, 4)),
+        lambda f: f.avg_pool2d(torch.ones(1, 1, 1, 1), 2**32, 1, 2**31),
+        lambda f: f.max_pool2d(torch.ones(1, 1, 3, 1), (1, 2), 1, (0, 2**62 - 1), (1, 2**63 - 2)),
+        lambda f: torch.ops.torchcnn.conv2d_grad_input(
+            torch.ones(1, 2, 8, 8), torch.ones(2, 2, 3, 3), -10, -10, 1, 1, 10, 10, 1, 1, 1, False
+        ),
+        lambda f: torch.ops.torchcnn.max_unpool2d(
+            torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.int64, device="meta"), 4, 4
+        ),
+    ],
+)
+def test_sizes_that_once_reached_a_kernel(call):
+    with pytest.raises(RuntimeError, match=r"2d\w*: .*(got |64 bits|padding alone)|same device"):
+        call(torchcnn.functional)
+
+
+def test_windows_far_larger_than_the_input():
+    """Answered by direct loops: packing such windows would take more memory than there is."""
+    weight = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    input = torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    far = torchcnn.functional.conv2d(input, weight, stride=BIG, padding=BIG)
+    assert far.shape == (1, 2, 3, 3)
+    # Only the middle window of each axis meets the input, at its top left corner.
+    expected = torch.zeros_like(far)
+    expected[0, :, 1, 1] = (weight * input[:, :, :3, :3]).sum((1, 2, 3))
+    torch.testing.assert_close(far, expected)
+    one = torchcnn.functional.conv2d(input[..., :1, :1], weight, padding=50000, dilation=50000)
+    torch.testing.assert_close(one[0, :, 0, 0], weight[:, :, 1, 1] @ input[0, :, 0, 0])
+
+
+def test_no_input_channels():
+    """Every sum is empty: the bias alone, rectified if asked."""
+    for width in (5, 12):
+        input, weight, bias = torch.ones(1, 0, 12, width), torch.ones(2, 0, 3, 3, requires_grad=True), torch.tensor([1.5, -2.0])
+        output = torchcnn.functional.conv2d(input, weight, bias, activation="relu")
+        assert torch.equal(output, torch.tensor([1.5, 0.0])[:, None, None].expand(1, 2, 10, width - 2))
+        output.sum().backward()
+        assert weight.grad.shape == weight.shape
+
+
+def test_the_least_integer_divided_by_minus_one():
+    least = torch.full((1, 1, 1, 1), -(2**63))
+    assert torch.equal(torchcnn.functional.avg_pool2d(least, 1, divisor_override=-1), least)

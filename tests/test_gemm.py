@@ -151,6 +151,7 @@ def test_fused_relu_is_the_relu_of_the_output(case, layout):
     assert torch.equal(no_bias, zero_bias)
 
 
+@pytest.mark.skipif(torchcnn.isa() == "reference", reason="products with padding are NaN there, the reference leaves them out")
 @cases
 @layouts
 def test_a_nan_reaches_its_neighbourhood_only(case, layout):

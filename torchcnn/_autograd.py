@@ -17,6 +17,7 @@ import torch
 from torch import _C
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
@@ -157,6 +158,9 @@ def is_channels_last(*tensors):
 
 def empty_activation(like, sizes, channels_last, dtype=None):
     """What an operator's fake kernel returns: a tensor of the sizes, layout and dtype of the real one."""
+    if like.device.type != "meta" and not isinstance(like, FakeTensor):
+        # The dispatcher takes the fake kernel as soon as one tensor is a meta tensor.
+        raise RuntimeError(f"torchcnn: tensors must be on the same device, got {like.device} and meta")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(sizes, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 

@@ -10,8 +10,6 @@ import contextlib
 import sys
 import types
 
-import torch
-
 from torchcnn import _C
 from torchcnn._arguments import integer, pair
 
@@ -26,7 +24,7 @@ def isas():
     return _C.isas()
 
 
-def explain(input_size, weight_size, stride=1, padding=0, dilation=1, groups=1, channels_last=False, dtype=torch.float32):
+def explain(input_size, weight_size, stride=1, padding=0, dilation=1, groups=1, channels_last=False):
     """Which algorithm a convolution takes in each direction, and why.
 
     Args:
@@ -34,7 +32,6 @@ def explain(input_size, weight_size, stride=1, padding=0, dilation=1, groups=1, 
         weight_size: (K, C / groups, R, S).
         stride, padding, dilation, groups: as in `torchcnn.functional.conv2d`.
         channels_last: whether the tensors are in that layout.
-        dtype: torch.float32 (also for bfloat16 and float16, which compute in it) or torch.float64.
 
     Returns:
         A text of three lines: forward, grad_input, grad_weight.
@@ -54,7 +51,6 @@ def explain(input_size, weight_size, stride=1, padding=0, dilation=1, groups=1, 
         pair(op, "dilation", dilation),
         integer(op, "groups", groups),
         channels_last,
-        8 if dtype == torch.float64 else 4,
     )
     return "\n".join(f"{direction:11} {algorithm} ({isa()}): {reason}" for direction, algorithm, reason in rows)
 

@@ -260,34 +260,33 @@ autocast(_Conv2dRule.op, "AutocastCUDA", lambda: torch.get_autocast_dtype("cuda"
 class Conv2dFunction(torch.autograd.Function):
     """Convolution as a ``torch.autograd.Function``.
 
-    ``Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups, activation=None)``
+    ``Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups)``
 
     Equivalent to: ``torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)`` with every argument
-    given, `input` of shape (N, C, H, W) and `stride`, `padding`, `dilation` pairs of ints; `activation` as in `conv2d`.
+    given, `input` of shape (N, C, H, W) and `stride`, `padding`, `dilation` pairs of ints.
     """
 
     @staticmethod
-    def forward(input, weight, bias, stride, padding, dilation, groups, activation=None):
-        return _Conv2dRule.op(input, weight, bias, *stride, *padding, *dilation, groups, _is_relu(activation))
+    def forward(input, weight, bias, stride, padding, dilation, groups):
+        return _Conv2dRule.op(input, weight, bias, *stride, *padding, *dilation, groups, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, stride, padding, dilation, groups, *activation = inputs
-        arguments = (input, weight, bias, *stride, *padding, *dilation, groups, _is_relu(*activation))
-        _Conv2dRule.setup_context(ctx, arguments, output)
+        input, weight, bias, stride, padding, dilation, groups = inputs
+        _Conv2dRule.setup_context(ctx, (input, weight, bias, *stride, *padding, *dilation, groups, False), output)
 
     @staticmethod
     def backward(ctx, grad_output):
-        grads = _Conv2dRule.backward(ctx, ctx.needs_input_grad, grad_output)
-        return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
+        return (*_Conv2dRule.backward(ctx, ctx.needs_input_grad, grad_output), None, None, None, None)
 
     @classmethod
-    def apply(cls, input, weight, bias, stride, padding, dilation, groups, activation=None):
-        # Dynamo traces forward and backward above; everything else goes through the operator, which also has jvp and vmap.
-        return _conv2d(input, weight, bias, *stride, *padding, *dilation, groups, _is_relu(activation))
+    def apply(cls, input, weight, bias, stride, padding, dilation, groups):
+        # Dynamo traces forward and backward above (and tells by the number of parameters whether forward takes a ctx: no
+        # defaults there); everything else goes through the operator, which also has jvp and vmap.
+        return _conv2d(input, weight, bias, *stride, *padding, *dilation, groups, False)
 
 
-def _is_relu(activation=None):
+def _is_relu(activation):
     if activation is None or activation == "relu":
         return activation is not None
     raise ValueError(f"conv2d: activation must be 'relu' or None, got {activation!r}")

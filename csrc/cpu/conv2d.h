@@ -10,6 +10,7 @@
 #include "conv2d_depthwise.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_pointwise.h"
+#include "conv2d_reference.h"
 #include "conv2d_small_channels.h"
 #include "conv2d_winograd.h"
 #include "runtime.h"
@@ -19,7 +20,8 @@ namespace torchcnn::TORCHCNN_ISA {
 
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
-  switch (choose_conv2d(g, Direction::forward, sizeof(T)).algorithm) {
+  switch (choose_conv2d(g, Direction::forward).algorithm) {
+    case Algorithm::direct: return reference::conv2d_forward(g, input, weight, epilogue, output);
     case Algorithm::winograd_4x4_3x3:
       return winograd::conv2d_forward<winograd::Transform<4, 3>>(g, input, weight, epilogue, output);
     case Algorithm::winograd_2x2_3x3:
@@ -35,7 +37,8 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
-  switch (choose_conv2d(g, Direction::grad_input, sizeof(T)).algorithm) {
+  switch (choose_conv2d(g, Direction::grad_input).algorithm) {
+    case Algorithm::direct: return reference::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::winograd_4x4_3x3:
       return winograd::conv2d_grad_input<winograd::Transform<4, 3>>(g, grad_output, weight, grad_input);
     case Algorithm::winograd_2x2_3x3:
@@ -51,7 +54,8 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  switch (choose_conv2d(g, Direction::grad_weight, sizeof(T)).algorithm) {
+  switch (choose_conv2d(g, Direction::grad_weight).algorithm) {
+    case Algorithm::direct: return reference::conv2d_grad_weight(g, grad_output, input, grad_weight);
     case Algorithm::winograd_4x4_3x3:
       return winograd::conv2d_grad_weight<winograd::Transform<4, 3>>(g, grad_output, input, grad_weight);
     case Algorithm::winograd_2x2_3x3:

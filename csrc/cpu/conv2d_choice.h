@@ -1,8 +1,7 @@
 // The rule that chooses an algorithm for a convolution, in one place: the kernels follow it and torchcnn.explain prints it.
-// It reads the geometry and the element size alone, never N or the number of threads, so that results do not depend on them.
+// It reads the geometry alone, never N or the number of threads, so that results do not depend on them.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "../geometry.h"
@@ -20,6 +19,7 @@ inline const char* name_of(Direction direction) {
 }
 
 enum class Algorithm {
+  direct,
   implicit_gemm,
   depthwise,
   pointwise,
@@ -31,6 +31,7 @@ enum class Algorithm {
 
 inline const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
+    case Algorithm::direct: return "direct";
     case Algorithm::depthwise: return "depthwise";
     case Algorithm::pointwise: return "pointwise";
     case Algorithm::small_channels: return "small_channels";
@@ -66,7 +67,16 @@ inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
   return g.W / g.stride_w >= 8 && C <= 12;
 }
 
-inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, [[maybe_unused]] size_t element_size) {
+// Whether stride, padding or the dilated filter dwarf an axis of the input.
+inline bool outsizes(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t limit = size < (int64_t(1) << 40) ? 8 * size + 4096 : size;
+  return stride > limit || pad > limit || dilation * (kernel - 1) > limit;
+}
+
+inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
+  if (g.C == 0) return {Algorithm::direct, "no input channels: the sums are empty"};
+  if (outsizes(g.H, g.R, g.stride_h, g.pad_h, g.dilation_h) || outsizes(g.W, g.S, g.stride_w, g.pad_w, g.dilation_w))
+    return {Algorithm::direct, "windows far larger than the input: packing them would take more memory than the tensors"};
   if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
     return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
   if (winograd_applies(g) && allow_winograd()) {

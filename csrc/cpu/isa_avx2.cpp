@@ -15,6 +15,7 @@
 
 #include "../geometry.h"
 #include "conv2d_choice.h"
+#include "conv2d_reference.h"
 #include "element.h"
 #include "kernels.h"
 #include "pool2d_indexed.h"

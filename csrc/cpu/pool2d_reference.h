@@ -77,7 +77,11 @@ void avg_pool2d_forward(const Pool2dGeometry& g, Divisor divisor, const T* input
         Sum sum = 0;
         for (int64_t h = row.begin; h < row.end; ++h)
           for (int64_t w = column.begin; w < column.end; ++w) sum += static_cast<Sum>(widen(from[h * in.h + w * in.w]));
-        const Sum mean = sum / static_cast<Sum>(divisor(row, column));
+        const Sum by = static_cast<Sum>(divisor(row, column));
+        // The least integer divided by -1 would trap.
+        const Sum mean = std::is_integral_v<Sum> && by == -1
+                             ? static_cast<Sum>(-static_cast<std::conditional_t<std::is_integral_v<Sum>, uint64_t, double>>(sum))
+                             : sum / by;
         output[n * out.n + c * out.c + p * out.h + q * out.w] = narrow<T>(static_cast<Arithmetic<T>>(mean));
       }
     }
