@@ -110,7 +110,6 @@ def conv_cases(group, layer, dtype, layout, directions):
         layer.dilation,
         layer.groups,
         layout == "channels_last",
-        torch.float64 if dtype == torch.float64 else torch.float32,
     )
     algorithms = dict(line.split()[:2] for line in explained.splitlines())
     for direction in directions:

@@ -1,0 +1,66 @@
+"""What max pooling keeps for backward, and the fused rectifier."""
+
+import pytest
+import torch
+
+import torchcnn
+
+WINDOWS = [
+    {"kernel_size": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (3, 2), "stride": 1, "dilation": (1, 2), "ceil_mode": True},
+]
+
+
+def saved_tensors(run):
+    kept = []
+
+    def pack(tensor):
+        kept.append((tensor.dtype, tuple(tensor.shape)))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return kept
+
+
+@pytest.mark.parametrize("operator", ["max_pool2d", "min_pool2d", "relu_max_pool2d"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_one_byte_an_output_element_and_not_the_input(operator, memory_format):
+    input = torch.randn(2, 5, 9, 8).to(memory_format=memory_format).requires_grad_()
+    kept = saved_tensors(lambda: getattr(torchcnn.functional, operator)(input, 3, 2, 1))
+    assert kept == [(torch.uint8, (2, 5, 5, 4))]
+
+
+def test_windows_above_256_taps_take_four_bytes():
+    input = torch.randn(1, 2, 40, 40, requires_grad=True)
+    assert saved_tensors(lambda: torchcnn.functional.max_pool2d(input, 17)) == [(torch.int32, (1, 2, 2, 2))]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_fused_relu_is_relu_then_max_pool(window, memory_format, dtype):
+    values = torch.randn(3, 7, 11, 10).to(dtype).to(memory_format=memory_format)
+    values[0, 0, :4, :4] = -1.0  # a window with nothing above zero passes no gradient
+    values[1, 1, 2, 2] = torch.nan
+    results = []
+    for run in (
+        lambda x: torchcnn.functional.relu_max_pool2d(x, **window),
+        lambda x: torch.nn.functional.max_pool2d(x.relu(), **window),
+    ):
+        input = values.clone(memory_format=torch.preserve_format).requires_grad_()
+        output = run(input)
+        # Small integers: overlapping windows add up exactly in any order.
+        output.backward(torch.arange(output.numel()).remainder(5).reshape(output.shape).to(dtype))
+        results.append((output.detach(), input.grad))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_fused_relu_gradients(window):
+    input = (torch.randperm(2 * 2 * 6 * 7).reshape(2, 2, 6, 7).double() - 80.5) / 10
+    input.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: torchcnn.functional.relu_max_pool2d(x, **window), input, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: torchcnn.functional.relu_max_pool2d(x, **window), input)
