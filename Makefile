@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # Idle OpenMP threads sleep instead of spinning: on cores that are shared, spinning makes everything several times slower.
 export OMP_WAIT_POLICY ?= passive
 
-CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+CSRC := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 
 .PHONY: help setup train test test-full bench lint docs cuda-check sanitize clean FORCE
 

@@ -54,7 +54,7 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
     if (g.N == 0) return;
     const Tensor in = in_layout(input, layout), w = in_layout(weight, Layout::nchw);
     const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-    kernels_for<T>().conv2d_forward(g, in.const_data_ptr<T>(), w.const_data_ptr<T>(),
+    conv2d_kernels_for<T>().forward(g, in.const_data_ptr<T>(), w.const_data_ptr<T>(),
                                     {b ? b->const_data_ptr<T>() : nullptr, relu}, output.mutable_data_ptr<T>());
   });
   return output;
@@ -84,7 +84,7 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W
     grad_input = empty_activation(grad_output, g.N, g.C, g.H, g.W, layout);
     if (g.N == 0 || g.C == 0) return;
     const Tensor gradient = in_layout(grad_output, layout), w = in_layout(weight, Layout::nchw);
-    kernels_for<T>().conv2d_grad_input(g, gradient.const_data_ptr<T>(), w.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>());
+    conv2d_kernels_for<T>().grad_input(g, gradient.const_data_ptr<T>(), w.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>());
   });
   return grad_input;
 }
@@ -119,7 +119,7 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
       return;
     }
     const Tensor gradient = in_layout(grad_output, layout), in = in_layout(input, layout);
-    kernels_for<T>().conv2d_grad_weight(g, gradient.const_data_ptr<T>(), in.const_data_ptr<T>(), to);
+    conv2d_kernels_for<T>().grad_weight(g, gradient.const_data_ptr<T>(), in.const_data_ptr<T>(), to);
   });
   return in_layout(grad_weight, layout_from(channels_last));
 }
@@ -137,7 +137,7 @@ Tensor conv2d_grad_bias(Tensor grad_output) {
     const Conv2dGeometry g{
         grad_output.size(0), 0, 0, 0, K, 0, 0, grad_output.size(2), grad_output.size(3), 1, 1, 1, 0, 0, 1, 1, layout};
     const Tensor gradient = in_layout(grad_output, layout);
-    kernels_for<T>().conv2d_grad_bias(g, gradient.const_data_ptr<T>(), grad_bias.mutable_data_ptr<T>());
+    conv2d_kernels_for<T>().grad_bias(g, gradient.const_data_ptr<T>(), grad_bias.mutable_data_ptr<T>());
   });
   return grad_bias;
 }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string_view>
 #include <utility>
 
 #include "cpu/conv2d_choice.h"
@@ -58,7 +59,7 @@ Array<T> conv2d(const Array<T>& input, const Array<T>& weight, const std::option
   T* to = output.mutable_data();
   const T* b = bias ? bias->data() : nullptr;
   py::gil_scoped_release release;
-  if (g.N > 0) kernels_for<T>().conv2d_forward(g, input.data(), weight.data(), {b, false}, to);
+  if (g.N > 0) conv2d_kernels_for<T>().forward(g, input.data(), weight.data(), {b, false}, to);
   return output;
 }
 
@@ -78,12 +79,12 @@ py::tuple conv2d_backward(const Array<T>& grad_output, const Array<T>& input, co
   {
     py::gil_scoped_release release;
     if (g.N > 0 && g.C > 0) {
-      kernels_for<T>().conv2d_grad_input(g, grad_output.data(), weight.data(), gi);
-      kernels_for<T>().conv2d_grad_weight(g, grad_output.data(), input.data(), gw);
+      conv2d_kernels_for<T>().grad_input(g, grad_output.data(), weight.data(), gi);
+      conv2d_kernels_for<T>().grad_weight(g, grad_output.data(), input.data(), gw);
     } else {
       std::fill(gw, gw + grad_weight.size(), T(0));
     }
-    kernels_for<T>().conv2d_grad_bias(g, grad_output.data(), gb);
+    conv2d_kernels_for<T>().grad_bias(g, grad_output.data(), gb);
   }
   return py::make_tuple(grad_input, grad_weight, grad_bias);
 }
@@ -102,8 +103,7 @@ py::tuple max_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair paddi
   int64_t* at = indices.mutable_data();
   {
     py::gil_scoped_release release;
-    if (g.N > 0)
-      pool2d_kernels_for<T>().extremum_pool2d_forward(g, {false, false}, input.data(), to, {PositionKind::indices, at});
+    if (g.N > 0) pool2d_kernels_for<T>().extremum_forward(g, {false, false}, input.data(), to, {PositionKind::indices, at});
   }
   return py::make_tuple(output, indices);
 }
@@ -161,7 +161,7 @@ Array<T> avg_pool2d(const Array<T>& input, Pair kernel, Pair stride, Pair paddin
   Array<T> output = empty<T>(g.N, g.C, g.P, g.Q);
   T* to = output.mutable_data();
   py::gil_scoped_release release;
-  if (g.N > 0) pool2d_kernels_for<T>().avg_pool2d_forward(g, average.divisor, input.data(), to);
+  if (g.N > 0) pool2d_kernels_for<T>().avg_forward(g, average.divisor, input.data(), to);
   return output;
 }
 
@@ -178,7 +178,7 @@ Array<T> avg_pool2d_backward(const Array<T>& grad_output, Pair input_size, Pair 
   Array<T> grad_input = empty<T>(g.N, g.C, g.H, g.W);
   T* to = grad_input.mutable_data();
   py::gil_scoped_release release;
-  if (g.N > 0) pool2d_kernels_for<T>().avg_pool2d_grad_input(g, average.divisor, grad_output.data(), to);
+  if (g.N > 0) pool2d_kernels_for<T>().avg_grad_input(g, average.divisor, grad_output.data(), to);
   return grad_input;
 }
 
@@ -202,7 +202,7 @@ std::vector<std::tuple<std::string, std::string, std::string>> explain_conv2d(in
                       channels_last ? Layout::channels_last : Layout::nchw);
   std::vector<std::tuple<std::string, std::string, std::string>> rows;
   for (const Direction direction : {Direction::forward, Direction::grad_input, Direction::grad_weight}) {
-    if (&kernels() == &reference_kernels) {
+    if (std::string_view(kernels().isa) == "reference") {
       rows.emplace_back(name_of(direction), "direct", "TORCHCNN_ISA=reference: the formula, summed in double");
       continue;
     }

@@ -89,7 +89,7 @@ void run_extremum(const char* op, Extremum extremum, const Tensor& input, const 
   const Tensor in = in_layout(input, g.layout);
   if (is_float(input)) {
     for_float_type(op, input.scalar_type(), [&]<class T>(T) {
-      pool2d_kernels_for<T>().extremum_pool2d_forward(g, extremum, data_of<T>(in), mutable_data_of<T>(output), positions);
+      pool2d_kernels_for<T>().extremum_forward(g, extremum, data_of<T>(in), mutable_data_of<T>(output), positions);
     });
   } else {
     for_integer_type(op, input.scalar_type(), [&]<class T>(T) {
@@ -278,8 +278,8 @@ Tensor offset_pool2d_grad_input(Tensor grad_output, Tensor offsets, int64_t H, i
   if (grad_input.numel() == 0) return grad_input;
   const PositionKind kind = offsets.scalar_type() == ScalarType::Byte ? PositionKind::byte_offsets : PositionKind::int_offsets;
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    pool2d_kernels_for<T>().offset_pool2d_grad_input(g, data_of<T>(from), {kind, const_cast<void*>(at.const_data_ptr())},
-                                                     mutable_data_of<T>(grad_input));
+    pool2d_kernels_for<T>().offset_grad_input(g, data_of<T>(from), {kind, const_cast<void*>(at.const_data_ptr())},
+                                              mutable_data_of<T>(grad_input));
   });
   return grad_input;
 }
@@ -294,7 +294,7 @@ Tensor average_forward(const char* op, const Tensor& input, const Pool2dGeometry
     return output;
   }
   for_float_type(op, input.scalar_type(), [&]<class T>(T) {
-    pool2d_kernels_for<T>().avg_pool2d_forward(g, divisor, data_of<T>(in), mutable_data_of<T>(output));
+    pool2d_kernels_for<T>().avg_forward(g, divisor, data_of<T>(in), mutable_data_of<T>(output));
   });
   return output;
 }
@@ -309,7 +309,7 @@ Tensor average_grad_input(const char* op, const Tensor& grad_output, const Pool2
     return grad_input;
   }
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    pool2d_kernels_for<T>().avg_pool2d_grad_input(g, divisor, data_of<T>(gradient), mutable_data_of<T>(grad_input));
+    pool2d_kernels_for<T>().avg_grad_input(g, divisor, data_of<T>(gradient), mutable_data_of<T>(grad_input));
   });
   return grad_input;
 }

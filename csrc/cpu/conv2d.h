@@ -7,16 +7,25 @@
 
 #include "../geometry.h"
 #include "conv2d_choice.h"
-#include "conv2d_depthwise.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_pointwise.h"
 #include "conv2d_reference.h"
 #include "conv2d_small_channels.h"
 #include "conv2d_winograd.h"
+#include "kernels.h"
 #include "runtime.h"
 #include "simd.h"
 
 namespace torchcnn::TORCHCNN_ISA {
+
+namespace depthwise {  // conv2d_depthwise.h, compiled by isa/*_depthwise.cpp
+template <class T>
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output);
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input);
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight);
+}  // namespace depthwise
 
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
@@ -117,5 +126,14 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
     for (int64_t k = 0; k < channels; ++k) grad_bias[k_begin + k] = static_cast<T>(sum[k]);
   });
 }
+
+// A constant: nothing of this instruction set may run at load time, on a processor that may lack it.
+template <class T>
+inline constexpr Conv2dKernels<T> conv2d_kernels = {
+    conv2d_forward<T>,
+    conv2d_grad_input<T>,
+    conv2d_grad_weight<T>,
+    conv2d_grad_bias<T>,
+};
 
 }  // namespace torchcnn::TORCHCNN_ISA

@@ -43,4 +43,11 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
                                     : nchw::conv2d_grad_weight(g, grad_output, input, grad_weight);
 }
 
+#define TORCHCNN_INSTANTIATE(T)                                                                    \
+  template void conv2d_forward(const Conv2dGeometry&, const T*, const T*, const Epilogue<T>&, T*); \
+  template void conv2d_grad_input(const Conv2dGeometry&, const T*, const T*, T*);                  \
+  template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*);
+TORCHCNN_INSTANTIATE(float)
+TORCHCNN_INSTANTIATE(double)
+
 }  // namespace torchcnn::TORCHCNN_ISA::depthwise

@@ -13,10 +13,32 @@
 
 namespace torchcnn {
 
-std::vector<const KernelTable*> available_kernels() {
-  std::vector<const KernelTable*> rows = {&reference_kernels, &scalar_kernels};
+namespace {
+#define TORCHCNN_ROW(isa)             \
+  constexpr KernelTable isa##_row = { \
+      #isa, isa::conv2d_f32, isa::conv2d_f64, isa::pool2d_f32, isa::pool2d_f64, isa::pool2d_bf16, isa::pool2d_f16};
+TORCHCNN_ROW(reference)
+TORCHCNN_ROW(scalar)
+#if defined(__aarch64__)
+TORCHCNN_ROW(neon)
+#endif
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) rows.push_back(&avx2_kernels);
+TORCHCNN_ROW(avx2)
+TORCHCNN_ROW(avx512)
+#endif
+}  // namespace
+
+std::vector<const KernelTable*> available_kernels() {
+  std::vector<const KernelTable*> rows = {&reference_row, &scalar_row};
+#if defined(__aarch64__)
+  rows.push_back(&neon_row);
+#endif
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2) rows.push_back(&avx2_row);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    rows.push_back(&avx512_row);
 #endif
   return rows;  // from the plainest to the best
 }

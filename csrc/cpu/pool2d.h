@@ -11,6 +11,7 @@
 // Windows that are mostly padding, and planes whose positions leave a lane, run the loops of pool2d_reference.h.
 #pragma once
 
+#include "kernels.h"
 #include "pool2d_average_nchw.h"
 #include "pool2d_channels_last.h"
 #include "pool2d_extremum_nchw.h"
@@ -84,5 +85,13 @@ void avg_pool2d_grad_input(const Pool2dGeometry& geometry, Divisor divisor, cons
   }
   avg_pool2d_grad_input_rows(g, divisor, grad_output, grad_input);
 }
+
+template <class T>
+inline constexpr Pool2dKernels<T> pool2d_kernels = {
+    extremum_pool2d_forward<T>,
+    offset_pool2d_grad_input<T>,
+    avg_pool2d_forward<T>,
+    avg_pool2d_grad_input<T>,
+};
 
 }  // namespace torchcnn::TORCHCNN_ISA

@@ -2,8 +2,8 @@
 //
 // It is the compiler's own vector extension (GCC and Clang), so that +, *, <, ?: need no wrapper, a * b + c becomes one fused
 // multiply-add where the instruction set has it (-ffp-contract=fast), and the same kernels serve every instruction set: only
-// the width, TORCHCNN_VECTOR_BYTES, differs. The including isa_*.cpp sets it, and TORCHCNN_ISA, the namespace that keeps the
-// copies of the kernels apart.
+// the width, TORCHCNN_VECTOR_BYTES, differs, and the number of registers. isa/region.h sets them, and TORCHCNN_ISA, the namespace
+// that keeps the copies of the kernels apart.
 #pragma once
 
 #include <cstdint>

@@ -1,15 +1,13 @@
 // The specification as a row of the kernel table.
-#include "conv2d_reference.h"
-#include "kernels.h"
-#include "pool2d_indexed.h"
-#include "pool2d_reference.h"
+#include "../conv2d_reference.h"
+#include "../kernels.h"
+#include "../pool2d_indexed.h"
+#include "../pool2d_reference.h"
 
-namespace torchcnn {
-
-namespace reference {
+namespace torchcnn::reference {
 
 template <class T>
-inline constexpr FloatKernels<T> float_kernels = {
+inline constexpr Conv2dKernels<T> conv2d_kernels = {
     conv2d_forward<T>,
     conv2d_grad_input<T>,
     conv2d_grad_weight<T>,
@@ -31,16 +29,11 @@ inline constexpr Pool2dKernels<T> pool2d_kernels = {
     avg_pool2d_grad_input<T>,
 };
 
-}  // namespace reference
+constinit const Conv2dKernels<float> conv2d_f32 = conv2d_kernels<float>;
+constinit const Conv2dKernels<double> conv2d_f64 = conv2d_kernels<double>;
+constinit const Pool2dKernels<float> pool2d_f32 = pool2d_kernels<float>;
+constinit const Pool2dKernels<double> pool2d_f64 = pool2d_kernels<double>;
+constinit const Pool2dKernels<BFloat16> pool2d_bf16 = pool2d_kernels<BFloat16>;
+constinit const Pool2dKernels<Float16> pool2d_f16 = pool2d_kernels<Float16>;
 
-constinit const KernelTable reference_kernels = {
-    "reference",
-    reference::float_kernels<float>,
-    reference::float_kernels<double>,
-    reference::pool2d_kernels<float>,
-    reference::pool2d_kernels<double>,
-    reference::pool2d_kernels<BFloat16>,
-    reference::pool2d_kernels<Float16>,
-};
-
-}  // namespace torchcnn
+}  // namespace torchcnn::reference

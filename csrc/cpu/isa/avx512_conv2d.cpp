@@ -1,0 +1,15 @@
+// Convolution for AVX-512 (F, BW, DQ and VL): 64-byte vectors, 32 registers.
+#if defined(__x86_64__)
+
+#define TORCHCNN_ISA avx512
+#define TORCHCNN_KERNELS "../conv2d.h"
+#include "region.h"
+
+namespace torchcnn::avx512 {
+
+constinit const Conv2dKernels<float> conv2d_f32 = conv2d_kernels<float>;
+constinit const Conv2dKernels<double> conv2d_f64 = conv2d_kernels<double>;
+
+}  // namespace torchcnn::avx512
+
+#endif
