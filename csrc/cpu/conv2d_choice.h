@@ -2,6 +2,7 @@
 // It reads the geometry alone, never N or the number of threads, so that results do not depend on them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../geometry.h"
@@ -26,7 +27,9 @@ enum class Algorithm {
   small_channels,
   winograd_2x2_3x3,
   winograd_4x4_3x3,
-  winograd_2x2_5x5
+  winograd_2x2_5x5,
+  winograd_4x4_stride_2,
+  winograd_5x5_stride_2
 };
 
 inline const char* name_of(Algorithm algorithm) {
@@ -38,6 +41,8 @@ inline const char* name_of(Algorithm algorithm) {
     case Algorithm::winograd_2x2_3x3: return "winograd_2x2_3x3";
     case Algorithm::winograd_4x4_3x3: return "winograd_4x4_3x3";
     case Algorithm::winograd_2x2_5x5: return "winograd_2x2_5x5";
+    case Algorithm::winograd_4x4_stride_2: return "winograd_4x4_stride_2";
+    case Algorithm::winograd_5x5_stride_2: return "winograd_5x5_stride_2";
     default: return "implicit_gemm";
   }
 }
@@ -51,10 +56,44 @@ struct Choice {
 bool allow_winograd();
 void set_allow_winograd(bool allow);
 
-inline bool winograd_applies(const Conv2dGeometry& g) {
-  const bool filter = g.R == g.S && (g.R == 3 || g.R == 5);
-  const bool unit = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
-  return filter && unit && g.C_per_group() >= 16 && g.K_per_group() >= 16;
+// Products by Winograd's algorithm for size x size results of one channel and filter, from tiles of out x out results and
+// points x points products; tiles at the edge are computed whole. `extra`: what is computed before the first result.
+inline int64_t winograd_products(int64_t rows, int64_t columns, const Conv2dGeometry& g, int64_t out, int64_t points,
+                                 int64_t extra_h = 0, int64_t extra_w = 0) {
+  const auto tiles = [&](int64_t size, int64_t dilation, int64_t extra) {
+    return std::min(size, dilation) * ceil_div(ceil_div(size, dilation) + extra, out);
+  };
+  return tiles(rows, g.dilation_h, extra_h) * tiles(columns, g.dilation_w, extra_w) * points * points;
+}
+
+// The Winograd algorithm with the fewest products, if it has few enough to pay for its transforms.
+inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
+  const Choice none{Algorithm::implicit_gemm, nullptr};
+  const bool dilated = g.dilation_h > 1 || g.dilation_w > 1, back = direction == Direction::grad_input;
+  if (!allow_winograd() || g.R != g.S || (g.R != 3 && g.R != 5) || g.stride_h != g.stride_w || g.C_per_group() < 16 ||
+      g.K_per_group() < 16)
+    return none;
+  const int64_t rows = back ? g.H : g.P, columns = back ? g.W : g.Q;
+  const int64_t direct = rows * columns * g.R * g.S / (back ? g.stride_h * g.stride_w : 1);
+  if (g.R == 3 && g.stride_h == 2 && !dilated) {
+    const auto products = [&](int64_t m, int64_t points) {
+      return back ? winograd_products(rows, columns, g, 2 * m, points, 1 - g.pad_h % 2, 1 - g.pad_w % 2)
+                  : winograd_products(rows, columns, g, m, points);
+    };
+    const int64_t four = products(4, 9), five = products(5, 11);
+    if (std::min(four, five) * 4 > direct * 3) return none;
+    if (four <= five) return {Algorithm::winograd_4x4_stride_2, "3x3, stride 2: 81 products for 4x4 outputs instead of 144"};
+    return {Algorithm::winograd_5x5_stride_2, "3x3, stride 2: 121 products for 5x5 outputs instead of 225"};
+  }
+  if (g.stride_h != 1) return none;
+  if (g.R == 5) {
+    if (winograd_products(rows, columns, g, 2, 6) * 4 > direct * 3) return none;
+    return {Algorithm::winograd_2x2_5x5, "5x5, stride 1: 36 products for 2x2 outputs instead of 100"};
+  }
+  const int64_t large = winograd_products(rows, columns, g, 4, 6), small = winograd_products(rows, columns, g, 2, 4);
+  if (std::min(large, small) * 4 > direct * 3) return none;
+  if (large < small) return {Algorithm::winograd_4x4_3x3, "3x3, stride 1: 36 products for 4x4 outputs instead of 144"};
+  return {Algorithm::winograd_2x2_3x3, "3x3, stride 1, few outputs: 16 products for 2x2 outputs instead of 36"};
 }
 
 // Whether vectors of pixels beat vectors of channels (conv2d_small_channels.h): rows long enough to fill vectors, and either so
@@ -79,14 +118,7 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
     return {Algorithm::direct, "windows far larger than the input: packing them would take more memory than the tensors"};
   if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
     return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
-  if (winograd_applies(g) && allow_winograd()) {
-    const int64_t rows = direction == Direction::grad_input ? g.H : g.P, columns = direction == Direction::grad_input ? g.W : g.Q;
-    if (g.R == 5) return {Algorithm::winograd_2x2_5x5, "5x5, stride 1: 36 products for 2x2 outputs instead of 100"};
-    // Tiles at the edge are computed whole: 4x4 tiles of 36 products against 2x2 tiles of 16.
-    if (ceil_div(rows, 4) * ceil_div(columns, 4) * 36 < ceil_div(rows, 2) * ceil_div(columns, 2) * 16)
-      return {Algorithm::winograd_4x4_3x3, "3x3, stride 1: 36 products for 4x4 outputs instead of 144"};
-    return {Algorithm::winograd_2x2_3x3, "3x3, stride 1, few outputs: 16 products for 2x2 outputs instead of 36"};
-  }
+  if (const Choice winograd = choose_winograd(g, direction); winograd.reason != nullptr) return winograd;
   if (g.layout == Layout::nchw && direction != Direction::grad_weight && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 &&
       g.C_per_group() >= 8 && g.K_per_group() >= 8)
     return {Algorithm::pointwise, "1x1 without padding: the weight matrix times the planes of the tensor"};

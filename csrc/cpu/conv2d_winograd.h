@@ -1,19 +1,20 @@
-// Convolution of stride 1 by Winograd's minimal filtering F(m x m, r x r): the result is cut into m x m tiles, tiles and filters
-// are transformed (conv2d_winograd_transforms.h), and at each of the (m + r - 1)^2 positions xi of a transformed tile what is left
-// is a matrix product (Lavin and Gray 2016, section 4; equation 12 and algorithm 1):
+// Convolution with 3x3 or 5x5 filters by Winograd's minimal filtering: the result is cut into tiles, tiles and filters are
+// transformed (conv2d_winograd_transforms.h), and at each position xi of a transformed tile what is left is a matrix product (Lavin
+// and Gray 2016, section 4; equation 12 and algorithm 1):
 //
 //   forward      M[xi][tile][k] = sum_c V[xi][tile][c] U[xi][c][k]         V = B^T x B, U = G g G^T, output tile = A^T M A
-//   grad_input   the forward of grad_output with every filter turned by 180 degrees, c and k exchanged, padding r - 1 - padding
+//   grad_input   the same of grad_output, with every filter turned by 180 degrees and c and k exchanged
 //   grad_weight  U[xi][c][k] = sum_tile V[xi][tile][c] D[xi][tile][k]      D = A dy A^T, grad_weight = G^T U G: the adjoint
 //
 //   V[xi][tile][C + pad]    D, M[xi][tile][K + pad]    U[xi][k / nr][c][k % nr]
 //
-// The strides of tiles and positions are kept off the powers of two, which would fall into few cache sets.
+// The strides of tiles and positions are kept off the powers of two, which would fall into few cache sets. A dilated convolution is
+// one of stride 1 for each phase (p mod dilation_h, q mod dilation_w), whose tiles have their elements so far apart.
 //
 // Tiles do not cross images and every element is summed over c (grad_weight: over tiles, in fixed blocks) in one order, so results
 // depend neither on the number of threads nor, for an image, on the others. Intermediate values mix all elements of a tile, so that
-// one Inf or NaN would spread over it: an image whose result is not finite is computed again by implicit GEMM, and so is
-// grad_weight. The caller guarantees stride and dilation 1, r x r filters and at least kLanes<T> channels and filters in a group.
+// one Inf or NaN would spread over it: a tile whose result is not finite is computed again by implicit GEMM, and so is a
+// grad_weight. The caller guarantees the filter and stride of F and at least kLanes<T> channels and filters in a group.
 #pragma once
 
 #include <algorithm>
@@ -34,17 +35,23 @@ inline constexpr int64_t mr = 6;
 template <class T>
 inline constexpr int64_t nr = 2 * kLanes<T>;
 
-// Cache blocks. kc x nr floats of U are 16 KiB, half of L1. Up to max_tiles tiles are multiplied by up to max_filters filters at a
-// time: at 256 channels V is 36 x 96 x 272 floats = 3.6 MiB, of which one position (102 KiB) is in use, and M 1.1 MiB.
-inline constexpr int64_t kc = 256;
-inline constexpr int64_t max_tiles = 16 * mr;
+// Cache blocks. kc x nr elements of U are 16 KiB, half of L1. Up to max_tiles tiles are multiplied by up to max_filters filters at a
+// time: at 256 channels V is 36 x 48 x 272 floats = 1.8 MiB, of which one position (51 KiB) is in use, and M 0.5 MiB.
 template <class T>
-inline constexpr int64_t max_filters = 4 * nr<T>;
+inline constexpr int64_t kc = (16 << 10) / (nr<T> * sizeof(T));
+inline constexpr int64_t max_tiles = 8 * mr;
+template <class T>
+inline constexpr int64_t max_filters = 64 / nr<T> * nr<T>;
 // Of U and V, the larger is streamed: made in parts, each multiplied with all of the smaller, unless U is small enough for the
 // caches anyway. Neither may be larger than resident_bytes as a whole.
 inline constexpr int64_t small_bytes = int64_t(4) << 20, resident_bytes = int64_t(16) << 20;
-// Tiles are transformed in runs: NCHW rows of neighbouring tiles share cache lines.
-inline constexpr int64_t run = 14;
+// A part of U that is made, used and forgotten should stay in L2 in between.
+inline constexpr int64_t streamed_bytes = int64_t(1) << 19;
+// Filters of so many channels are transformed, or their gradients put together, at a time: filters can lie powers of two apart, which
+// would fall into few cache sets.
+inline constexpr int64_t channels_together = 8;
+template <class T, int taps>
+inline constexpr int64_t together_row = (channels_together * taps * sizeof(T) / 64 + 1) * 64 / sizeof(T) + 16 / sizeof(T);
 
 template <class T>
 int64_t padded_stride(int64_t elements) {
@@ -52,11 +59,21 @@ int64_t padded_stride(int64_t elements) {
   return (ceil_div(elements, line) | 1) * line;
 }
 
-// sum[rows][nr] (+)= sum_i left[row row_step + i left_step] right[i right_step ... + nr]
-template <int64_t rows, class T>
-[[gnu::always_inline]] inline void microkernel(int64_t length, const T* left, int64_t row_step, int64_t left_step, const T* right,
+// sums[rows][nr] (+)= sum_i left[row row_step + i left_step] right[i right_step ... + nr]. Over channels (along_row: the sum runs along
+// a row of V) it goes on where it stopped, so that it does not matter where the blocks end; over tiles (down the columns of V),
+// which can be many, blocks are summed up first.
+template <int64_t rows, bool along_row, class T>
+[[gnu::always_inline]] inline void microkernel(int64_t length, const T* left, int64_t left_row, const T* right,
                                                int64_t right_step, bool accumulate, T* sums, int64_t sums_row) {
+  const int64_t row_step = along_row ? left_row : 1, left_step = along_row ? 1 : left_row;
   Vec<T> sum[rows][2] = {};
+  if (along_row && accumulate) {
+    TORCHCNN_UNROLL
+    for (int row = 0; row < rows; ++row) {
+      TORCHCNN_UNROLL
+      for (int v = 0; v < 2; ++v) sum[row][v] = load(sums + row * sums_row + v * kLanes<T>);
+    }
+  }
   for (int64_t i = 0; i < length; ++i) {
     const Vec<T> b[2] = {load(right), load(right + kLanes<T>)};
     TORCHCNN_UNROLL
@@ -65,7 +82,7 @@ template <int64_t rows, class T>
       sum[row][0] += a * b[0];
       sum[row][1] += a * b[1];
     }
-    if (left_step != 1) __builtin_prefetch(left + 24);  // of the next rows: they come from L2 or beyond, a line at a time
+    if (!along_row) __builtin_prefetch(left + 24);  // of the next rows: they come from L2 or beyond, a line at a time
     left += left_step;
     right += right_step;
   }
@@ -74,18 +91,16 @@ template <int64_t rows, class T>
     TORCHCNN_UNROLL
     for (int v = 0; v < 2; ++v) {
       T* to = sums + row * sums_row + v * kLanes<T>;
-      store(to, accumulate ? load(to) + sum[row][v] : sum[row][v]);
+      store(to, !along_row && accumulate ? load(to) + sum[row][v] : sum[row][v]);
     }
   }
 }
 
-// The two uses: the sum runs along a row of V, or down its columns.
 template <bool along_row, class T>
 void multiply_rows(int64_t rows, int64_t length, const T* left, int64_t left_row, const T* right, int64_t right_step,
                    bool accumulate, T* sums, int64_t sums_row) {
-  const int64_t row_step = along_row ? left_row : 1, left_step = along_row ? 1 : left_row;
   const auto call = [&]<int64_t count>(std::integral_constant<int64_t, count>) {
-    microkernel<count>(length, left, row_step, left_step, right, right_step, accumulate, sums, sums_row);
+    microkernel<count, along_row>(length, left, left_row, right, right_step, accumulate, sums, sums_row);
   };
   switch (rows) {
     case 1: return call(std::integral_constant<int64_t, 1>{});
@@ -103,34 +118,56 @@ void for_each_vector(int64_t channels, Visit visit) {
   for (int64_t c = 0; c < channels; c += kLanes<T>) visit(std::min(c, channels - kLanes<T>));
 }
 
-// Numbering of tiles: of all images, row by row.
-template <class F>
-struct Tiling {
-  int64_t P, Q;
-  int64_t rows() const { return ceil_div(P, F::m); }
-  int64_t columns() const { return ceil_div(Q, F::m); }
-  int64_t per_image() const { return rows() * columns(); }
-};
-struct TilePosition {
-  int64_t n, p, q;
+// Along an axis, tile i of phase a computes elements a + (first + i out) dilation, + dilation, ... of the result, from those of the
+// source at a - pad + i step dilation, + dilation, ....
+struct Axis {
+  int64_t phases, dilation, first, pad, tiles;
 };
 template <class F>
-TilePosition position_of(const Tiling<F>& tiling, int64_t tile) {
-  const int64_t n = tile / tiling.per_image(), in_image = tile % tiling.per_image();
-  return {n, in_image / tiling.columns() * F::m, in_image % tiling.columns() * F::m};
+Axis axis_of(int64_t size, int64_t dilation, int64_t first, int64_t pad) {
+  return {std::min(size, dilation), dilation, first, pad, ceil_div(ceil_div(size, dilation) - first, F::out)};
 }
 
-// visit(c, tile) for tiles begin ... end - 1 and all vectors of channels. A cache line of the result is completed at once. In NCHW
-// the next tile comes before the next channels: it shares their cache lines.
-template <class T, class Visit>
-void for_each_tile_vector(Layout layout, int64_t begin, int64_t end, int64_t channels, Visit visit) {
-  constexpr int64_t line = std::max<int64_t>(kLanes<T>, 64 / sizeof(T));
-  const int64_t length = layout == Layout::nchw ? run : 1;
-  for (int64_t first = begin; first < end; first += length)
-    for (int64_t c_line = 0; c_line < channels; c_line += line)
-      for (int64_t tile = first; tile < std::min(end, first + length); ++tile)
-        for (int64_t c = c_line; c < std::min(channels, c_line + line); c += kLanes<T>)
-          visit(std::min(c, channels - kLanes<T>), tile);
+// The axes of the outputs: of forward and grad_weight.
+template <class F>
+Axis output_axis(int64_t size, int64_t dilation, int64_t pad) {
+  return axis_of<F>(size, dilation, 0, pad);
+}
+// The axis of grad_input. At stride 2 tiles start where h + pad is odd.
+template <class F>
+Axis input_axis(int64_t size, int64_t dilation, int64_t pad) {
+  if (F::stride == 1) return axis_of<F>(size, dilation, 0, (F::r - 1) * dilation - pad);
+  const int64_t first = pad % 2 - 1;
+  return axis_of<F>(size, 1, first, (1 - first - pad) / 2);
+}
+
+// Numbering of tiles: of all images, phase by phase, row by row.
+struct Tiling {
+  Axis h, w;
+  int64_t per_image() const { return h.phases * w.phases * h.tiles * w.tiles; }
+};
+
+// Neighbouring tiles in a row, and where the first has its first element in the source and in the result.
+struct Run {
+  int64_t n, source_h, source_w, result_h, result_w, count;
+};
+template <class F>
+Run run_at(const Tiling& t, int64_t tile, int64_t end) {
+  const int64_t j = tile % t.w.tiles, i = tile / t.w.tiles % t.h.tiles, phase = tile / t.w.tiles / t.h.tiles;
+  const int64_t a = phase / t.w.phases % t.h.phases, b = phase % t.w.phases;
+  return {phase / (t.h.phases * t.w.phases),           a - t.h.pad + i * F::step * t.h.dilation,
+          b - t.w.pad + j * F::step * t.w.dilation,    a + (t.h.first + i * F::out) * t.h.dilation,
+          b + (t.w.first + j * F::out) * t.w.dilation, std::min({max_run<F>, t.w.tiles - j, end - tile})};
+}
+
+// Calls visit(tile, run) for the runs that tiles begin ... end - 1 fall into.
+template <class F, class Visit>
+void for_each_run(const Tiling& tiling, int64_t begin, int64_t end, Visit visit) {
+  for (int64_t tile = begin; tile < end;) {
+    const Run run = run_at<F>(tiling, tile, end);
+    visit(tile, run);
+    tile += run.count;
+  }
 }
 
 // How many parts of at most `largest` units to cut `units` into: at least one a thread where there are enough units.
@@ -154,86 +191,128 @@ Panels panels_of(int64_t part, int64_t parts, int64_t K) {
   return {part * full / parts, part + 1 == parts ? ceil_div(K, nr<T>) : (part + 1) * full / parts};
 }
 
-// One group of channels of a forward correlation, of N images.
+// One group of channels, of N images: forward, or grad_input with source = grad_output.
 template <class T>
 struct Correlation {
-  int64_t N, C, K, pad_h, pad_w;
-  Images<T> input;
+  int64_t N, C, K;
+  Tiling tiling;
+  Images<const T> source;
+  Images<T> result;
   const T* weight;
   int64_t k_stride, c_stride;
-  bool flipped;
   Epilogue<T> epilogue;
-  Result<T> output;
-  unsigned char* not_finite;  // one for each image
+  unsigned char* not_finite;  // one for each tile
 };
 
-// U of some panels, at U + xi position_stride.
-template <class F, bool flipped, class T>
-void transform_weight_panels(const Correlation<T>& x, const Panels& of, T* U, int64_t position_stride) {
-  for (int64_t panel = of.begin; panel < of.end; ++panel) {
-    for (int64_t c = 0; c < x.C; ++c) {
-      for (int64_t k = panel * nr<T>; k < (panel + 1) * nr<T>; k += kLanes<T>) {
-        const T* weight = x.weight + std::min(k, x.K - 1) * x.k_stride + c * x.c_stride;
-        transform_weight_tile<F, flipped>(weight, x.k_stride, std::clamp<int64_t>(x.K - k, 0, kLanes<T>), U, position_stride);
-        U += kLanes<T>;
-      }
+// to + tile row + xi position_stride = B^T x B of tiles begin ... end - 1, for all channels.
+template <class F, class T>
+void transform_inputs(const Images<const T>& images, const Tiling& tiling, int64_t channels, int64_t begin, int64_t end, T* to,
+                      int64_t row, int64_t position_stride) {
+  constexpr int64_t L = kLanes<T>, beside = std::max<int64_t>(1, 64 / TORCHCNN_VECTOR_BYTES);  // vectors of a cache line
+  alignas(64) T band[beside][band_in<F, T>];
+  for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
+    const int64_t columns = (run.count - 1) * F::step + F::in;
+    for (int64_t c_line = 0; c_line < channels; c_line += beside * L) {
+      for (int64_t v = 0; v < beside && c_line + v * L < channels; ++v)
+        read_band(images, run.n, std::min(c_line + v * L, channels - L), run.source_h, run.source_w, F::in, columns, band[v]);
+      for (int64_t t = 0; t < run.count; ++t)
+        for (int64_t v = 0; v < beside && c_line + v * L < channels; ++v)
+          transform_input_tile<F>(band[v] + t * F::step * L, columns * L,
+                                  to + (tile - begin + t) * row + std::min(c_line + v * L, channels - L), position_stride);
     }
-  }
-}
-template <class F, class T>
-void transform_weights(const Correlation<T>& x, const Panels& of, T* U, int64_t position_stride) {
-  if (x.flipped) return transform_weight_panels<F, true>(x, of, U, position_stride);
-  transform_weight_panels<F, false>(x, of, U, position_stride);
-}
-
-template <class F, class T>
-void transform_inputs(const Correlation<T>& x, const Tiling<F>& tiling, int64_t begin, int64_t end, T* V, int64_t row,
-                      int64_t position_stride) {
-  for_each_tile_vector<T>(x.input.layout, begin, end, x.C, [&](int64_t c, int64_t tile) {
-    const TilePosition at = position_of(tiling, tile);
-    transform_input_tile<F>(x.input, at.n, c, at.p - x.pad_h, at.q - x.pad_w, V + (tile - begin) * row + c, position_stride);
   });
 }
 
-// The outputs of the filters of some panels at tiles begin ... end - 1. V and U point to those tiles and panels.
+// The same with A y A^T, of grad_output.
 template <class F, class T>
-void multiply_and_store(const Correlation<T>& x, const Tiling<F>& tiling, int64_t begin, int64_t end, const T* V, int64_t V_row,
-                        int64_t V_position, const Panels& of, const T* U, int64_t U_position) {
-  constexpr int64_t positions = F::tile * F::tile;
-  const int64_t k_begin = of.begin * nr<T>, panels = of.end - of.begin;
-  const int64_t tiles = end - begin, M_row = padded_stride<T>(panels * nr<T>), M_position = tiles * M_row + 16;
-  T* M = workspace<T>(Slot::tile, positions * M_position);
-  for (int64_t xi = 0; xi < positions; ++xi) {
-    for (int64_t c = 0; c < x.C; c += kc) {
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        for (int64_t tile = 0; tile < tiles; tile += mr) {
-          multiply_rows<true>(std::min(mr, tiles - tile), std::min(kc, x.C - c), V + xi * V_position + tile * V_row + c, V_row,
-                              U + xi * U_position + (panel * x.C + c) * nr<T>, nr<T>, c > 0,
-                              M + xi * M_position + tile * M_row + panel * nr<T>, M_row);
+void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling, int64_t filters, int64_t begin, int64_t end,
+                            T* to, int64_t row, int64_t position_stride) {
+  constexpr int64_t L = kLanes<T>;
+  alignas(64) T band[band_out<F, T>];
+  for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
+    const int64_t columns = run.count * F::out;
+    for_each_vector<T>(filters, [&](int64_t k) {
+      read_band(images, run.n, k, run.result_h, run.result_w, F::out, columns, band);
+      for (int64_t t = 0; t < run.count; ++t)
+        transform_grad_output_tile<F>(band + t * F::out * L, columns * L, to + (tile - begin + t) * row + k, position_stride);
+    });
+  });
+}
+
+// U of some panels, for channels c_begin ... c_end - 1, at to + xi position_stride + ((panel - of.begin) channels + c - c_begin) nr.
+template <class F, bool flipped, class T>
+void transform_weights(const Correlation<T>& x, const Panels& of, int64_t c_begin, int64_t c_end, T* to,
+                       int64_t position_stride) {
+  constexpr int64_t L = kLanes<T>, taps = F::r * F::r;
+  constexpr int64_t together = channels_together, row = together_row<T, taps>;
+  alignas(64) T copied[L * row];
+  for (int64_t panel = of.begin; panel < of.end; ++panel) {
+    for (int64_t v = 0; v < nr<T>; v += L) {
+      const int64_t k = panel * nr<T> + v, filters = std::clamp<int64_t>(x.K - k, 0, L);
+      T* u = to + (panel - of.begin) * (c_end - c_begin) * nr<T> + v;
+      if (flipped && filters == L) {  // filters follow each other
+        for (int64_t c = c_begin; c < c_end; ++c, u += nr<T>)
+          transform_weight_tile<F, flipped>(x.weight + k * x.k_stride + c * x.c_stride, x.k_stride, u, position_stride);
+        continue;
+      }
+      std::fill(copied + filters * row, copied + L * row, T(0));
+      for (int64_t c = c_begin; c < c_end; c += together) {
+        const int64_t count = std::min(together, c_end - c);
+        for (int64_t lane = 0; lane < filters; ++lane) {
+          const T* from = x.weight + (k + lane) * x.k_stride + c * x.c_stride;
+          if (x.c_stride == taps)
+            implicit_gemm::copy_row(from, count * taps, copied + lane * row);
+          else
+            for (int64_t i = 0; i < count; ++i)
+              std::memcpy(copied + lane * row + i * taps, from + i * x.c_stride, taps * sizeof(T));
         }
+        for (int64_t i = 0; i < count; ++i, u += nr<T>)
+          transform_weight_tile<F, flipped>(copied + i * taps, row, u, position_stride);
       }
     }
   }
-  const int64_t filters = std::min(panels * nr<T>, x.K - k_begin);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const TilePosition at = position_of(tiling, tile);
-    bool finite = true;
-    const auto store_vector = [&](int64_t k) {
-      const Strides& s = x.output.strides;
-      const Vec<T> bias = x.epilogue.bias == nullptr ? Vec<T>{} : load(x.epilogue.bias + k_begin + k);
-      finite &=
-          store_output_tile<F>(M + (tile - begin) * M_row + k, M_position, bias, x.epilogue.relu, x.output,
-                               at.n * s.n + (k_begin + k) * s.c + at.p * s.h + at.q * s.w, tiling.P - at.p, tiling.Q - at.q);
-    };
-    for_each_vector<T>(filters, store_vector);
-    if (!finite) __atomic_store_n(x.not_finite + at.n, 1, __ATOMIC_RELAXED);
-  }
 }
 
+// M (+)= V U at every position, for channels c_begin ... c_end - 1 (V starts at the first of them, U too).
 template <class F, class T>
-void correlate(const Correlation<T>& x, const Tiling<F>& tiling) {
-  constexpr int64_t positions = F::tile * F::tile;
-  const int64_t tiles = x.N * tiling.per_image(), panels = ceil_div(x.K, nr<T>), panel_size = x.C * nr<T>;
+void multiply(int64_t tiles, int64_t panels, int64_t channels, const T* V, int64_t V_row, int64_t V_position, const T* U,
+              int64_t U_row, int64_t U_position, bool accumulate, T* M, int64_t M_row, int64_t M_position) {
+  for (int64_t xi = 0; xi < F::points * F::points; ++xi)
+    for (int64_t c = 0; c < channels; c += kc<T>)
+      for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t tile = 0, rows = 0; tile < tiles; tile += rows) {
+          rows = gemm::tile_rows(tiles - tile);
+          multiply_rows<true>(rows, std::min(kc<T>, channels - c), V + xi * V_position + tile * V_row + c, V_row,
+                              U + xi * U_position + panel * U_row + c * nr<T>, nr<T>, accumulate || c > 0,
+                              M + xi * M_position + tile * M_row + panel * nr<T>, M_row);
+        }
+}
+
+// The results of `filters` filters from k_begin on at tiles begin ... end - 1.
+template <class F, class T>
+void store_outputs(const Correlation<T>& x, int64_t begin, int64_t end, int64_t k_begin, int64_t filters, const T* M,
+                   int64_t M_row, int64_t M_position) {
+  constexpr int64_t L = kLanes<T>;
+  alignas(64) T band[band_out<F, T>];
+  for_each_run<F>(x.tiling, begin, end, [&](int64_t tile, const Run& run) {
+    const int64_t columns = run.count * F::out;
+    Vec<T> zero[max_run<F>] = {};
+    for_each_vector<T>(filters, [&](int64_t k) {
+      const T* bias = x.epilogue.bias == nullptr ? nullptr : x.epilogue.bias + k_begin + k;
+      for (int64_t t = 0; t < run.count; ++t)
+        transform_output_tile<F>(M + (tile - begin + t) * M_row + k, M_position, bias, x.epilogue.relu, band + t * F::out * L,
+                                 columns * L, zero[t]);
+      write_band(band, x.result, run.n, k_begin + k, run.result_h, run.result_w, F::out, columns);
+    });
+    for (int64_t t = 0; t < run.count; ++t)
+      if (horizontal_sum<T>(zero[t]) != T(0)) __atomic_store_n(x.not_finite + tile + t, 1, __ATOMIC_RELAXED);
+  });
+}
+
+template <class F, bool flipped, class T>
+void correlate(const Correlation<T>& x) {
+  constexpr int64_t positions = F::points * F::points;
+  const int64_t tiles = x.N * x.tiling.per_image(), panels = ceil_div(x.K, nr<T>), panel_size = x.C * nr<T>;
   const int64_t V_row = padded_stride<T>(x.C), threads = thread_count();
   const int64_t transform_cost = positions * 8;  // of one tile and vector of channels, about
   const int64_t U_bytes = positions * panels * panel_size * int64_t(sizeof(T)),
@@ -243,115 +322,165 @@ void correlate(const Correlation<T>& x, const Tiling<F>& tiling) {
   if (tiles_outside && tiles >= 2 * mr * threads) {
     const int64_t U_position = panels * panel_size + 16;
     T* U = workspace<T>(Slot::packed_weight, positions * U_position);
-    parallel_for(panels, x.C * transform_cost,
-                 [&](int64_t panel) { transform_weights<F>(x, {panel, panel + 1}, U + panel * panel_size, U_position); });
+    parallel_for(panels, x.C * transform_cost, [&](int64_t panel) {
+      transform_weights<F, flipped>(x, {panel, panel + 1}, 0, x.C, U + panel * panel_size, U_position);
+    });
     const int64_t parts = parts_of(tiles, max_tiles);
     parallel_for(parts, tiles / parts * x.C * x.K * positions / kLanes<T>, [&](int64_t part) {
       const int64_t begin = part * tiles / parts, end = (part + 1) * tiles / parts, V_position = (end - begin) * V_row + 16;
       T* V = workspace<T>(Slot::patches, positions * V_position);
-      transform_inputs(x, tiling, begin, end, V, V_row, V_position);
+      transform_inputs<F>(x.source, x.tiling, x.C, begin, end, V, V_row, V_position);
       const int64_t k_parts = ceil_div(full_panels<T>(x.K), max_filters<T> / nr<T>);
       for (int64_t k_part = 0; k_part < k_parts; ++k_part) {
         const Panels of = panels_of<T>(k_part, k_parts, x.K);
-        multiply_and_store(x, tiling, begin, end, V, V_row, V_position, of, U + of.begin * panel_size, U_position);
+        const int64_t M_row = padded_stride<T>((of.end - of.begin) * nr<T>), M_position = (end - begin) * M_row + 16;
+        T* M = workspace<T>(Slot::tile, positions * M_position);
+        multiply<F>(end - begin, of.end - of.begin, x.C, V, V_row, V_position, U + of.begin * panel_size, panel_size, U_position,
+                    false, M, M_row, M_position);
+        store_outputs<F>(x, begin, end, of.begin * nr<T>, std::min(of.end * nr<T>, x.K) - of.begin * nr<T>, M, M_row, M_position);
       }
     });
     return;
   }
 
-  // As many tiles as V may hold, transformed once; then each part of the filters is transformed and multiplied with all of them.
+  // As many tiles as V may hold, transformed once; then each part of the filters is transformed, some channels at a time, and
+  // multiplied with all of them.
   const int64_t chunk =
       std::max<int64_t>(max_tiles, resident_bytes / (positions * V_row * int64_t(sizeof(T))) / max_tiles * max_tiles);
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
-    const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), V_position = (chunk_end - chunk_begin) * V_row + 16;
+    const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), count = chunk_end - chunk_begin;
+    const int64_t V_position = count * V_row + 16;
     T* V = workspace<T>(Slot::patches, positions * V_position);
-    const int64_t runs = ceil_div(chunk_end - chunk_begin, run);
-    parallel_for(runs, run * x.C * transform_cost / kLanes<T>, [&](int64_t index) {
-      const int64_t begin = chunk_begin + index * run, end = std::min(chunk_end, begin + run);
-      transform_inputs(x, tiling, begin, end, V + index * run * V_row, V_row, V_position);
+    const int64_t runs = ceil_div(count, max_run<F>);
+    parallel_for(runs, max_run<F> * x.C * transform_cost / kLanes<T>, [&](int64_t index) {
+      const int64_t begin = index * max_run<F>, end = std::min(count, begin + max_run<F>);
+      transform_inputs<F>(x.source, x.tiling, x.C, chunk_begin + begin, chunk_begin + end, V + begin * V_row, V_row, V_position);
     });
-    const int64_t parts = parts_of(full_panels<T>(x.K), chunk_end - chunk_begin < 4 * mr ? 1 : max_filters<T> / nr<T>);
+    const int64_t parts = parts_of(full_panels<T>(x.K), max_filters<T> / nr<T>);
     parallel_for(parts, ceil_div(panels, parts) * panel_size * positions, [&](int64_t part) {
       const Panels of = panels_of<T>(part, parts, x.K);
-      const int64_t U_position = (of.end - of.begin) * panel_size + 16;
+      const int64_t part_panels = of.end - of.begin;
+      const int64_t M_row = padded_stride<T>(part_panels * nr<T>), M_position = count * M_row + 16;
+      // M is gone through once for each block of channels: worth it only where it stays in L2 as well.
+      const int64_t fitting = streamed_bytes / (positions * part_panels * nr<T> * int64_t(sizeof(T)));
+      const bool M_stays = positions * M_position * int64_t(sizeof(T)) <= streamed_bytes;
+      const int64_t channels = M_stays ? std::clamp<int64_t>(fitting / 8 * 8, 8, x.C) : x.C;
+      const int64_t U_position = part_panels * channels * nr<T> + 16;
+      T* M = workspace<T>(Slot::tile, positions * M_position);
       T* U = workspace<T>(Slot::packed_weight, positions * U_position);
-      transform_weights<F>(x, of, U, U_position);
-      for (int64_t begin = chunk_begin; begin < chunk_end; begin += max_tiles)
-        multiply_and_store(x, tiling, begin, std::min(chunk_end, begin + max_tiles), V + (begin - chunk_begin) * V_row, V_row,
-                           V_position, of, U, U_position);
+      for (int64_t c = 0; c < x.C; c += channels) {
+        const int64_t c_count = std::min(channels, x.C - c);
+        transform_weights<F, flipped>(x, of, c, c + c_count, U, U_position);
+        multiply<F>(count, part_panels, c_count, V + c, V_row, V_position, U, c_count * nr<T>, U_position, c > 0, M, M_row,
+                    M_position);
+      }
+      store_outputs<F>(x, chunk_begin, chunk_end, of.begin * nr<T>, std::min(of.end * nr<T>, x.K) - of.begin * nr<T>, M, M_row,
+                       M_position);
     });
   }
 }
 
-// The channels of one group, and how far before and after its first element the tensor reaches.
+// Computes again, by `direct`, the tiles whose results are not finite: as a batch of small images of their own. direct(g, source,
+// result) gets their geometry less the group's channels: `rows` x `rows` elements of the source to `results` x `results`.
+template <class F, class T, class Direct>
+void recompute_tiles(const Correlation<T>& x, int64_t results, Direct direct) {
+  const int64_t tiles = x.N * x.tiling.per_image();
+  constexpr int64_t L = kLanes<T>, batch = 64;
+  int64_t marked[batch];
+  for (int64_t tile = 0; tile < tiles;) {
+    int64_t count = 0;
+    for (; tile < tiles && count < batch; ++tile)
+      if (x.not_finite[tile]) marked[count++] = tile;
+    if (count == 0) return;
+    T* source = workspace<T>(Slot::gradient, count * (x.C * F::in * F::in + x.K * results * results));
+    T* result = source + count * x.C * F::in * F::in;
+    alignas(64) T band[std::max(F::in * F::in, F::out * F::out) * L];
+    for (int64_t b = 0; b < count; ++b) {
+      const Run run = run_at<F>(x.tiling, marked[b], marked[b] + 1);
+      for_each_vector<T>(x.C, [&](int64_t c) {
+        read_band(x.source, run.n, c, run.source_h, run.source_w, F::in, F::in, band);
+        T* to = source + (b * x.C + c) * F::in * F::in;
+        for (int64_t lane = 0; lane < L; ++lane)
+          for (int64_t e = 0; e < F::in * F::in; ++e) to[lane * F::in * F::in + e] = band[e * L + lane];
+      });
+    }
+    direct(count, source, result);
+    for (int64_t b = 0; b < count; ++b) {
+      const Run run = run_at<F>(x.tiling, marked[b], marked[b] + 1);
+      for_each_vector<T>(x.K, [&](int64_t k) {
+        const T* from = result + (b * x.K + k) * results * results;
+        for (int64_t lane = 0; lane < L; ++lane)
+          for (int64_t i = 0; i < F::out; ++i)
+            for (int64_t j = 0; j < F::out; ++j)
+              band[(i * F::out + j) * L + lane] = from[lane * results * results + i * results + j];
+        write_band(band, x.result, run.n, k, run.result_h, run.result_w, F::out, F::out);
+      });
+    }
+  }
+}
+
 template <class T>
-Images<T> images_of(const T* data, int64_t N, int64_t rows, int64_t columns, const Strides& strides, Layout layout,
-                    int64_t first_channel) {
-  const int64_t before = first_channel * strides.c;
-  return {data + before, rows, columns, strides, layout, -before, N * strides.n - before};
-}
-
-// Calls compute(not_finite), then recompute(n) for every image that it marked.
-template <class Compute, class Recompute>
-void with_finite_images(int64_t N, Compute compute, Recompute recompute) {
-  unsigned char* not_finite = workspace<unsigned char>(Slot::flags, N);
-  std::fill(not_finite, not_finite + N, 0);
-  compute(not_finite);
-  for (int64_t n = 0; n < N; ++n)
-    if (not_finite[n]) recompute(n);
-}
-
-inline Conv2dGeometry one_image(Conv2dGeometry g) {
-  g.N = 1;
-  return g;
+unsigned char* cleared_flags(int64_t count) {
+  unsigned char* flags = workspace<unsigned char>(Slot::flags, count);
+  std::fill(flags, flags + count, 0);
+  return flags;
 }
 
 template <class F, class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const Strides in = g.input_strides(), out = g.output_strides();
   const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
-  with_finite_images(g.N, [&](unsigned char* not_finite) {
-    for (int64_t group = 0; group < g.G; ++group) {
-      correlate(Correlation<T>{g.N,
-                               C,
-                               K,
-                               g.pad_h,
-                               g.pad_w,
-                               images_of(input, g.N, g.H, g.W, in, g.layout, group * C),
-                               weight + group * K * C * taps,
-                               C * taps,
-                               taps,
-                               false,
-                               {epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K, epilogue.relu},
-                               {output + group * K * out.c, out, g.layout},
-                               not_finite},
-                Tiling<F>{g.P, g.Q});
-    }
-  }, [&](int64_t n) { implicit_gemm::conv2d_forward(one_image(g), input + n * in.n, weight, epilogue, output + n * out.n); });
+  const Tiling tiling{output_axis<F>(g.P, g.dilation_h, g.pad_h), output_axis<F>(g.Q, g.dilation_w, g.pad_w)};
+  for (int64_t group = 0; group < g.G; ++group) {
+    const T* w = weight + group * K * C * taps;
+    const Epilogue<T> end{epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K, epilogue.relu};
+    const Correlation<T> x{g.N,
+                           C,
+                           K,
+                           tiling,
+                           {input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w},
+                           {output + group * K * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w},
+                           w,
+                           C * taps,
+                           taps,
+                           end,
+                           cleared_flags<T>(g.N * tiling.per_image())};
+    correlate<F, false>(x);
+    recompute_tiles<F>(x, F::out, [&](int64_t count, const T* source, T* result) {
+      const Conv2dGeometry tile{count, C,         F::in,     F::in, K, F::r, F::r, F::out,      F::out,
+                                1,     F::stride, F::stride, 0,     0, 1,    1,    Layout::nchw};
+      implicit_gemm::conv2d_forward(tile, source, w, end, result);
+    });
+  }
 }
 
 template <class F, class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const Strides in = g.input_strides(), out = g.output_strides();
   const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
-  with_finite_images(g.N, [&](unsigned char* not_finite) {
-    for (int64_t group = 0; group < g.G; ++group) {
-      correlate(Correlation<T>{g.N,
-                               K,
-                               C,
-                               g.R - 1 - g.pad_h,
-                               g.S - 1 - g.pad_w,
-                               images_of(grad_output, g.N, g.P, g.Q, out, g.layout, group * K),
-                               weight + group * K * C * taps,
-                               taps,
-                               C * taps,
-                               true,
-                               {nullptr, false},
-                               {grad_input + group * C * in.c, in, g.layout},
-                               not_finite},
-                Tiling<F>{g.H, g.W});
-    }
-  }, [&](int64_t n) { implicit_gemm::conv2d_grad_input(one_image(g), grad_output + n * out.n, weight, grad_input + n * in.n); });
+  const Tiling tiling{input_axis<F>(g.H, g.dilation_h, g.pad_h), input_axis<F>(g.W, g.dilation_w, g.pad_w)};
+  for (int64_t group = 0; group < g.G; ++group) {
+    const T* w = weight + group * K * C * taps;
+    const Correlation<T> x{g.N,
+                           K,
+                           C,
+                           tiling,
+                           {grad_output + group * K * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w},
+                           {grad_input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w},
+                           w,
+                           taps,
+                           C * taps,
+                           {nullptr, false},
+                           cleared_flags<T>(g.N * tiling.per_image())};
+    correlate<F, true>(x);
+    // The input whose output is a tile of the source: at stride 2 it has one row and column more than the result's tile.
+    constexpr int64_t results = F::stride == 1 ? F::out : F::out + 1, pad = F::stride == 1 ? F::r - 1 : 1;
+    recompute_tiles<F>(x, results, [&](int64_t count, const T* source, T* result) {
+      const Conv2dGeometry tile{count, C,         results,   results, K,   F::r, F::r, F::in,       F::in,
+                                1,     F::stride, F::stride, pad,     pad, 1,    1,    Layout::nchw};
+      implicit_gemm::conv2d_grad_input(tile, source, w, result);
+    });
+  }
 }
 
 // grad_weight: sums run over `block` tiles in registers, then from block to block in U.
@@ -363,11 +492,12 @@ inline constexpr int64_t sum_bytes = int64_t(40) << 20;  // of U: more is comput
 template <class F, class T>
 bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, int64_t first_k, int64_t K,
                             T* grad_weight) {
-  constexpr int64_t positions = F::tile * F::tile;
+  constexpr int64_t positions = F::points * F::points;
   const int64_t C = g.C_per_group(), taps = g.R * g.S, group = first_k / g.K_per_group();
-  const Tiling<F> tiling{g.P, g.Q};
-  const Images<T> x = images_of(input, g.N, g.H, g.W, g.input_strides(), g.layout, group * C);
-  const Images<T> dy = images_of(grad_output, g.N, g.P, g.Q, g.output_strides(), g.layout, first_k);
+  const Tiling tiling{output_axis<F>(g.P, g.dilation_h, g.pad_h), output_axis<F>(g.Q, g.dilation_w, g.pad_w)};
+  const Strides in = g.input_strides(), out = g.output_strides();
+  const Images<const T> x{input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
+  const Images<const T> dy{grad_output + first_k * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
   const int64_t tiles = g.N * tiling.per_image(), panels = ceil_div(K, nr<T>);
   const int64_t V_row = padded_stride<T>(C), D_row = padded_stride<T>(panels * nr<T>);
 
@@ -389,17 +519,11 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
     const int64_t V_position = count * V_row + 16, D_position = count * D_row + 16;
     T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
     T* D = V + positions * V_position;
-    const int64_t runs = ceil_div(count, run);
-    parallel_for(runs, run * (C + K) / kLanes<T> * positions * 8, [&](int64_t index) {
-      const int64_t begin = chunk_begin + index * run, end = std::min(chunk_end, begin + run);
-      for_each_tile_vector<T>(g.layout, begin, end, C, [&](int64_t c, int64_t tile) {
-        const TilePosition at = position_of(tiling, tile);
-        transform_input_tile<F>(x, at.n, c, at.p - g.pad_h, at.q - g.pad_w, V + (tile - chunk_begin) * V_row + c, V_position);
-      });
-      for_each_tile_vector<T>(g.layout, begin, end, K, [&](int64_t k, int64_t tile) {
-        const TilePosition at = position_of(tiling, tile);
-        transform_grad_output_tile<F>(dy, at.n, k, at.p, at.q, D + (tile - chunk_begin) * D_row + k, D_position);
-      });
+    const int64_t runs = ceil_div(count, max_run<F>);
+    parallel_for(runs, max_run<F> * (C + K) / kLanes<T> * positions * 8, [&](int64_t index) {
+      const int64_t begin = index * max_run<F>, end = std::min(count, begin + max_run<F>);
+      transform_inputs<F>(x, tiling, C, chunk_begin + begin, chunk_begin + end, V + begin * V_row, V_row, V_position);
+      transform_grad_outputs<F>(dy, tiling, K, chunk_begin + begin, chunk_begin + end, D + begin * D_row, D_row, D_position);
     });
 
     parallel_for(parts, count * positions * c_part * k_part, [&](int64_t part) {
@@ -419,14 +543,23 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
         }
       }
       if (chunk_end < tiles) return;
+      constexpr int64_t L = kLanes<T>, row = together_row<T, F::r * F::r>;
+      alignas(64) T together[L * row];
       bool finite = true;
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        for (int64_t k = panel * nr<T>; k < std::min(K, (panel + 1) * nr<T>); k += kLanes<T>) {
-          for (int64_t c = c_begin; c < c_end; ++c) {
-            const T* sums = U + ((panel - panel_begin) * c_part + (c - c_begin)) * nr<T> + (k - panel * nr<T>);
-            finite &= store_grad_weight_tile<F>(sums, U_position, std::min(kLanes<T>, K - k),
-                                                grad_weight + ((first_k + k) * C + c) * taps, C * taps);
+        for (int64_t k = panel * nr<T>; k < std::min(K, (panel + 1) * nr<T>); k += L) {
+          Vec<T> zero{};
+          for (int64_t c = c_begin; c < c_end; c += channels_together) {
+            const int64_t channels = std::min(channels_together, c_end - c);
+            for (int64_t i = 0; i < channels; ++i)
+              transform_grad_weight_tile<F>(
+                  U + ((panel - panel_begin) * c_part + (c + i - c_begin)) * nr<T> + (k - panel * nr<T>), U_position,
+                  together + i * taps, row, zero);
+            for (int64_t lane = 0; lane < std::min(L, K - k); ++lane)
+              implicit_gemm::copy_row(together + lane * row, channels * taps,
+                                      grad_weight + ((first_k + k + lane) * C + c) * taps);
           }
+          for (int64_t lane = 0; lane < std::min(L, K - k); ++lane) finite &= zero[lane] == T(0);
         }
       }
       if (!finite) __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
@@ -438,7 +571,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
 template <class F, class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   const int64_t C = g.C_per_group(), K = g.K_per_group();
-  const int64_t parts = ceil_div(F::tile * F::tile * C * K * int64_t(sizeof(T)), sum_bytes);
+  const int64_t parts = ceil_div(F::points * F::points * C * K * int64_t(sizeof(T)), sum_bytes);
   bool finite = true;
   for (int64_t group = 0; group < g.G; ++group) {
     for (int64_t part = 0; part < std::min(parts, full_panels<T>(K)); ++part) {

@@ -5,21 +5,20 @@
 //   output = A^T [(G filter) (.) (B^T input)]        forward; twice, on columns and rows, for F(m x m, r x r)
 //   grad_filter = G^T [(A grad_output) (.) (B^T input)]
 //
-// They come from multiplying polynomials at the points 0, +-p_1, ..., +-p_h and infinity (Toom and Cook). With M_i(x) the product
-// of x - q over all finite points q but point i, and M(x) over all of them,
+// They come from multiplying polynomials at m + r - 2 points and infinity (Toom and Cook). With M_i(x) the product of x - q over
+// all finite points q but point i, and M(x) over all of them,
 //
 //   A[i][j] = point_i^j,   G[i][j] = point_i^j / M_i(point_i),   B^T[i] = coefficients of M_i;
 //   infinity: A[.][m - 1] = 1,   G[.][r - 1] = 1,   B^T = coefficients of M.
 //
-// Six points use 5/8 and 3/2: exact in binary, as is every entry of A and B, and with half of the error of the textbook's 1 and 2.
-//
-// Error bound, elementwise, with L >= 16 the number of terms of the direct sum and X the largest input of the tiles around an output:
+// The points are 0, +-1 for three of them, 0, +-3/4, 2 for four and 0, +-5/8, +-3/2 for five: exact in binary, as is every entry
+// of A and B, and with half of the error of the textbook's. Error bound, elementwise, with L >= 16 the number of terms of the
+// direct sum and X the largest input of the tiles around an output:
 //
 //   |error| <= c eps L sum X |filter|,   c = (max_j sum_i |A_ij| b_i max_s |G_is|)^2,   b_i = sum_j |B^T_ij|
 //
 // because X b_i b_j, and the like for G and A, bound every intermediate value, and about L / r^2 + 24 roundings follow each other.
-// grad_weight has A and G exchanged. c is 16 (grad_weight 16) for F(2x2, 3x3), 205 (232) for F(4x4, 3x3) and 277 (187) for
-// F(2x2, 5x5): tests/test_winograd.py derives both the matrices and c.
+// grad_weight has A and G exchanged. tests/test_winograd.py derives the matrices and c, and has its values.
 #pragma once
 
 #include <cstdint>
@@ -44,12 +43,20 @@ template <class V>
   return product;
 }
 
+// What every algorithm below says of itself, along one axis:
+//
+//   in, step         elements of an input tile, and how far the next tile is
+//   points           of the transforms, and so products
+//   out              outputs of a tile; the next tile's follow
+//   r, stride        of the convolution
+//
 // T is the element, V what is computed with: T itself or a vector of it.
 template <int m_, int r_>
 struct Transform {
-  static constexpr int m = m_, r = r_, tile = m + r - 1, pairs = (tile - 2) / 2;
-  static_assert(tile == 4 || tile == 6);
-  static constexpr double point[2] = {tile == 4 ? 1.0 : 0.625, 1.5};
+  static constexpr int m = m_, r = r_, points = m + r - 1, pairs = (points - 2) / 2;
+  static constexpr int in = points, out = m, step = m, stride = 1;
+  static_assert(points == 4 || points == 6);
+  static constexpr double point[2] = {points == 4 ? 1.0 : 0.625, 1.5};
 
   struct Constants {
     double power[2][6] = {};    // [pair][exponent]
@@ -60,7 +67,7 @@ struct Transform {
         power[pair][0] = 1;
         for (int j = 1; j < 6; ++j) power[pair][j] = power[pair][j - 1] * point[pair];
       }
-      if (tile == 4) {
+      if (points == 4) {
         pair_scale[0] = 0.5;
         return;
       }
@@ -72,7 +79,7 @@ struct Transform {
 
   // The polynomial of n coefficients at every point: A. Its even part is shared by p and -p, its odd part up to the sign.
   template <class T, class V, int n>
-  [[gnu::always_inline]] static inline void evaluate(const V (&coefficient)[n], V (&value)[tile]) {
+  [[gnu::always_inline]] static inline void evaluate(const V (&coefficient)[n], V (&value)[points]) {
     value[0] = coefficient[0];
     TORCHCNN_UNROLL
     for (int pair = 0; pair < pairs; ++pair) {
@@ -82,12 +89,12 @@ struct Transform {
       value[1 + 2 * pair] = part[1] * T(constant.power[pair][1]) + part[0];
       value[2 + 2 * pair] = part[0] - part[1] * T(constant.power[pair][1]);
     }
-    value[tile - 1] = coefficient[n - 1];
+    value[points - 1] = coefficient[n - 1];
   }
 
   // A^T
   template <class T, class V, int n>
-  [[gnu::always_inline]] static inline void evaluate_transposed(const V (&value)[tile], V (&coefficient)[n]) {
+  [[gnu::always_inline]] static inline void evaluate_transposed(const V (&value)[points], V (&coefficient)[n]) {
     V even[pairs], odd[pairs];
     TORCHCNN_UNROLL
     for (int pair = 0; pair < pairs; ++pair) {
@@ -99,7 +106,7 @@ struct Transform {
       const V(&part)[pairs] = j % 2 == 0 ? even : odd;
       V sum = part[0];
       if (j == n - 1) {
-        sum = part[0] * T(constant.power[0][j]) + value[tile - 1];
+        sum = part[0] * T(constant.power[0][j]) + value[points - 1];
       } else if (j > 0) {
         sum = rounded(part[0] * T(constant.power[0][j]));
       }
@@ -110,8 +117,8 @@ struct Transform {
   }
 
   template <class T, class V>
-  [[gnu::always_inline]] static inline void scale(V (&value)[tile]) {
-    if (tile != 4) value[0] = value[0] * T(constant.zero_scale);
+  [[gnu::always_inline]] static inline void scale(V (&value)[points]) {
+    if (points != 4) value[0] = value[0] * T(constant.zero_scale);
     TORCHCNN_UNROLL
     for (int pair = 0; pair < pairs; ++pair) {
       value[1 + 2 * pair] = value[1 + 2 * pair] * T(constant.pair_scale[pair]);
@@ -121,8 +128,8 @@ struct Transform {
 
   // B^T
   template <class T, class V>
-  [[gnu::always_inline]] static inline void input(const V (&x)[tile], V (&value)[tile]) {
-    if constexpr (tile == 4) {
+  [[gnu::always_inline]] static inline void input(const V (&x)[points], V (&value)[points]) {
+    if constexpr (points == 4) {
       value[0] = x[0] - x[2];
       value[1] = x[2] + x[1];
       value[2] = x[2] - x[1];
@@ -130,7 +137,7 @@ struct Transform {
     } else {
       constexpr T product = T(constant.power[0][2] * constant.power[1][2]), sum = T(constant.power[0][2] + constant.power[1][2]);
       value[0] = x[0] * product + (x[4] - x[2] * sum);
-      value[tile - 1] = x[1] * product + (x[tile - 1] - x[3] * sum);
+      value[points - 1] = x[1] * product + (x[points - 1] - x[3] * sum);
       TORCHCNN_UNROLL
       for (int pair = 0; pair < pairs; ++pair) {  // M_i = x (x +- p) (x^2 - q^2), q the point of the other pair
         const V even = x[4] - x[2] * T(constant.power[1 - pair][2]), odd = x[3] - x[1] * T(constant.power[1 - pair][2]);
@@ -142,59 +149,196 @@ struct Transform {
 
   // G
   template <class T, class V>
-  [[gnu::always_inline]] static inline void filter(const V (&g)[r], V (&value)[tile]) {
+  [[gnu::always_inline]] static inline void filter(const V (&g)[r], V (&value)[points]) {
     evaluate<T>(g, value);
     scale<T>(value);
   }
 
   // G^T
   template <class T, class V>
-  [[gnu::always_inline]] static inline void filter_transposed(const V (&value)[tile], V (&g)[r]) {
-    V scaled[tile];
+  [[gnu::always_inline]] static inline void filter_transposed(const V (&value)[points], V (&g)[r]) {
+    V scaled[points];
     TORCHCNN_UNROLL
-    for (int i = 0; i < tile; ++i) scaled[i] = value[i];
+    for (int i = 0; i < points; ++i) scaled[i] = value[i];
     scale<T>(scaled);
     TORCHCNN_UNROLL
-    for (int i = 0; i < tile; ++i) scaled[i] = rounded(scaled[i]);
+    for (int i = 0; i < points; ++i) scaled[i] = rounded(scaled[i]);
     evaluate_transposed<T>(scaled, g);
   }
 
   // A^T and A
   template <class T, class V>
-  [[gnu::always_inline]] static inline void output(const V (&value)[tile], V (&y)[m]) {
+  [[gnu::always_inline]] static inline void output(const V (&value)[points], V (&y)[m]) {
     evaluate_transposed<T>(value, y);
   }
   template <class T, class V>
-  [[gnu::always_inline]] static inline void output_transposed(const V (&y)[m], V (&value)[tile]) {
+  [[gnu::always_inline]] static inline void output_transposed(const V (&y)[m], V (&value)[points]) {
     evaluate<T>(y, value);
   }
+};
 
-  // The matrices, row by row, from the transforms of unit vectors: for the error bound and the tests.
-  struct Matrices {
-    double A[tile][m] = {}, G[tile][r] = {}, B_T[tile][tile] = {};
-  };
-  static Matrices matrices() {
-    Matrices all;
-    double column[tile];
-    for (int j = 0; j < tile; ++j) {
-      double unit[tile] = {};
+// Two taps, as the even and the odd samples of a stride of 2 leave them: points 0, +-3/4, 2 and infinity.
+template <>
+struct Transform<4, 2> {
+  static constexpr int m = 4, r = 2, points = 5, in = points, out = m, step = m, stride = 1;
+  static constexpr double p = 0.75, h = 2, p2 = p * p;
+
+  // B^T: M_i = f_2 - p^2 f_0, f_2 +- p f_1, ..., where f_j are the coefficients of x^j (x - h).
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void input(const V (&x)[5], V (&value)[5]) {
+    const V f0 = x[1] - x[0] * T(h), f1 = x[2] - x[1] * T(h), f2 = x[3] - x[2] * T(h), f3 = x[4] - x[3] * T(h);
+    value[0] = f2 - f0 * T(p2);
+    value[1] = f1 * T(p) + f2;
+    value[2] = f2 - f1 * T(p);
+    value[3] = x[3] - x[1] * T(p2);
+    value[4] = f3 - f1 * T(p2);
+  }
+  // G
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter(const V (&g)[2], V (&value)[5]) {
+    value[0] = g[0] * T(1 / (p2 * h));
+    value[1] = (g[1] * T(p) + g[0]) * T(0.5 / (p2 * (p - h)));
+    value[2] = (g[0] - g[1] * T(p)) * T(-0.5 / (p2 * (p + h)));
+    value[3] = (g[1] * T(h) + g[0]) * T(1 / (h * (h * h - p2)));
+    value[4] = g[1];
+  }
+  // G^T
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter_transposed(const V (&value)[5], V (&g)[2]) {
+    const V plus = rounded(value[1] * T(0.5 / (p2 * (p - h)))), minus = rounded(value[2] * T(-0.5 / (p2 * (p + h))));
+    const V single = rounded(value[3] * T(1 / (h * (h * h - p2))));
+    g[0] = value[0] * T(1 / (p2 * h)) + (plus + minus + single);
+    g[1] = (plus - minus) * T(p) + (single * T(h) + value[4]);
+  }
+  // A^T
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output(const V (&value)[5], V (&y)[4]) {
+    const V even = value[1] + value[2], odd = value[1] - value[2];
+    y[0] = value[0] + even + value[3];
+    y[1] = value[3] * T(h) + rounded(odd * T(p));
+    y[2] = value[3] * T(h * h) + rounded(even * T(p2));
+    y[3] = value[3] * T(h * h * h) + (odd * T(p2 * p) + value[4]);
+  }
+  // A
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output_transposed(const V (&y)[4], V (&value)[5]) {
+    const V even = y[2] * T(p2) + y[0], odd = y[3] * T(p2) + y[1];
+    value[0] = y[0];
+    value[1] = odd * T(p) + even;
+    value[2] = even - odd * T(p);
+    value[3] = ((y[3] * T(h) + y[2]) * T(h) + y[1]) * T(h) + y[0];
+    value[4] = y[3];
+  }
+};
+
+// Stride 2 with three taps: taps 0 and 2 meet the even inputs of a tile, a filter of two taps and stride 1, and tap 1 the odd ones,
+// a plain product. With m = 4, 5 + 4 products make 4 outputs instead of 12; in two dimensions 81 make 16 instead of 144.
+//
+//   y_j = (w_0 e_j + w_2 e_{j+1}) + w_1 o_j        e = x_0 x_2 ... x_2m, o = x_1 x_3 ... x_{2m-1}
+template <int m>
+struct Stride2 {
+  using Even = Transform<m, 2>;
+  static constexpr int r = 3, even = Even::points, in = 2 * m + 1, points = even + m, out = m, step = 2 * m, stride = 2;
+
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void input(const V (&x)[in], V (&value)[points]) {
+    V sample[even], product[even];
+    TORCHCNN_UNROLL
+    for (int i = 0; i < even; ++i) sample[i] = x[2 * i];
+    Even::template input<T>(sample, product);
+    TORCHCNN_UNROLL
+    for (int i = 0; i < points; ++i) value[i] = i < even ? product[i] : x[2 * (i - even) + 1];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter(const V (&g)[3], V (&value)[points]) {
+    const V outer[2] = {g[0], g[2]};
+    V product[even];
+    Even::template filter<T>(outer, product);
+    TORCHCNN_UNROLL
+    for (int i = 0; i < points; ++i) value[i] = i < even ? product[i] : g[1];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter_transposed(const V (&value)[points], V (&g)[3]) {
+    V product[even], outer[2];
+    TORCHCNN_UNROLL
+    for (int i = 0; i < even; ++i) product[i] = value[i];
+    Even::template filter_transposed<T>(product, outer);
+    g[0] = outer[0], g[1] = value[even], g[2] = outer[1];
+    TORCHCNN_UNROLL
+    for (int i = even + 1; i < points; ++i) g[1] = g[1] + value[i];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output(const V (&value)[points], V (&y)[m]) {
+    V product[even];
+    TORCHCNN_UNROLL
+    for (int i = 0; i < even; ++i) product[i] = value[i];
+    Even::template output<T>(product, y);
+    TORCHCNN_UNROLL
+    for (int j = 0; j < m; ++j) y[j] = y[j] + value[even + j];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output_transposed(const V (&y)[m], V (&value)[points]) {
+    V product[even];
+    Even::template output_transposed<T>(y, product);
+    TORCHCNN_UNROLL
+    for (int i = 0; i < points; ++i) value[i] = i < even ? product[i] : y[i - even];
+  }
+};
+
+// Its grad_input, of filters turned around (w_2 w_1 w_0): results under tap 1 alone alternate with those under taps 2 and 0.
+//
+//   dx_{2j} = w_1 dy_j,   dx_{2j+1} = w_2 dy_j + w_0 dy_{j+1}        2m elements of grad_input from m + 1 of grad_output
+template <int m>
+struct Stride2GradInput {
+  using Odd = Transform<m, 2>;
+  static constexpr int r = 3, odd = Odd::points, in = m + 1, points = odd + m, out = 2 * m, step = m, stride = 2;
+
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void input(const V (&x)[in], V (&value)[points]) {
+    V product[odd];
+    Odd::template input<T>(x, product);
+    TORCHCNN_UNROLL
+    for (int i = 0; i < points; ++i) value[i] = i < odd ? product[i] : x[i - odd];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter(const V (&g)[3], V (&value)[points]) {
+    Stride2<m>::template filter<T>(g, value);
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output(const V (&value)[points], V (&y)[out]) {
+    V product[odd], result[m];
+    TORCHCNN_UNROLL
+    for (int i = 0; i < odd; ++i) product[i] = value[i];
+    Odd::template output<T>(product, result);
+    TORCHCNN_UNROLL
+    for (int j = 0; j < m; ++j) y[2 * j] = value[odd + j], y[2 * j + 1] = result[j];
+  }
+};
+
+// The matrices, row by row, from the transforms of unit vectors: for the error bound and the tests.
+template <class F>
+struct Matrices {
+  double A[F::points][F::out] = {}, G[F::points][F::r] = {}, B_T[F::points][F::in] = {};
+  Matrices() {
+    double column[F::points], y[F::out];
+    for (int j = 0; j < F::in; ++j) {
+      double unit[F::in] = {};
       unit[j] = 1;
-      input<double>(unit, column);
-      for (int i = 0; i < tile; ++i) all.B_T[i][j] = column[i];
+      F::template input<double>(unit, column);
+      for (int i = 0; i < F::points; ++i) B_T[i][j] = column[i];
     }
-    for (int j = 0; j < m; ++j) {
-      double unit[m] = {};
+    for (int i = 0; i < F::points; ++i) {
+      double unit[F::points] = {};
+      unit[i] = 1;
+      F::template output<double>(unit, y);
+      for (int j = 0; j < F::out; ++j) A[i][j] = y[j];
+    }
+    for (int j = 0; j < F::r; ++j) {
+      double unit[F::r] = {};
       unit[j] = 1;
-      output_transposed<double>(unit, column);
-      for (int i = 0; i < tile; ++i) all.A[i][j] = column[i];
+      F::template filter<double>(unit, column);
+      for (int i = 0; i < F::points; ++i) G[i][j] = column[i];
     }
-    for (int j = 0; j < r; ++j) {
-      double unit[r] = {};
-      unit[j] = 1;
-      filter<double>(unit, column);
-      for (int i = 0; i < tile; ++i) all.G[i][j] = column[i];
-    }
-    return all;
   }
 };
 
