@@ -77,6 +77,12 @@ struct Tile {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[m][v] += load(c + m * c_row + v * kLanes<T>);
   }
+  [[gnu::always_inline]] void add(const Tile& other) {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[m][v] += other.sum[m][v];
+  }
   // Row m starts at start[m], or at 0 without a start.
   [[gnu::always_inline]] void start_at(const T* start) {
 #pragma GCC unroll 8
@@ -154,17 +160,20 @@ template <class T, int rows, int vectors, class A>
 [[gnu::noinline]] void tile_product(int64_t depth, A a, const T* b, T* c, int64_t c_row, const Ends<T>& ends) {
   PackedB<T> right{b, nr<T>};
   const int64_t runs = std::max<int64_t>(1, (depth + max_run - 1) / max_run);
+  Tile<T, rows, vectors> total;
+  if (ends.bias != nullptr)
+    total.load_from(ends.bias, 0);
+  else
+    total.start_at(nullptr);
   for (int64_t run = 0; run < runs; ++run) {
     Tile<T, rows, vectors> tile;
-    if (run == 0 && ends.bias != nullptr)
-      tile.load_from(ends.bias, 0);
-    else
-      tile.start_at(nullptr);
+    tile.start_at(nullptr);
     tile.accumulate((run + 1) * depth / runs - run * depth / runs, a, right);
-    if (run > 0 || ends.add) tile.add_from(c, c_row);
-    if (ends.relu && run + 1 == runs) tile.rectify();
-    tile.store_to(c, c_row);
+    total.add(tile);  // in registers where there are 32 of them
   }
+  if (ends.add) total.add_from(c, c_row);
+  if (ends.relu) total.rectify();
+  total.store_to(c, c_row);
 }
 
 // How many rows the next tile of `rest` rows takes: 6, but the last two share evenly what would leave a sliver.
