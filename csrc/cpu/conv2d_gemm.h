@@ -24,8 +24,9 @@ namespace torchcnn::TORCHCNN_ISA::gemm {
 inline constexpr int64_t mr = 6;
 template <class T>
 inline constexpr int64_t nr = 2 * kLanes<T>;
-// 384 x 16 floats are 24 KiB, three quarters of L1.
-inline constexpr int64_t max_depth = 384;
+// A packed panel has 24 KiB, three quarters of the smaller L1 caches: 384 x 16 floats, or 192 x 32.
+template <class T>
+inline constexpr int64_t max_depth = (24 << 10) / (nr<T> * sizeof(T));
 
 template <class T>
 struct IndirectA {

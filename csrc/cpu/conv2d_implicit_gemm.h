@@ -31,6 +31,9 @@ using gemm::nr;
 
 // Positions computed together: 256 rows of 16 floats of the result (16 KiB) stay in L1 beside a panel of weights.
 inline constexpr int64_t block_positions = 256;
+// So many panels of weights pass by so many positions before the next: what a position reads lies far apart and should come to L1
+// once, while panels are read in order and come from L2 fast enough.
+inline constexpr int64_t panels_together = 8, positions_together = 8 * mr;
 
 struct Tap {
   int64_t row, column;  // offset into the source
@@ -54,21 +57,24 @@ struct Window {
   int64_t first_row, first_column, rows, columns;
   bool in_place;
   Strides strides;
+  int64_t step_h, step_w;  // from one element of it to the next in the source
 };
 
 // The window for blocks of `rows` rows of a grid of grid_rows x grid_columns positions.
 inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& source, int64_t source_rows, int64_t source_columns,
                         int64_t channels, int64_t rows, int64_t grid_rows, int64_t grid_columns, int64_t step_h, int64_t step_w,
                         Layout layout, int64_t element_size) {
-  Window w{taps[0].row, taps[0].column, 0, 0, false, source};
+  Window w{taps[0].row, taps[0].column, 0, 0, false, source, 1, 1};
   int64_t last_row = taps[0].row, last_column = taps[0].column;
   for (int64_t t = 1; t < tap_count; ++t) {
     w.first_row = std::min(w.first_row, taps[t].row), last_row = std::max(last_row, taps[t].row);
     w.first_column = std::min(w.first_column, taps[t].column), last_column = std::max(last_column, taps[t].column);
   }
-  w.rows = (rows - 1) * step_h + last_row - w.first_row + 1;
-  w.columns = (grid_columns - 1) * step_w + last_column - w.first_column + 1;
-  w.in_place = w.first_row >= 0 && w.first_column >= 0 && (grid_rows - 1) * step_h + last_row < source_rows &&
+  // Of 1x1 filters that skip columns, whole cache lines would be read for parts of them, once for every panel.
+  if (tap_count == 1 && step_w > 1 && layout == Layout::nchw) w.step_h = step_h, w.step_w = step_w;
+  w.rows = (rows - 1) * step_h / w.step_h + last_row - w.first_row + 1;
+  w.columns = (grid_columns - 1) * step_w / w.step_w + last_column - w.first_column + 1;
+  w.in_place = w.step_w == 1 && w.first_row >= 0 && w.first_column >= 0 && (grid_rows - 1) * step_h + last_row < source_rows &&
                (grid_columns - 1) * step_w + last_column < source_columns;
   if (w.in_place) return w;
   if (layout == Layout::channels_last) {
@@ -115,22 +121,25 @@ const T* read_window(const View<const T>& source, const Window& w, int64_t n, in
   const T* from = source.data + n * s.n + c * s.c;
   if (w.in_place) return from + (row + w.first_row) * s.h + w.first_column * s.w;
   T* copy_of = workspace<T>(Slot::patches, images * to.n + 2 * kLanes<T>);
-  const int64_t left = std::clamp<int64_t>(-w.first_column, 0, w.columns);
-  const int64_t inside = std::clamp<int64_t>(source.columns - w.first_column, left, w.columns) - left;
+  const int64_t left = std::clamp<int64_t>(w.first_column < 0 ? ceil_div(-w.first_column, w.step_w) : 0, 0, w.columns);
+  const int64_t after = w.first_column < source.columns ? ceil_div(source.columns - w.first_column, w.step_w) : 0;
+  const int64_t inside = std::clamp<int64_t>(after, left, w.columns) - left;
   const bool channels_last = layout == Layout::channels_last;
   const int64_t planes = channels_last ? 1 : channels, unit = w.strides.w;
   for (int64_t image = 0; image < images; ++image) {
     for (int64_t plane = 0; plane < planes; ++plane) {
       for (int64_t r = 0; r < w.rows; ++r) {
         T* line = copy_of + image * to.n + plane * to.c + r * to.h;
-        const int64_t h = row + w.first_row + r;
+        const int64_t h = row + w.first_row + r * w.step_h;
         if (h < 0 || h >= source.rows || inside == 0) {
           zero_beyond(line, w.columns * unit);
           continue;
         }
-        const T* start = from + image * s.n + plane * s.c + h * s.h + (w.first_column + left) * s.w;
+        const T* start = from + image * s.n + plane * s.c + h * s.h + (w.first_column + left * w.step_w) * s.w;
         zero_beyond(line, left * unit);
-        if (s.w == unit) {
+        if (w.step_w > 1) {
+          gather_strided(start, w.step_w, inside, line + left);
+        } else if (s.w == unit) {
           copy_row(start, inside * unit, line + left * unit);
         } else {
           for (int64_t x = 0; x < inside; ++x) copy_row(start + x * s.w, channels, line + (left + x) * unit);
@@ -233,75 +242,94 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
       for (int64_t image = 0; image < images; ++image)
         for (int64_t i = 0; i < phase_rows[f]; ++i)
           for (int64_t j = 0; j < p.phases[f].columns; ++j)
-            position[count++] = image * w.strides.n + i * p.step_h * w.strides.h + j * p.step_w * w.strides.w;
+            position[count++] =
+                image * w.strides.n + i * p.step_h / w.step_h * w.strides.h + j * p.step_w / w.step_w * w.strides.w;
     }
     first_position[phases] = count;
     for (int64_t column = 0; column < p.result.columns; ++column) tile_column[column] = column / p.phases_w;
 
     const T* window = read_window(p.source, w, n, images, group * p.channels, p.channels, i_begin * p.step_h, p.layout);
-    T* tile = workspace<T>(Slot::tile, count * nr<T>);
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const int64_t lanes = std::min(nr<T>, p.filters - panel * nr<T>), filter = group * p.filters + panel * nr<T>;
-      const T* bias = epilogue.bias == nullptr ? nullptr : epilogue.bias + filter;
+    T* tiles = workspace<T>(Slot::tile, count * panels_together * nr<T>);
+    for (int64_t set = panel_begin; set < panel_end; set += panels_together) {
+      const int64_t set_end = std::min(panel_end, set + panels_together);
+      const auto lanes_of = [&](int64_t panel) { return std::min(nr<T>, p.filters - panel * nr<T>); };
+      const auto filter_of = [&](int64_t panel) { return group * p.filters + panel * nr<T>; };
+      const auto bias_of = [&](int64_t panel) { return epilogue.bias == nullptr ? nullptr : epilogue.bias + filter_of(panel); };
       // Where the positions of a block follow each other in the result, and the filters too, it is the tile.
-      const bool direct = p.layout == Layout::channels_last && phases == 1 && lanes % kLanes<T> == 0;
-      T* rows_at = direct ? p.result.data + n * p.result.strides.n + i_begin * p.result.strides.h + filter : tile;
-      const int64_t row_size = direct ? p.result.strides.w : nr<T>;
+      const auto direct = [&](int64_t panel) {
+        return p.layout == Layout::channels_last && phases == 1 && lanes_of(panel) % kLanes<T> == 0;
+      };
+      const auto rows_of = [&](int64_t panel) {
+        return direct(panel) ? p.result.data + n * p.result.strides.n + i_begin * p.result.strides.h + filter_of(panel)
+                             : tiles + (panel - set) * count * nr<T>;
+      };
       for (int64_t f = 0; f < phases; ++f) {
         const int64_t depth = p.phases[f].taps * p.channels;
-        const int64_t depths = std::max<int64_t>(1, ceil_div(depth, max_depth));  // a phase without taps is zero
+        const int64_t depths = std::max<int64_t>(1, ceil_div(depth, max_depth<T>));  // a phase without taps is zero
         for (int64_t d = 0; d < depths; ++d) {
           const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k,
                         first = p.phases[f].first_tap * p.channels + k;
-          const gemm::Ends<T> ends{direct && d == 0 ? bias : nullptr, d > 0, direct && epilogue.relu && d + 1 == depths};
-          const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
-          for (int64_t x = first_position[f]; x < first_position[f + 1];) {
-            const int64_t rows = gemm::tile_rows(first_position[f + 1] - x);
-            gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
-              gemm::IndirectA<T> a{{}, patch + first};
-              for (int m = 0; m < count; ++m) a.row[m] = window + position[x + m];
-              if (lanes > kLanes<T>)
-                gemm::tile_product<T, count, 2>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
-              else
-                gemm::tile_product<T, count, 1>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
-            });
-            x += rows;
+          for (int64_t x_begin = first_position[f]; x_begin < first_position[f + 1]; x_begin += positions_together) {
+            const int64_t x_end = std::min(first_position[f + 1], x_begin + positions_together);
+            for (int64_t panel = set; panel < set_end; ++panel) {
+              const int64_t lanes = lanes_of(panel), row_size = direct(panel) ? p.result.strides.w : nr<T>;
+              const gemm::Ends<T> ends{direct(panel) && d == 0 ? bias_of(panel) : nullptr, d > 0,
+                                       direct(panel) && epilogue.relu && d + 1 == depths};
+              const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
+              T* rows_at = rows_of(panel);
+              for (int64_t x = x_begin; x < x_end;) {
+                const int64_t rows = gemm::tile_rows(x_end - x);
+                gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
+                  gemm::IndirectA<T> a{{}, patch + first};
+                  for (int m = 0; m < count; ++m) a.row[m] = window + position[x + m];
+                  if (lanes > kLanes<T>)
+                    gemm::tile_product<T, count, 2>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
+                  else
+                    gemm::tile_product<T, count, 1>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
+                });
+                x += rows;
+              }
+            }
           }
         }
       }
 
-      if (direct) continue;
-      const Finish<T> finish{bias, lanes, epilogue.relu};
-      const Strides& s = p.result.strides;
-      for (int64_t image = 0; image < images; ++image) {
-        T* to = p.result.data + (n + image) * s.n + filter * s.c;
-        if (phases == 1 && p.layout == Layout::nchw) {  // whole rows follow each other
-          const T* from = tile + image * phase_rows[0] * largest.columns * nr<T>;
-          gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, phase_rows[0] * largest.columns,
-                                     to + i_begin * s.h, s.c, finish);
-          continue;
-        }
-        const int64_t h_end = std::min(p.result.rows, (i_begin + blocks.rows) * p.phases_h);
-        for (int64_t h = i_begin * p.phases_h; h < h_end; ++h) {
-          const int64_t row_phase = h % p.phases_h * p.phases_w, i = h / p.phases_h - i_begin;
-          const auto row_of = [&](int64_t column) {
-            const int64_t f = row_phase + column - tile_column[column] * p.phases_w;
-            const int64_t x = first_position[f] + (image * phase_rows[f] + i) * p.phases[f].columns + tile_column[column];
-            return tile + x * nr<T>;
-          };
-          if (p.layout == Layout::nchw) {
-            gemm::unpack_transposed<T>(row_of, lanes, p.result.columns, to + h * s.h, s.c, finish);
+      for (int64_t panel = set; panel < set_end; ++panel) {
+        if (direct(panel)) continue;
+        const T* tile = rows_of(panel);
+        const int64_t lanes = lanes_of(panel), filter = filter_of(panel);
+        const Finish<T> finish{bias_of(panel), lanes, epilogue.relu};
+        const Strides& s = p.result.strides;
+        for (int64_t image = 0; image < images; ++image) {
+          T* to = p.result.data + (n + image) * s.n + filter * s.c;
+          if (phases == 1 && p.layout == Layout::nchw) {  // whole rows follow each other
+            const T* from = tile + image * phase_rows[0] * largest.columns * nr<T>;
+            gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, phase_rows[0] * largest.columns,
+                                       to + i_begin * s.h, s.c, finish);
             continue;
           }
-          for (int64_t column = 0; column < p.result.columns; ++column) {
-            const T* from = row_of(column);
-            T* pixel = to + h * s.h + column * s.w;
-            for (int64_t first = 0; first < lanes; first += kLanes<T>) {
-              const Vec<T> v = finish(load(from + first), first);
-              if (lanes - first >= kLanes<T>)
-                store(pixel + first, v);
-              else
-                store_partial(pixel + first, v, lanes - first);
+          const int64_t h_end = std::min(p.result.rows, (i_begin + blocks.rows) * p.phases_h);
+          for (int64_t h = i_begin * p.phases_h; h < h_end; ++h) {
+            const int64_t row_phase = h % p.phases_h * p.phases_w, i = h / p.phases_h - i_begin;
+            const auto row_of = [&](int64_t column) {
+              const int64_t f = row_phase + column - tile_column[column] * p.phases_w;
+              const int64_t x = first_position[f] + (image * phase_rows[f] + i) * p.phases[f].columns + tile_column[column];
+              return tile + x * nr<T>;
+            };
+            if (p.layout == Layout::nchw) {
+              gemm::unpack_transposed<T>(row_of, lanes, p.result.columns, to + h * s.h, s.c, finish);
+              continue;
+            }
+            for (int64_t column = 0; column < p.result.columns; ++column) {
+              const T* from = row_of(column);
+              T* pixel = to + h * s.h + column * s.w;
+              for (int64_t first = 0; first < lanes; first += kLanes<T>) {
+                const Vec<T> v = finish(load(from + first), first);
+                if (lanes - first >= kLanes<T>)
+                  store(pixel + first, v);
+                else
+                  store_partial(pixel + first, v, lanes - first);
+              }
             }
           }
         }
@@ -440,9 +468,12 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
                packed_weight, {nullptr, false});
 }
 
-// grad_weight is cut into tasks of chunk_rows rows (c,t) by chunk_filters filters: 288 x 128 sums are 144 KiB, which stay in L2.
+// grad_weight is cut into tasks of chunk_rows rows (c,t) by some filters: 288 x 128 sums are 144 KiB, which stay in L2. Where windows
+// are gathered (window_of), once for each chunk of filters, that is much beside the arithmetic of one tap: there chunks are larger.
 inline constexpr int64_t chunk_rows = 288;
-inline constexpr int64_t chunk_filters = 128;
+inline int64_t chunk_of_filters(const Conv2dGeometry& g) {
+  return g.layout == Layout::nchw && g.R * g.S == 1 && g.stride_w > 1 ? 512 : 128;
+}
 // Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
 inline constexpr int64_t gradient_depth = 192;
 
@@ -452,7 +483,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const Strides in = g.input_strides(), out = g.output_strides();
   Tap* taps = workspace<Tap>(Slot::tables, taps_count);
   input_taps(g, taps);
-  const int64_t chunk_channels = std::clamp<int64_t>(chunk_rows / taps_count, 1, C);
+  const int64_t chunk_channels = std::clamp<int64_t>(chunk_rows / taps_count, 1, C), chunk_filters = chunk_of_filters(g);
   // The fewer the filters, the more positions of grad_output fit into 128 KiB of L2, which saves halo and short reads.
   const int64_t packed_filters = ceil_div(std::min(K, chunk_filters), nr<T>) * nr<T>;
   const Blocks blocks = blocks_of(g.N, g.P, g.Q, (int64_t(128) << 10) / (packed_filters * int64_t(sizeof(T))));
@@ -489,7 +520,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         for (int64_t x = 0, image = 0; image < images; ++image)
           for (int64_t i = 0; i < i_count; ++i)
             for (int64_t j = 0; j < g.Q; ++j, ++x)
-              position[x] = image * w.strides.n + i * g.stride_h * w.strides.h + j * g.stride_w * w.strides.w;
+              position[x] =
+                  image * w.strides.n + i * g.stride_h / w.step_h * w.strides.h + j * g.stride_w / w.step_w * w.strides.w;
       known_positions = positions;
       const T* window = read_window(View<const T>{input, in, g.H, g.W}, w, n, images, group * C + c_begin, channels,
                                     i_begin * g.stride_h, g.layout);

@@ -5,8 +5,7 @@
 //
 // A is the weight: in place in forward, in grad_input packed [c / 12][k][c % 12]. B is packed [x / nr][c][x % nr] from the planes,
 // a panel at a time, so that pixels of several small images share a vector. A block of panels is taken through a whole row of
-// tiles before the next, since neighbouring panels read and write neighbouring pixels of the planes, which lie pages apart. A panel
-// within one plane is stored straight to the result, another by way of a tile.
+// tiles before the next, since neighbouring panels read and write neighbouring pixels of the planes, which lie pages apart.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +22,10 @@ using gemm::max_depth;
 using gemm::mr;
 using gemm::nr;
 
-inline constexpr int64_t block_panels = 32;  // 512 positions: A is read from memory once for so many
-inline constexpr int64_t a_panel = 2 * mr;   // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
+inline constexpr int64_t block_panels = 16;  // A is read from memory once for so many
+template <class T>
+inline constexpr int64_t panel_size = max_depth<T> * nr<T> + 64 / sizeof(T);  // not all panels in the same sets of L1
+inline constexpr int64_t a_panel = 2 * mr;  // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
 
 // Planes with one element for each position (p, q) of the smaller side; the pixels of the larger side are step apart.
 template <class T>
@@ -72,65 +73,68 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     const int64_t first_panel = task / parts * block_panels, count = std::min(block_panels, panels - first_panel);
     const int64_t m_begin = task % parts * part_filters, m_end = std::min(filters, m_begin + part_filters);
     if (m_begin >= m_end) return;
-    struct Panel {
-      int64_t from[nr<T>], to[nr<T>], width;
-      bool from_row, to_row;  // the positions follow each other in the source, in the result
+    // The positions of the block in pieces whose pixels are step apart: parts of rows or, where nothing is skipped, of planes.
+    // Those of the result leave out the panels that lie in one plane of it: they are stored straight.
+    struct Piece {
+      int64_t at, x, width;
     };
-    Panel* panel = workspace<Panel>(Slot::tables, block_panels);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t x = (first_panel + j) * nr<T>;
-      Panel& p = panel[j];
-      p.width = std::min(nr<T>, positions - x);
-      const bool one_plane = p.width == nr<T> && x / plane == (x + nr<T> - 1) / plane;
-      p.from_row = one_plane && source_dense;
-      p.to_row = one_plane && result_dense;
-      for (int64_t l = 0; l < nr<T>; ++l) {
-        const int64_t position = l < p.width ? x + l : x;
-        p.from[l] = offset_of(source, position), p.to[l] = offset_of(result, position);
-      }
+    const int64_t x_begin = first_panel * nr<T>, x_end = std::min(positions, x_begin + count * nr<T>);
+    const auto in_result = [&](int64_t j) {
+      const int64_t x = x_begin + j * nr<T>;
+      return result_dense && x + nr<T> <= x_end && x / plane == (x + nr<T> - 1) / plane;
+    };
+    Piece* from_piece = workspace<Piece>(Slot::tables, 2 * block_panels * nr<T>);
+    Piece* to_piece = from_piece + block_panels * nr<T>;
+    int64_t from_pieces = 0, to_pieces = 0;
+    for (int64_t x = x_begin, longest = source_dense ? plane : columns, width = 0; x < x_end; x += width) {
+      width = std::min(longest - x % longest, x_end - x);
+      from_piece[from_pieces++] = {offset_of(source, x), x - x_begin, width};
+    }
+    for (int64_t x = x_begin, longest = result_dense ? plane : columns, width = 0; x < x_end; x += width) {
+      width = std::min({longest - x % longest, nr<T> - (x - x_begin) % nr<T>, x_end - x});
+      if (!in_result((x - x_begin) / nr<T>)) to_piece[to_pieces++] = {offset_of(result, x), x - x_begin, width};
     }
 
-    T* b = workspace<T>(Slot::patches, block_panels * max_depth * nr<T>);
+    T* line = workspace<T>(Slot::gradient, count * nr<T>);  // one channel of the block
+    std::fill(line + (x_end - x_begin), line + count * nr<T>, T(0));
+    T* b = workspace<T>(Slot::patches, block_panels * panel_size<T>);
     T* tiles = workspace<T>(Slot::tile, block_panels * part_filters * nr<T>);
-    const int64_t depths = ceil_div(channels, max_depth);
+    const int64_t depths = ceil_div(channels, max_depth<T>);
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t k = d * channels / depths, depth = (d + 1) * channels / depths - k;
       for (int64_t c = 0; c < depth; ++c) {  // plane by plane: the panels of a block are one stretch of it
         const T* from = source.data + (k + c) * source.strides.c;
+        const bool in_place = source_dense && from_pieces == 1 && x_end - x_begin == count * nr<T>;
+        for (int64_t i = 0; i < (in_place ? 0 : from_pieces); ++i)
+          gather_strided(from + from_piece[i].at, source.step_w, from_piece[i].width, line + from_piece[i].x);
+        const T* pixels = in_place ? from + from_piece[0].at : line;
         T* to = b + c * nr<T>;
-        for (int64_t j = 0; j < count; ++j, to += max_depth * nr<T>) {
-          const Panel& p = panel[j];
-          if (p.from_row) {
-            for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(from + p.from[0] + v));
-          } else {
-            for (int64_t l = 0; l < nr<T>; ++l) to[l] = from[p.from[l]];
-          }
-        }
+        for (int64_t j = 0; j < count; ++j, to += panel_size<T>)
+          for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(pixels + j * nr<T> + v));
       }
       for (int64_t chunk = m_begin; chunk < m_end; chunk += a_panel) {
         const int64_t chunk_end = std::min(m_end, chunk + a_panel);
         for (int64_t j = 0; j < count; ++j) {
-          const Panel& p = panel[j];
+          const bool direct = in_result(j);
+          T* const at = result.data + offset_of(result, x_begin + j * nr<T>);
           for (int64_t m = chunk, rows = 0; m < chunk_end; m += rows) {
             rows = gemm::tile_rows(chunk_end - m);
-            T* c = p.to_row ? result.data + p.to[0] + m * result.strides.c : tiles + (j * part_filters + m - m_begin) * nr<T>;
-            const int64_t c_row = p.to_row ? result.strides.c : nr<T>;
+            T* c = direct ? at + m * result.strides.c : tiles + (j * part_filters + m - m_begin) * nr<T>;
+            const int64_t c_row = direct ? result.strides.c : nr<T>;
             const T* start = epilogue.bias == nullptr || d > 0 ? nullptr : epilogue.bias + m;
             gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
-              tile_product<T, count>(depth, {weight.at(m, k), weight.row_stride, weight.step}, b + j * max_depth * nr<T>, c,
-                                     c_row, start, d > 0, epilogue.relu && d + 1 == depths);
+              tile_product<T, count>(depth, {weight.at(m, k), weight.row_stride, weight.step}, b + j * panel_size<T>, c, c_row,
+                                     start, d > 0, epilogue.relu && d + 1 == depths);
             });
           }
         }
       }
     }
-    for (int64_t j = 0; j < count; ++j) {
-      const Panel& p = panel[j];
-      if (p.to_row) continue;
-      for (int64_t m = m_begin; m < m_end; ++m) {
-        const T* from = tiles + (j * part_filters + m - m_begin) * nr<T>;
-        T* to = result.data + m * result.strides.c;
-        for (int64_t l = 0; l < p.width; ++l) to[p.to[l]] = from[l];
+    for (int64_t m = m_begin; m < m_end; ++m) {
+      for (int64_t i = 0; i < to_pieces; ++i) {
+        const Piece& piece = to_piece[i];
+        const T* from = tiles + (piece.x / nr<T> * part_filters + m - m_begin) * nr<T> + piece.x % nr<T>;
+        scatter_strided(from, result.step_w, piece.width, result.data + m * result.strides.c + piece.at);
       }
     }
   });

@@ -98,16 +98,76 @@ inline void copy(const T* from, int64_t count, T* to) {
   for (; j < count; ++j) to[j] = from[j];
 }
 
+template <class T, int lanes>
+struct ShortVecOf {
+  using type [[gnu::vector_size(lanes * sizeof(T))]] = T;
+};
+
+// The lanes source(0), source(1), ... of a (from 0 on) and b (from `lanes` on).
+template <class T, int lanes, class V, class Source, size_t... lane>
+[[gnu::always_inline]] inline V shuffled(V a, V b, Source source, std::index_sequence<lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, source(int(lane))...);
+#else
+  return __builtin_shuffle(a, b, typename ShortVecOf<IndexOf<T>, lanes>::type{source(int(lane))...});
+#endif
+}
+
+// to[j] = from[2 j], in vectors as short as `count` needs; the last overlaps the one before it. Nothing beyond the last is read: the
+// second vector of each pair starts one element early.
+template <class T, int lanes = int(kLanes<T>)>
+inline void gather_even(const T* from, int64_t count, T* to) {
+  if constexpr (lanes < 4) {
+    for (int64_t j = 0; j < count; ++j) to[j] = from[2 * j];
+  } else {
+    if (count < lanes) return gather_even<T, lanes / 2>(from, count, to);
+    for (int64_t next = 0; next < count; next += lanes) {
+      const int64_t j = std::min(next, count - lanes);
+      typename ShortVecOf<T, lanes>::type a, b;
+      std::memcpy(&a, from + 2 * j, sizeof a);
+      std::memcpy(&b, from + 2 * j + lanes - 1, sizeof b);
+      constexpr auto source = [](int lane) { return lane < lanes / 2 ? 2 * lane : 2 * lane + 1; };
+      const auto even = shuffled<T, lanes>(a, b, source, std::make_index_sequence<lanes>{});
+      std::memcpy(to + j, &even, sizeof even);
+    }
+  }
+}
+
+// to[2 j] = from[j]; what lies between becomes zero, nothing beyond the last is written.
+template <class T, int lanes = int(kLanes<T>)>
+inline void scatter_even(const T* from, int64_t count, T* to) {
+  if constexpr (lanes < 4) {
+    for (int64_t j = 0; j < count; ++j) to[2 * j] = from[j];
+  } else {
+    if (count < lanes) return scatter_even<T, lanes / 2>(from, count, to);
+    for (int64_t next = 0; next < count; next += lanes) {
+      const int64_t j = std::min(next, count - lanes);
+      typename ShortVecOf<T, lanes>::type v;
+      std::memcpy(&v, from + j, sizeof v);
+      constexpr auto first = [](int lane) { return lane % 2 == 0 ? lane / 2 : lanes; };
+      constexpr auto second = [](int lane) { return lane % 2 == 0 ? lanes : lanes / 2 + lane / 2; };
+      const auto a = shuffled<T, lanes>(v, decltype(v){}, first, std::make_index_sequence<lanes>{});
+      const auto b = shuffled<T, lanes>(v, decltype(v){}, second, std::make_index_sequence<lanes>{});
+      std::memcpy(to + 2 * j, &a, sizeof a);
+      std::memcpy(to + 2 * j + lanes - 1, &b, sizeof b);
+    }
+  }
+}
+
 // to[j] = from[j step]
 template <class T>
 inline void gather_strided(const T* from, int64_t step, int64_t count, T* to) {
   if (step == 1) return copy(from, count, to);
-  int64_t j = 0;
-  if (step == 2) {  // reads from[0 ... 2 count - 2]: a pair of vectors ends one element later, so the last is left to the tail
-    for (; j + kLanes<T> < count; j += kLanes<T>)
-      store(to + j, every_second<T>(load(from + 2 * j), load(from + 2 * j + kLanes<T>), 0, kEachLane<T>));
-  }
-  for (; j < count; ++j) to[j] = from[j * step];
+  if (step == 2) return gather_even(from, count, to);
+  for (int64_t j = 0; j < count; ++j) to[j] = from[j * step];
+}
+
+// to[j step] = from[j]; what lies between is zero and stays so.
+template <class T>
+inline void scatter_strided(const T* from, int64_t step, int64_t count, T* to) {
+  if (step == 1) return copy(from, count, to);
+  if (step == 2) return scatter_even(from, count, to);
+  for (int64_t j = 0; j < count; ++j) to[j * step] = from[j];
 }
 
 template <class T>
