@@ -10,6 +10,7 @@
 #include "cpu/conv2d_choice.h"
 #include "cpu/kernels.h"
 #include "cpu/pool2d_indexed.h"
+#include "cpu/runtime.h"
 #include "geometry.h"
 
 // The transforms as the row `scalar` compiles them: their matrices are the same in every row.
@@ -271,6 +272,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("allow_winograd", &allow_winograd);
   m.def("set_allow_winograd", &set_allow_winograd, py::arg("allow").noconvert());
+  m.def("workspace_limit", &workspace_limit);
+  m.def("set_workspace_limit", &set_workspace_limit, py::arg("bytes").noconvert());
+  m.def("workspace_size", &workspace_size);
+  m.def("release_workspaces", &release_workspaces);
   m.def("winograd_matrices", &all_winograd_matrices);
   m.def("sliding_output_size", &output_size);
   m.def("explain_conv2d", &explain_conv2d);

@@ -1,9 +1,13 @@
-"""What runs underneath: the instruction set in use, the algorithm that a geometry takes, and the switch for Winograd.
+"""What runs underneath: the instruction set in use, the algorithm that a geometry takes, the switch for Winograd, scratch memory.
 
 `torchcnn.backends.allow_winograd` is a bool to read and to assign, True at import, of the whole process. Where it is True,
-3x3 and 5x5 convolutions of stride 1 with enough channels use Winograd's algorithm: up to four times fewer multiplications, and
+3x3 and 5x5 convolutions of stride 1, and 3x3 ones of stride 2, with enough channels use Winograd's algorithm: up to four times
+fewer multiplications, and
 an error bounded by the largest input near an output instead of the inputs that the output is made of, so that outputs beside a
 much larger value lose relative accuracy. Where it is False, they are direct sums, as in torch's own error bound.
+
+`torchcnn.backends.workspace_limit` is the number of bytes of scratch memory that each thread may keep between operators, 64 MiB at
+import, of the whole process. An operator that needs more gives the rest back at its end.
 """
 
 import contextlib
@@ -66,6 +70,16 @@ def flags(allow_winograd):
         _C.set_allow_winograd(former)
 
 
+def workspace_size():
+    """Bytes of scratch memory that all threads hold now."""
+    return _C.workspace_size()
+
+
+def release_workspaces():
+    """Give back the scratch memory of the calling thread and of the threads that work for it; the next operators ask for it anew."""
+    _C.release_workspaces()
+
+
 # A module has no properties of its own; its class may.
 class _Backends(types.ModuleType):
     @property
@@ -75,6 +89,18 @@ class _Backends(types.ModuleType):
     @allow_winograd.setter
     def allow_winograd(self, allow):
         _C.set_allow_winograd(allow)
+
+    @property
+    def workspace_limit(self):
+        return _C.workspace_limit()
+
+    @workspace_limit.setter
+    def workspace_limit(self, bytes):
+        if not isinstance(bytes, int) or isinstance(bytes, bool):
+            raise TypeError(f"workspace_limit: must be an int, a number of bytes, got {bytes!r}")
+        if bytes < 0:
+            raise ValueError(f"workspace_limit: must not be negative, got {bytes}")
+        _C.set_workspace_limit(bytes)
 
 
 sys.modules[__name__].__class__ = _Backends

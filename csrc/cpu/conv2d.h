@@ -29,6 +29,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
 
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  const WorkspaceUse use;
   switch (choose_conv2d(g, Direction::forward).algorithm) {
     case Algorithm::direct: return reference::conv2d_forward(g, input, weight, epilogue, output);
     case Algorithm::winograd_4x4_3x3:
@@ -50,6 +51,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
+  const WorkspaceUse use;
   switch (choose_conv2d(g, Direction::grad_input).algorithm) {
     case Algorithm::direct: return reference::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::winograd_4x4_3x3:
@@ -71,6 +73,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  const WorkspaceUse use;
   switch (choose_conv2d(g, Direction::grad_weight).algorithm) {
     case Algorithm::direct: return reference::conv2d_grad_weight(g, grad_output, input, grad_weight);
     case Algorithm::winograd_4x4_3x3:

@@ -1,4 +1,4 @@
-// What kernels need from the machine around them: threads and scratch memory. Defined in dispatch.cpp, so that a kernel file
+// What kernels need from the machine around them: threads and scratch memory. Defined in runtime.cpp, so that a kernel file
 // includes no framework header.
 #pragma once
 
@@ -25,7 +25,7 @@ void parallel_for(int64_t tasks, int64_t task_cost, Task&& task) {
 }
 
 // Scratch memory of the calling thread, 64-byte aligned, kept from call to call because touching fresh pages costs more than
-// the arithmetic of a small layer. A slot is valid until the same thread asks for it again.
+// the arithmetic of a small layer. A slot is valid until the same thread asks for it again, or the operator ends.
 enum class Slot {
   tables,
   row_pointers,
@@ -47,5 +47,19 @@ template <class T>
 T* workspace(Slot slot, int64_t elements) {
   return static_cast<T*>(workspace_bytes(slot, static_cast<size_t>(elements) * sizeof(T)));
 }
+
+// Stands in every operator that keeps slots while others run tasks. When the last of a thread ends, the thread gives back what it
+// holds beyond the limit.
+struct WorkspaceUse {
+  WorkspaceUse();
+  ~WorkspaceUse();
+  WorkspaceUse(const WorkspaceUse&) = delete;
+  WorkspaceUse& operator=(const WorkspaceUse&) = delete;
+};
+
+size_t workspace_limit();  // bytes that a thread may keep between operators
+void set_workspace_limit(size_t bytes);
+size_t workspace_size();    // bytes that all threads hold
+void release_workspaces();  // of this thread and of the threads that it runs tasks on
 
 }  // namespace torchcnn

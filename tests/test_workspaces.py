@@ -1,0 +1,77 @@
+"""Scratch memory: kept within a limit, given back when asked for, the same results without it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import torchcnn
+from torchcnn import backends
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    limit = backends.workspace_limit
+    yield
+    backends.workspace_limit = limit
+
+
+def layer():
+    x, w = torch.randn(2, 64, 40, 40), torch.randn(64, 64, 3, 3)
+    return torchcnn.functional.conv2d(x.requires_grad_(), w.requires_grad_(), padding=1), (x, w)
+
+
+needs_workspaces = pytest.mark.skipif(torchcnn.isa() == "reference", reason="the reference row has no scratch memory")
+
+
+@needs_workspaces
+@pytest.mark.parametrize("winograd", [True, False])
+def test_limit_and_release(winograd):
+    with backends.flags(allow_winograd=winograd):
+        torch.manual_seed(1)
+        output, leaves = layer()
+        expected = output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))
+        assert 0 < backends.workspace_size()
+        backends.release_workspaces()
+        assert backends.workspace_size() == 0
+        backends.workspace_limit = 0
+        torch.manual_seed(1)
+        output, leaves = layer()
+        actual = output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))
+        assert all(map(torch.equal, actual, expected))
+        backends.release_workspaces()  # autograd runs backward on a thread of its own on some builds
+        backends.workspace_limit = 1 << 20
+        output, _ = layer()
+        assert backends.workspace_size() <= torch.get_num_threads() << 20
+
+
+def test_errors():
+    assert backends.workspace_limit == 64 << 20
+    for wrong in (1.5, "1", True, None):
+        with pytest.raises(TypeError, match="number of bytes"):
+            backends.workspace_limit = wrong
+    with pytest.raises(ValueError, match="negative, got -1"):
+        backends.workspace_limit = -1
+
+
+@needs_workspaces
+def test_training_step_needs_no_more_than_torch_and_the_workspaces():
+    """Peak resident memory of a step, each library in a process of its own."""
+    program = """
+import resource, sys, torch, torchcnn
+library = torch.nn if sys.argv[1] == "torch" else torchcnn
+torch.set_num_threads(2)
+model = torch.nn.Sequential(library.Conv2d(16, 64, 3, padding=1), torch.nn.ReLU(), library.Conv2d(64, 64, 3, padding=1),
+                            torch.nn.ReLU(), library.Conv2d(64, 32, 1), library.MaxPool2d(2), library.Conv2d(32, 32, 3, 2, 1))
+x = torch.randn(8, 16, 112, 112, requires_grad=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(3):
+    model(x).square().sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    kilobytes = [
+        int(subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True, check=True).stdout)
+        for name in ("torch", "torchcnn")
+    ]
+    assert kilobytes[1] <= kilobytes[0] + 3 * (64 << 10), kilobytes  # two threads and autograd's own
