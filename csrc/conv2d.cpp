@@ -6,10 +6,11 @@
 //   conv2d_grad_bias    with respect to the bias
 //
 // Each of the first three is linear in both its tensors and its derivatives are the other two, so derivatives of every order are
-// made of them (torchcnn/conv.py). Results have the layout that the caller asks for; bfloat16 and float16 compute in float32.
+// made of them (torchcnn/conv.py). Results have the layout that the caller asks for.
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/runtime.h"
 #include "tensor.h"
 
 namespace torchcnn {
@@ -32,6 +33,97 @@ void require_grad_output(const char* op, const Tensor& grad_output, const Conv2d
           Shape{grad_output});
 }
 
+// The kernels for an element type. bfloat16 and float16 are computed in float32, with the weight as a whole and as many images at a
+// time as 8 MiB hold, so that what is widened is still in the caches when it is used.
+template <class T>
+struct Run {
+  static void forward(const Conv2dGeometry& g, const T* input, const T* weight, const T* bias, bool relu, T* output) {
+    conv2d_kernels_for<T>().forward(g, input, weight, {bias, relu}, output);
+  }
+  static void grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
+    conv2d_kernels_for<T>().grad_input(g, grad_output, weight, grad_input);
+  }
+  static void grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+    conv2d_kernels_for<T>().grad_weight(g, grad_output, input, grad_weight);
+  }
+  static void grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
+    conv2d_kernels_for<T>().grad_bias(g, grad_output, grad_bias);
+  }
+};
+
+// Calls run(part, first): the geometry of some images, and the number of the first of them. Where they are cut depends on their
+// size alone, and so do the sums of grad_weight and grad_bias over the parts.
+template <class RunPart>
+void for_images_together(const Conv2dGeometry& g, RunPart run) {
+  constexpr int64_t elements = (int64_t(8) << 20) / sizeof(float);
+  const int64_t together = std::max<int64_t>(1, elements / std::max<int64_t>(1, g.C * g.H * g.W + g.K * g.P * g.Q));
+  Conv2dGeometry part = g;
+  for (int64_t n = 0; n < g.N; n += together) {
+    part.N = std::min(together, g.N - n);
+    run(part, n);
+  }
+}
+
+template <class S>
+const float* widened(Slot slot, const S* from, int64_t count) {
+  float* to = workspace<float>(slot, count);
+  convert_kernels_for<S>().widen(from, count, to);
+  return to;
+}
+
+template <class S>
+  requires kIsLowPrecision<S>
+struct Run<S> {
+  static void forward(const Conv2dGeometry& g, const S* input, const S* weight, const S* bias, bool relu, S* output) {
+    const WorkspaceUse use;
+    const int64_t weights = g.K * g.C_per_group() * g.R * g.S, image = g.C * g.H * g.W, result = g.K * g.P * g.Q;
+    float* w = workspace<float>(Slot::wide_weight, weights + g.K);
+    convert_kernels_for<S>().widen(weight, weights, w);
+    if (bias != nullptr) convert_kernels_for<S>().widen(bias, g.K, w + weights);
+    for_images_together(g, [&](const Conv2dGeometry& part, int64_t n) {
+      const float* in = widened(Slot::wide_images, input + n * image, part.N * image);
+      float* out = workspace<float>(Slot::wide_results, part.N * result);
+      Run<float>::forward(part, in, w, bias == nullptr ? nullptr : w + weights, relu, out);
+      convert_kernels_for<S>().narrow(out, part.N * result, output + n * result);
+    });
+  }
+  static void grad_input(const Conv2dGeometry& g, const S* grad_output, const S* weight, S* grad_input) {
+    const WorkspaceUse use;
+    const int64_t image = g.C * g.H * g.W, result = g.K * g.P * g.Q;
+    const float* w = widened(Slot::wide_weight, weight, g.K * g.C_per_group() * g.R * g.S);
+    for_images_together(g, [&](const Conv2dGeometry& part, int64_t n) {
+      const float* gradient = widened(Slot::wide_results, grad_output + n * result, part.N * result);
+      float* in = workspace<float>(Slot::wide_images, part.N * image);
+      Run<float>::grad_input(part, gradient, w, in);
+      convert_kernels_for<S>().narrow(in, part.N * image, grad_input + n * image);
+    });
+  }
+  static void grad_weight(const Conv2dGeometry& g, const S* grad_output, const S* input, S* grad_weight) {
+    const WorkspaceUse use;
+    const int64_t weights = g.K * g.C_per_group() * g.R * g.S, image = g.C * g.H * g.W, result = g.K * g.P * g.Q;
+    float* sum = workspace<float>(Slot::wide_weight, 2 * weights);
+    for_images_together(g, [&](const Conv2dGeometry& part, int64_t n) {
+      const float* in = widened(Slot::wide_images, input + n * image, part.N * image);
+      const float* gradient = widened(Slot::wide_results, grad_output + n * result, part.N * result);
+      float* of_part = sum + (n == 0 ? 0 : weights);
+      Run<float>::grad_weight(part, gradient, in, of_part);
+      for (int64_t i = 0; n > 0 && i < weights; ++i) sum[i] += of_part[i];
+    });
+    convert_kernels_for<S>().narrow(sum, weights, grad_weight);
+  }
+  static void grad_bias(const Conv2dGeometry& g, const S* grad_output, S* grad_bias) {
+    const WorkspaceUse use;
+    const int64_t result = g.K * g.P * g.Q;
+    float* sum = workspace<float>(Slot::wide_weight, 2 * g.K);
+    std::fill(sum, sum + g.K, 0.0f);
+    for_images_together(g, [&](const Conv2dGeometry& part, int64_t n) {
+      Run<float>::grad_bias(part, widened(Slot::wide_results, grad_output + n * result, part.N * result), sum + g.K);
+      for (int64_t k = 0; k < g.K; ++k) sum[k] += sum[g.K + k];
+    });
+    convert_kernels_for<S>().narrow(sum, g.K, grad_bias);
+  }
+};
+
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h,
               int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, bool relu) {
   const char* op = "conv2d";
@@ -40,22 +132,13 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
   const Conv2dGeometry g =
       conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), weight.size(0), weight.size(1),
                       weight.size(2), weight.size(3), {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
-  if (is_low_precision(input)) {
-    const ScalarType wide = ScalarType::Float;
-    std::optional<Tensor> wide_bias;
-    if (bias) wide_bias = to_dtype(*bias, wide);
-    return to_dtype(conv2d(to_dtype(input, wide), to_dtype(weight, wide), wide_bias, stride_h, stride_w, pad_h, pad_w, dilation_h,
-                           dilation_w, groups, relu),
-                    input.scalar_type());
-  }
   Tensor output;
-  for_floating_type(op, input.scalar_type(), [&]<class T>(T) {
+  for_float_type(op, input.scalar_type(), [&]<class T>(T) {
     output = empty_activation(input, g.N, g.K, g.P, g.Q, layout);
     if (g.N == 0) return;
     const Tensor in = in_layout(input, layout), w = in_layout(weight, Layout::nchw);
-    const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-    conv2d_kernels_for<T>().forward(g, in.const_data_ptr<T>(), w.const_data_ptr<T>(),
-                                    {b ? b->const_data_ptr<T>() : nullptr, relu}, output.mutable_data_ptr<T>());
+    const Tensor b = bias ? torch::stable::contiguous(*bias) : w;
+    Run<T>::forward(g, data_of<T>(in), data_of<T>(w), bias ? data_of<T>(b) : nullptr, relu, mutable_data_of<T>(output));
   });
   return output;
 }
@@ -73,18 +156,12 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W
                                            {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
   require_grad_output(op, grad_output, g);
   require_numel_fits(op, "number of input bytes", g.N, g.C, g.H, g.W);
-  if (is_low_precision(grad_output)) {
-    const ScalarType wide = ScalarType::Float;
-    return to_dtype(conv2d_grad_input(to_dtype(grad_output, wide), to_dtype(weight, wide), H, W, stride_h, stride_w, pad_h, pad_w,
-                                      dilation_h, dilation_w, groups, channels_last),
-                    grad_output.scalar_type());
-  }
   Tensor grad_input;
-  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+  for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
     grad_input = empty_activation(grad_output, g.N, g.C, g.H, g.W, layout);
     if (g.N == 0 || g.C == 0) return;
     const Tensor gradient = in_layout(grad_output, layout), w = in_layout(weight, Layout::nchw);
-    conv2d_kernels_for<T>().grad_input(g, gradient.const_data_ptr<T>(), w.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>());
+    Run<T>::grad_input(g, data_of<T>(gradient), data_of<T>(w), mutable_data_of<T>(grad_input));
   });
   return grad_input;
 }
@@ -103,23 +180,17 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
                       R, S, {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
   require_grad_output(op, grad_output, g);
   require_numel_fits(op, "number of weight bytes", g.K, g.C_per_group(), g.R, g.S);
-  if (is_low_precision(grad_output)) {
-    const ScalarType wide = ScalarType::Float;
-    return to_dtype(conv2d_grad_weight(to_dtype(grad_output, wide), to_dtype(input, wide), R, S, stride_h, stride_w, pad_h, pad_w,
-                                       dilation_h, dilation_w, groups, channels_last),
-                    grad_output.scalar_type());
-  }
   Tensor grad_weight;
-  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+  for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
     grad_weight = empty_activation(grad_output, g.K, g.C_per_group(), g.R, g.S, Layout::nchw);
     if (g.C == 0) return;
-    T* to = grad_weight.mutable_data_ptr<T>();
+    T* to = mutable_data_of<T>(grad_weight);
     if (g.N == 0) {
-      std::fill(to, to + grad_weight.numel(), T(0));
+      std::fill(to, to + grad_weight.numel(), T{});
       return;
     }
     const Tensor gradient = in_layout(grad_output, layout), in = in_layout(input, layout);
-    conv2d_kernels_for<T>().grad_weight(g, gradient.const_data_ptr<T>(), in.const_data_ptr<T>(), to);
+    Run<T>::grad_weight(g, data_of<T>(gradient), data_of<T>(in), to);
   });
   return in_layout(grad_weight, layout_from(channels_last));
 }
@@ -127,17 +198,15 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
 Tensor conv2d_grad_bias(Tensor grad_output) {
   const char* op = "conv2d_grad_bias";
   require_rank(op, "grad_output", grad_output, 4);
-  if (is_low_precision(grad_output))
-    return to_dtype(conv2d_grad_bias(to_dtype(grad_output, ScalarType::Float)), grad_output.scalar_type());
   const Layout layout = layout_of(grad_output);
   const int64_t K = grad_output.size(1);
   Tensor grad_bias;
-  for_floating_type(op, grad_output.scalar_type(), [&]<class T>(T) {
+  for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
     grad_bias = torch::stable::new_empty(grad_output, {K});
     const Conv2dGeometry g{
         grad_output.size(0), 0, 0, 0, K, 0, 0, grad_output.size(2), grad_output.size(3), 1, 1, 1, 0, 0, 1, 1, layout};
     const Tensor gradient = in_layout(grad_output, layout);
-    conv2d_kernels_for<T>().grad_bias(g, gradient.const_data_ptr<T>(), grad_bias.mutable_data_ptr<T>());
+    Run<T>::grad_bias(g, data_of<T>(gradient), mutable_data_of<T>(grad_bias));
   });
   return grad_bias;
 }

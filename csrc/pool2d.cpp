@@ -24,26 +24,6 @@ namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-template <class T>
-const T* data_of(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// Calls run(T()) with the element type of the kernels.
-template <class Run>
-void for_float_type(const char* op, ScalarType dtype, Run run) {
-  switch (dtype) {
-    case ScalarType::BFloat16: return run(BFloat16());
-    case ScalarType::Half: return run(Float16());
-    default: return for_floating_type(op, dtype, run);
-  }
-}
-
 bool is_float(const Tensor& tensor) {
   return is_low_precision(tensor) || tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
 }

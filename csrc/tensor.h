@@ -11,6 +11,7 @@
 #include <optional>
 #include <ostream>
 
+#include "cpu/element.h"
 #include "geometry.h"
 
 namespace torchcnn {
@@ -101,12 +102,24 @@ inline bool is_low_precision(const Tensor& tensor) {
 
 inline Tensor to_dtype(const Tensor& tensor, ScalarType dtype) { return torch::stable::to(tensor, dtype); }
 
-// Calls run(T()) with the C++ type of the dtype.
+template <class T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Calls run(T()) with the element type of the kernels.
 template <class Run>
-void for_floating_type(const char* op, ScalarType dtype, Run run) {
+void for_float_type(const char* op, ScalarType dtype, Run run) {
   switch (dtype) {
     case ScalarType::Float: return run(float());
     case ScalarType::Double: return run(double());
+    case ScalarType::BFloat16: return run(BFloat16());
+    case ScalarType::Half: return run(Float16());
     default: require(false, op, "dtype must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
   }
 }

@@ -12,6 +12,7 @@
 #include "conv2d_reference.h"
 #include "conv2d_small_channels.h"
 #include "conv2d_winograd.h"
+#include "convert.h"
 #include "kernels.h"
 #include "runtime.h"
 #include "simd.h"

@@ -9,9 +9,16 @@
 namespace torchcnn {
 
 namespace {
-#define TORCHCNN_ROW(isa)             \
-  constexpr KernelTable isa##_row = { \
-      #isa, isa::conv2d_f32, isa::conv2d_f64, isa::pool2d_f32, isa::pool2d_f64, isa::pool2d_bf16, isa::pool2d_f16};
+#define TORCHCNN_ROW(isa)                               \
+  constexpr KernelTable isa##_row = {#isa,              \
+                                     isa::conv2d_f32,   \
+                                     isa::conv2d_f64,   \
+                                     isa::convert_bf16, \
+                                     isa::convert_f16,  \
+                                     isa::pool2d_f32,   \
+                                     isa::pool2d_f64,   \
+                                     isa::pool2d_bf16,  \
+                                     isa::pool2d_f16};
 TORCHCNN_ROW(reference)
 TORCHCNN_ROW(scalar)
 #if defined(__aarch64__)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "../geometry.h"
@@ -26,10 +27,18 @@ struct Pool2dKernels {
   void (*avg_grad_input)(const Pool2dGeometry&, Divisor, const T* grad_output, T* grad_input);
 };
 
+template <class S>
+struct ConvertKernels {
+  void (*widen)(const S* from, int64_t count, float* to);
+  void (*narrow)(const float* from, int64_t count, S* to);  // rounds to nearest, ties to even
+};
+
 struct KernelTable {
   const char* isa;
   const Conv2dKernels<float>& conv2d_f32;
   const Conv2dKernels<double>& conv2d_f64;
+  const ConvertKernels<BFloat16>& convert_bf16;
+  const ConvertKernels<Float16>& convert_f16;
   const Pool2dKernels<float>& pool2d_f32;
   const Pool2dKernels<double>& pool2d_f64;
   const Pool2dKernels<BFloat16>& pool2d_bf16;
@@ -37,14 +46,16 @@ struct KernelTable {
 };
 
 // What isa/*.cpp define; dispatch.cpp makes rows of it.
-#define TORCHCNN_DECLARE_ROW(isa)                   \
-  namespace isa {                                   \
-  extern const Conv2dKernels<float> conv2d_f32;     \
-  extern const Conv2dKernels<double> conv2d_f64;    \
-  extern const Pool2dKernels<float> pool2d_f32;     \
-  extern const Pool2dKernels<double> pool2d_f64;    \
-  extern const Pool2dKernels<BFloat16> pool2d_bf16; \
-  extern const Pool2dKernels<Float16> pool2d_f16;   \
+#define TORCHCNN_DECLARE_ROW(isa)                     \
+  namespace isa {                                     \
+  extern const Conv2dKernels<float> conv2d_f32;       \
+  extern const Conv2dKernels<double> conv2d_f64;      \
+  extern const ConvertKernels<BFloat16> convert_bf16; \
+  extern const ConvertKernels<Float16> convert_f16;   \
+  extern const Pool2dKernels<float> pool2d_f32;       \
+  extern const Pool2dKernels<double> pool2d_f64;      \
+  extern const Pool2dKernels<BFloat16> pool2d_bf16;   \
+  extern const Pool2dKernels<Float16> pool2d_f16;     \
   }
 TORCHCNN_DECLARE_ROW(reference)  // direct loops, sums in double: the specification
 TORCHCNN_DECLARE_ROW(scalar)     // 16-byte vectors on the baseline processor
@@ -61,6 +72,14 @@ const Conv2dKernels<T>& conv2d_kernels_for() {
     return kernels().conv2d_f64;
   else
     return kernels().conv2d_f32;
+}
+
+template <class S>
+const ConvertKernels<S>& convert_kernels_for() {
+  if constexpr (std::is_same_v<S, BFloat16>)
+    return kernels().convert_bf16;
+  else
+    return kernels().convert_f16;
 }
 
 template <class T>

@@ -39,6 +39,9 @@ enum class Slot {
   tile,
   partial_sums,
   flags,
+  wide_weight,  // bfloat16 and float16 in float32
+  wide_images,
+  wide_results,
   count
 };
 void* workspace_bytes(Slot slot, size_t bytes);

@@ -29,8 +29,19 @@ inline constexpr Pool2dKernels<T> pool2d_kernels = {
     avg_pool2d_grad_input<T>,
 };
 
+template <class S>
+void widen_all(const S* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+template <class S>
+void narrow_all(const float* from, int64_t count, S* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = narrow<S>(from[i]);
+}
+
 constinit const Conv2dKernels<float> conv2d_f32 = conv2d_kernels<float>;
 constinit const Conv2dKernels<double> conv2d_f64 = conv2d_kernels<double>;
+constinit const ConvertKernels<BFloat16> convert_bf16 = {widen_all<BFloat16>, narrow_all<BFloat16>};
+constinit const ConvertKernels<Float16> convert_f16 = {widen_all<Float16>, narrow_all<Float16>};
 constinit const Pool2dKernels<float> pool2d_f32 = pool2d_kernels<float>;
 constinit const Pool2dKernels<double> pool2d_f64 = pool2d_kernels<double>;
 constinit const Pool2dKernels<BFloat16> pool2d_bf16 = pool2d_kernels<BFloat16>;
