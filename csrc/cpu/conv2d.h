@@ -11,6 +11,7 @@
 #include "conv2d_pointwise.h"
 #include "conv2d_reference.h"
 #include "conv2d_small_channels.h"
+#include "conv2d_small_channels_grad_weight.h"
 #include "conv2d_winograd.h"
 #include "kernels.h"
 #include "runtime.h"
@@ -71,6 +72,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       return winograd::conv2d_grad_weight<winograd::Transform<2, 3>>(g, grad_output, input, grad_weight);
     case Algorithm::winograd_2x2_5x5:
       return winograd::conv2d_grad_weight<winograd::Transform<2, 5>>(g, grad_output, input, grad_weight);
+    case Algorithm::small_channels: return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight);
     case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }
