@@ -118,31 +118,88 @@ template <class T, int step>
 
 constexpr int reversed_bits(int x, int step) { return step == 1 ? 0 : x % 2 * (step / 2) + reversed_bits(x / 2, step / 2); }
 
-// to[remainder pitch + x] = from[x step + remainder] for x < count; reads nothing else.
+// to[remainder pitch + x] = from[x step + remainder] for x < count. There are `readable` elements at from, and `room` at to.
 template <class T, int step>
-void split_line(const T* from, int64_t count, T* to, int64_t pitch) {
+void split_line(const T* from, int64_t count, int64_t readable, T* to, int64_t room, int64_t pitch) {
   constexpr int64_t L = kLanes<T>;
-  for (int64_t x = 0; x < count;) {
-    if (count < L) {
-      for (int remainder = 0; remainder < step; ++remainder) to[remainder * pitch + x] = from[x * step + remainder];
-      ++x;
-      continue;
-    }
-    x = std::min(x, count - L);  // the last block overlaps the one before
+  if (count < L && (readable < step * L || room < L)) {
+    for (int remainder = 0; remainder < step; ++remainder)
+      for (int64_t x = 0; x < count; ++x) to[remainder * pitch + x] = from[x * step + remainder];
+    return;
+  }
+  Vec<IndexOf<T>> wanted;
+  for (int64_t l = 0; l < L; ++l) wanted[l] = l < count ? -1 : 0;
+  for (int64_t x = 0; x < count; x += L) {
+    x = std::max<int64_t>(0, std::min(x, count - L));  // the last block overlaps the one before
     Vec<T> v[step];
 #pragma GCC unroll 16
     for (int i = 0; i < step; ++i) v[i] = load(from + x * step + i * L);
     split_remainders<T, step>(v);
 #pragma GCC unroll 16
-    for (int remainder = 0; remainder < step; ++remainder) store(to + remainder * pitch + x, v[reversed_bits(remainder, step)]);
-    x += L;
+    for (int remainder = 0; remainder < step; ++remainder) {
+      const Vec<T> line = v[reversed_bits(remainder, step)];
+      store(to + remainder * pitch + x, wanted ? line : Vec<T>{});
+    }
+  }
+}
+
+// The other way: v[remainder] holds the elements with that remainder; afterwards all of them are in order.
+template <class T, int step>
+[[gnu::always_inline]] inline void join_remainders(Vec<T>* v) {
+  if constexpr (step > 1) {
+    Vec<T> even[step / 2], odd[step / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < step / 2; ++i) even[i] = v[2 * i], odd[i] = v[2 * i + 1];
+    join_remainders<T, step / 2>(even);
+    join_remainders<T, step / 2>(odd);
+#pragma GCC unroll 8
+    for (int i = 0; i < step / 2; ++i) {
+      v[2 * i] = interleave<T>(even[i], odd[i], 0, kEachLane<T>);
+      v[2 * i + 1] = interleave<T>(even[i], odd[i], 1, kEachLane<T>);
+    }
+  }
+}
+
+// to[x step + remainder] = from[remainder pitch + x] for the first `columns` of them; reads whole vectors.
+template <class T, int step>
+void join_line(const T* from, int64_t pitch, int64_t columns, T* to) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t column = 0; column < columns; column += step * L, from += L) {
+    Vec<T> v[step];
+#pragma GCC unroll 16
+    for (int remainder = 0; remainder < step; ++remainder) v[remainder] = load(from + remainder * pitch);
+    join_remainders<T, step>(v);
+    if (column + step * L <= columns) {
+#pragma GCC unroll 16
+      for (int i = 0; i < step; ++i) store(to + column + i * L, v[i]);
+      continue;
+    }
+    T rest[step * L];
+#pragma GCC unroll 16
+    for (int i = 0; i < step; ++i) store(rest + i * L, v[i]);
+    implicit_gemm::copy_row(rest, columns - column, to + column);
+  }
+}
+
+// to[column] = from[column % phases][column / phases]
+template <class T>
+void merge_phases(const T* from, int64_t phase_stride, int64_t phases, int64_t columns, T* to) {
+  switch (phases) {
+    case 1: return implicit_gemm::copy_row(from, columns, to);
+    case 2: return join_line<T, 2>(from, phase_stride, columns, to);
+    case 4: return join_line<T, 4>(from, phase_stride, columns, to);
+    case 8: return join_line<T, 8>(from, phase_stride, columns, to);
+    case 16: return join_line<T, 16>(from, phase_stride, columns, to);
+    default:
+      for (int64_t phase = 0; phase < phases; ++phase)
+        for (int64_t j = 0, at = phase; at < columns; ++j, at += phases) to[at] = from[phase * phase_stride + j];
   }
 }
 
 // Rows of NCHW planes: the columns of a row are adjacent. step is 0 where it is none of those that have a kernel.
 template <class T, int known_step>
-void fill_lines(const T* from, const Strides& s, int64_t source_columns, int64_t channels, int64_t count, const Buffer& b,
-                T* buffer) {
+void fill_lines(const T* from, const T* limit, const Strides& s, int64_t source_columns, int64_t channels, int64_t count,
+                const Buffer& b, T* buffer) {
   const int64_t step = known_step > 0 ? known_step : b.step;
   // Elements whole ... whole_end - 1 exist for every remainder; those beside them, for some.
   const int64_t whole = std::min(b.pitch, b.first_column < 0 ? ceil_div(-b.first_column, step) : 0);
@@ -163,7 +220,7 @@ void fill_lines(const T* from, const Strides& s, int64_t source_columns, int64_t
         if constexpr (known_step == 1)
           implicit_gemm::copy_row(first, whole_end - whole, line + whole);
         else if constexpr (known_step > 1)
-          split_line<T, known_step>(first, whole_end - whole, line + whole, b.pitch);
+          split_line<T, known_step>(first, whole_end - whole, limit - first, line + whole, b.pitch - whole, b.pitch);
         else
           for (int64_t remainder = 0; remainder < step; ++remainder)
             gather_strided(first + remainder, step, whole_end - whole, line + remainder * b.pitch + whole);
@@ -185,18 +242,17 @@ template <class T>
 void fill(const View<const T>& source, int64_t N, int64_t n, int64_t c, int64_t channels, int64_t row, int64_t count,
           const Buffer& b, T* buffer) {
   const Strides& s = source.strides;
-  const T* from = source.data + n * s.n + c * s.c + row * s.h;
+  const T *from = source.data + n * s.n + c * s.c + row * s.h, *const limit = source.data + N * s.n;
   if (s.w == 1) {
     switch (b.step) {
-      case 1: return fill_lines<T, 1>(from, s, source.columns, channels, count, b, buffer);
-      case 2: return fill_lines<T, 2>(from, s, source.columns, channels, count, b, buffer);
-      case 4: return fill_lines<T, 4>(from, s, source.columns, channels, count, b, buffer);
-      case 8: return fill_lines<T, 8>(from, s, source.columns, channels, count, b, buffer);
-      case 16: return fill_lines<T, 16>(from, s, source.columns, channels, count, b, buffer);
-      default: return fill_lines<T, 0>(from, s, source.columns, channels, count, b, buffer);
+      case 1: return fill_lines<T, 1>(from, limit, s, source.columns, channels, count, b, buffer);
+      case 2: return fill_lines<T, 2>(from, limit, s, source.columns, channels, count, b, buffer);
+      case 4: return fill_lines<T, 4>(from, limit, s, source.columns, channels, count, b, buffer);
+      case 8: return fill_lines<T, 8>(from, limit, s, source.columns, channels, count, b, buffer);
+      case 16: return fill_lines<T, 16>(from, limit, s, source.columns, channels, count, b, buffer);
+      default: return fill_lines<T, 0>(from, limit, s, source.columns, channels, count, b, buffer);
     }
   }
-  const T* limit = source.data + N * s.n;
   for (int64_t remainder = 0; remainder < b.step; ++remainder) {
     // Element x is source column first_column + remainder + x step; left ... end - 1 exist.
     const int64_t first = b.first_column + remainder;

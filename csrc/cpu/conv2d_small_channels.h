@@ -167,24 +167,6 @@ inline void with_rows(int64_t rows, Run run) {
   run(std::integral_constant<int, most>());
 }
 
-// to[column] = from[column % phases][column / phases]
-template <class T>
-void merge_phases(const T* from, int64_t phase_stride, int64_t phases, int64_t columns, T* to) {
-  constexpr int64_t L = kLanes<T>;
-  if (phases == 1) return implicit_gemm::copy_row(from, columns, to);
-  int64_t column = 0;
-  if (phases == 2) {
-    for (; column + 2 * L <= columns; column += 2 * L) {
-      const Vec<T> even = load(from + column / 2), odd = load(from + phase_stride + column / 2);
-      store(to + column, interleave<T>(even, odd, 0, kEachLane<T>));
-      store(to + column + L, interleave<T>(even, odd, 1, kEachLane<T>));
-    }
-  }
-  const int64_t merged = column / phases;
-  for (int64_t phase = 0; phase < phases; ++phase)
-    for (int64_t j = merged, at = column + phase; at < columns; ++j, at += phases) to[at] = from[phase * phase_stride + j];
-}
-
 // Runs the correlation; element (k, c, t) of a group's weights is at group group_stride + k k_stride + c c_stride + t.weight.
 template <class T>
 void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, int64_t k_stride, int64_t c_stride,
@@ -336,7 +318,8 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
         const T* from = tile + (i * phases + f_h * p.phases_w) * filters * tile_pitch;
         if (p.layout == Layout::nchw) {
           for (int64_t k = 0; k < filters; ++k)
-            merge_phases(from + k * tile_pitch, filters * tile_pitch, p.phases_w, p.result.columns, result + k * s.c + h * s.h);
+            planar_rows::merge_phases(from + k * tile_pitch, filters * tile_pitch, p.phases_w, p.result.columns,
+                                      result + k * s.c + h * s.h);
           continue;
         }
         for (int64_t f_w = 0; f_w < p.phases_w; ++f_w)
