@@ -169,15 +169,17 @@ void join_line(const T* from, int64_t pitch, int64_t columns, T* to) {
 #pragma GCC unroll 16
     for (int remainder = 0; remainder < step; ++remainder) v[remainder] = load(from + remainder * pitch);
     join_remainders<T, step>(v);
-    if (column + step * L <= columns) {
 #pragma GCC unroll 16
-      for (int i = 0; i < step; ++i) store(to + column + i * L, v[i]);
-      continue;
+    for (int i = 0; i < step; ++i) {
+      const int64_t rest = columns - column - i * L;
+      if (rest >= L) {
+        store(to + column + i * L, v[i]);
+      } else if (rest > 0) {
+        T last[L];
+        store(last, v[i]);
+        implicit_gemm::copy_pieces(last, rest, to + column + i * L);
+      }
     }
-    T rest[step * L];
-#pragma GCC unroll 16
-    for (int i = 0; i < step; ++i) store(rest + i * L, v[i]);
-    implicit_gemm::copy_row(rest, columns - column, to + column);
   }
 }
 
