@@ -46,7 +46,7 @@ inline constexpr int64_t max_run = 64;
 // Source rows buffered at a time, all of their channels: 48 Ki floats are 192 KiB, and leave room in an L2 cache of 512 KiB.
 inline constexpr int64_t buffer_elements = 48 * 1024;
 
-// What becomes of a sum: start[m] (null: 0) is added, then what is there, and it is rectified.
+// A sum starts at start[m] (null: 0); what is there is added, and it is rectified.
 template <class T>
 struct Ends {
   const T* start;
@@ -80,10 +80,17 @@ template <class T, int rows, int vectors>
     bool again = false;
     do {
       Vec<T> sum[rows][vectors];
+      if (again || ends.start == nullptr) {
 #pragma GCC unroll 12
-      for (int m = 0; m < rows; ++m)
+        for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) sum[m][v] = Vec<T>{};
+          for (int v = 0; v < vectors; ++v) sum[m][v] = Vec<T>{};
+      } else {
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) sum[m][v] = ends.start[m] - Vec<T>{};
+      }
       for (const int64_t* run_end = std::min(end, o + run_length); o < run_end; ++o, w += rows) {
         if constexpr (vectors <= rows) {
           Vec<T> right[vectors];
@@ -119,12 +126,6 @@ template <class T, int rows, int vectors>
 #pragma GCC unroll 8
           for (int v = 0; v < vectors; ++v) store(total + (m * vectors + v) * L, sum[m][v]);
         continue;
-      }
-      if (ends.start != nullptr) {
-#pragma GCC unroll 12
-        for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) sum[m][v] += ends.start[m];
       }
       if (ends.add) {
 #pragma GCC unroll 12
