@@ -98,8 +98,8 @@ void join_pixels(const T* from, int64_t channel_stride, int64_t channels, int64_
   }
 }
 
-// v[i], i < step: step kLanes elements in order. Afterwards v[place(remainder)] holds those with that remainder modulo step, a power
-// of two, where place reverses the bits.
+// v[i], i < step: step kLanes elements in order; step is a power of two. Afterwards v[reversed_bits(remainder)] holds those with
+// that remainder modulo step.
 template <class T, int step>
 [[gnu::always_inline]] inline void split_remainders(Vec<T>* v) {
   if constexpr (step > 1) {

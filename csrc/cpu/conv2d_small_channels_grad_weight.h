@@ -2,13 +2,14 @@
 //
 //   grad_weight[k,c,t] = sum_{n,i,j} grad_output[n,k,i,j] input[n, c, i stride_h + row_t, j stride_w + column_t]     t = (r, s)
 //
-// A vector of pixels of a row of grad_output is multiplied with the vectors of input that its taps see: both are read as they lie,
-// where the general kernel would transpose grad_output and leave the lanes beyond K empty. The register tile is some filters by some
-// (c, t); each of its elements is a vector of partial sums over the pixels of a block of rows. At the end of a block its lanes are
-// added and the result goes to sums[tile][element]: sums within a block and sums over blocks are short, and so are their errors.
+// A vector of pixels of a row of grad_output is multiplied with the vectors of input that its taps see: both are read as they
+// lie, where the general kernel would transpose grad_output and leave the lanes beyond K empty. The register tile is some filters
+// by some (c, t); each of its elements is a vector of partial sums over the pixels of a block of rows. At the end of a block its
+// lanes are added and the result goes to sums[tile][element]: sums within a block and sums over blocks are short, and so are
+// their errors.
 //
-// Input rows come from a padded copy (conv2d_planar_rows.h). Where the rows of grad_output are no whole vectors, lanes of zeros make
-// up for it, and meet inputs that no tap pairs them with: a result that holds a NaN is computed again by the general kernel.
+// Input rows come from a padded copy (conv2d_planar_rows.h). Where the rows of grad_output are no whole vectors, lanes of zeros
+// make up for it, and meet inputs that no tap pairs them with: a result that holds a NaN is computed again by the general kernel.
 #pragma once
 
 #include <algorithm>
@@ -45,8 +46,8 @@ template <class T, int block = int(kLanes<T> / 2)>
   }
 }
 
-// `rows` rows of `columns` pixels of grad_output, whole vectors and perhaps one that ends with the row and overlaps the one before;
-// gradient_filter from one filter to the next, input_row from the input under a row to that under the next.
+// `rows` rows of `columns` pixels of grad_output: whole vectors and perhaps one that ends with the row and overlaps the one
+// before. gradient_filter: from one filter to the next; input_row: from the input under a row to that under the next.
 template <class T>
 struct GradientBlock {
   int64_t rows, columns;
@@ -161,8 +162,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     return place;
   };
 
-  // The sum over blocks is cut into slices, added in order at the end: how many is decided by the geometry alone, or the bits would
-  // depend on the number of threads.
+  // The sum over blocks is cut into slices, added in order at the end: how many is decided by the geometry alone, or the bits
+  // would depend on the number of threads.
   const int64_t slices = g.G >= 8 ? 1 : std::min<int64_t>(8, blocks), weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
   parallel_for(g.G * slices, K * patch_size * vectors * g.P * g.N / slices, [&](int64_t task) {
