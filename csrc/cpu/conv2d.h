@@ -11,6 +11,7 @@
 #include "conv2d_pointwise.h"
 #include "conv2d_reference.h"
 #include "conv2d_small_channels.h"
+#include "conv2d_small_channels_grad_weight.h"
 #include "conv2d_winograd.h"
 #include "convert.h"
 #include "kernels.h"
@@ -87,6 +88,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       return winograd::conv2d_grad_weight<winograd::Stride2<4>>(g, grad_output, input, grad_weight);
     case Algorithm::winograd_5x5_stride_2:
       return winograd::conv2d_grad_weight<winograd::Stride2<5>>(g, grad_output, input, grad_weight);
+    case Algorithm::small_channels: return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight);
     case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }

@@ -96,14 +96,18 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   return {Algorithm::winograd_2x2_3x3, "3x3, stride 1, few outputs: 16 products for 2x2 outputs instead of 36"};
 }
 
-// Whether vectors of pixels beat vectors of channels (conv2d_small_channels.h): rows long enough to fill vectors, and either so
-// few channels on the broadcast side that most lanes of a panel would be empty, or so short a sum that moving panels around
-// would cost more than the products.
+// Whether vectors of pixels beat vectors of channels (conv2d_small_channels*.h): rows long enough to fill vectors, and either so
+// few channels on the other side that most lanes of a panel would be empty, or so short a sum that moving panels around would
+// cost more than the products. channels_last with many filters has its vectors of channels in memory already.
 inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
-  if (g.layout != Layout::nchw || direction == Direction::grad_weight) return false;
   const int64_t C = g.C_per_group(), K = g.K_per_group();
-  if (direction == Direction::forward) return g.Q >= 8 && (K <= 12 || C <= 4);
-  return g.W / g.stride_w >= 8 && C <= 12;
+  const bool nchw = g.layout == Layout::nchw;
+  switch (direction) {
+    case Direction::forward:
+      return (g.Q >= 8 && K <= 12) || (g.Q >= 16 && C <= 16 && C * g.R * g.S <= 160 && (nchw || (K <= 32 && g.stride_w == 1)));
+    case Direction::grad_input: return g.W / g.stride_w >= 8 && (C <= 20 || (K <= 4 && g.stride_w == 1));
+    default: return (g.Q >= 8 && K <= 12 && C <= 256) || (g.Q >= 16 && C <= 16 && g.stride_w == 1 && nchw);
+  }
 }
 
 // Whether stride, padding or the dilated filter dwarf an axis of the input.

@@ -1,24 +1,25 @@
-// Convolution with few channels on the broadcast side, vectorised over pixels (NCHW): first layers, narrow groups, and the
-// gradient of their inputs. The general kernel would spend its time packing, or leave most lanes of a panel empty.
+// Convolution with few channels on the broadcast side, vectorised over pixels: first layers, narrow groups, and the gradient of
+// their inputs. The general kernel would spend its time packing, or leave most lanes of a panel empty.
 //
 //   result[k; i, j] = bias[k] + sum_{r,c,s} weight[k, c, t] source[c, i step_h + row_t, j step_w + column_t]     t = (r, s)
 //
-// It is the GEMM core with the roles turned: A is the weight, packed [(r,c,s)][rows of the tile], and B the image itself, up to
-// 8 vectors of pixels of one row, found through a table of offsets. For that the rows of the source are copied once into a
-// padded buffer with the columns of equal remainder modulo step_w side by side:
+// The register tile is some filters by some vectors of pixels, wherever in a block of rows these lie; the weights, broadcast, are
+// packed [(r,c,s)][filters of the tile], and the pixels are read from a padded copy of the rows (conv2d_planar_rows.h) through a
+// table of offsets, one for each term of the sum.
 //
-//   buffer[row][c][column mod step_w][column / step_w]      columns from the first tap's, zero outside the source
-//
-// The filter row r comes first in the sum, so that the taps above and below the image are left out instead of multiplied by 0.
-// For grad_input, each phase (h mod stride_h, w mod stride_w) of the input is such a correlation of grad_output with step 1.
+// The filter row r comes first in the sum, so that the taps above and below the image are left out instead of multiplied by 0:
+// the rows of a block fall into bands that meet the same filter rows. For grad_input, each phase (h mod stride_h, w mod stride_w)
+// of the input is such a correlation of grad_output with step 1. Where the result cannot be written in whole vectors at once
+// (several phases, channels_last, rows shorter than a vector, channels in several parts) it is kept in a tile at first.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../geometry.h"
-#include "conv2d_gemm.h"
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_planar_rows.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -28,107 +29,143 @@ using implicit_gemm::Correlation;
 using implicit_gemm::Phase;
 using implicit_gemm::Tap;
 
-// Vectors of pixels beside `rows` filters in a tile: 12 accumulators or nearly, in 16 registers.
-constexpr int tile_vectors(int rows) { return rows == 1 ? 6 : rows <= 3 ? 4 : rows == 4 ? 3 : 2; }
+// Accumulators: 12 of 16 registers or 24 of 32 leave room for what is multiplied: `rows` weights and a vector of pixels, or the
+// pixels and one weight, whichever are fewer.
+inline constexpr int accumulators = TORCHCNN_VECTOR_REGISTERS / 4 * 3;
+inline constexpr int max_rows = accumulators / 2;
+constexpr int tile_vectors(int rows) { return std::min(8, accumulators / rows); }
 
-// Source rows buffered at a time, all of their channels: 32 Ki floats are half of the smaller L2 caches.
-inline constexpr int64_t buffer_elements = 32 * 1024;
-
-// to[m to_row + x] (+)= A B, for `count` pixels x, started at `start` unless it adds.
-template <class T, int rows, int vectors>
-void row_tile(int64_t count, int64_t depth, const T* weight, const T* pixels, const int64_t* offset, const T* start, bool add,
-              bool relu, T* to, int64_t to_row) {
-  gemm::Tile<T, rows, vectors> tile;
-  T spill[rows * vectors * kLanes<T>];
-  const bool whole = count == vectors * kLanes<T>;
-  tile.start_at(start);
-  gemm::StridedA<T> left{weight, 1, rows};
-  gemm::IndirectB<T> right{pixels, offset};
-  tile.accumulate(depth, left, right);
-  if (add) tile.add_from(to, to_row);  // into whole vectors only: sums in several parts are kept in a padded tile
-  if (relu) tile.rectify();
-  if (whole) return tile.store_to(to, to_row);
-  tile.store_to(spill, vectors * kLanes<T>);
-  for (int m = 0; m < rows; ++m) implicit_gemm::copy_row(spill + m * vectors * kLanes<T>, count, to + m * to_row);
+// How many filters the next tile of `rest` takes: the last two share evenly what would leave a sliver.
+inline int64_t tile_rows(int64_t rest) {
+  return rest >= max_rows * 3 / 2 || rest <= max_rows ? std::min<int64_t>(rest, max_rows) : (rest + 1) / 2;
 }
 
-template <class T, int rows, int vectors = tile_vectors(rows)>
-void row_tile_of(int64_t needed, int64_t count, int64_t depth, const T* weight, const T* pixels, const int64_t* offset,
-                 const T* start, bool add, bool relu, T* to, int64_t to_row) {
-  if constexpr (vectors > 1) {
-    if (needed < vectors)
-      return row_tile_of<T, rows, vectors - 1>(needed, count, depth, weight, pixels, offset, start, add, relu, to, to_row);
-  }
-  row_tile<T, rows, vectors>(count, depth, weight, pixels, offset, start, add, relu, to, to_row);
-}
+// Terms are added in runs of at most 64, then the runs: rounding errors grow with the longer of the two instead of the depth.
+inline constexpr int64_t max_run = 64;
 
-// One row of `columns` pixels for `rows` filters. Where the last tile is narrow it overlaps the one before, unless it adds.
-template <class T, int rows>
-void row_product(int64_t columns, int64_t depth, const T* weight, const T* pixels, const int64_t* offset, const T* start,
-                 bool add, bool relu, T* to, int64_t to_row) {
-  constexpr int64_t L = kLanes<T>, width = tile_vectors(rows) * L;
-  for (int64_t x = 0; x < columns;) {
-    int64_t count = std::min(width, columns - x);
-    const int64_t needed = ceil_div(count, L);
-    if (!add && count < needed * L && columns >= needed * L) count = needed * L, x = columns - count;
-    row_tile_of<T, rows>(needed, count, depth, weight, pixels + x, offset, start, add, relu, to + x, to_row);
-    x += count;
-  }
-}
+// Source rows buffered at a time, all of their channels: 48 Ki floats are 192 KiB, and leave room in an L2 cache of 512 KiB.
+inline constexpr int64_t buffer_elements = 48 * 1024;
 
+// A sum starts at start[m] (null: 0); what is there is added, and it is rectified.
 template <class T>
-struct Buffer {
-  int64_t first_column, columns;  // of the source, padded; one of step_w remainders holds `pitch` of them
-  int64_t pitch, row;             // row: elements between the rows of the source
+struct Ends {
+  const T* start;
+  bool add, relu;
 };
 
-// Rows row ... row + count - 1 of channels c ... c + channels - 1 of one image.
+// Where a product reads and writes its vectors of pixels.
 template <class T>
-void fill_buffer(const Correlation<T>& p, const Buffer<T>& b, int64_t n, int64_t c, int64_t channels, int64_t row, int64_t count,
-                 T* buffer) {
-  const Strides& s = p.source.strides;
-  for (int64_t remainder = 0; remainder < p.step_w; ++remainder) {
-    // Element x is source column first_column + remainder + x step_w; left ... end - 1 exist.
-    const int64_t first = b.first_column + remainder;
-    const int64_t left = std::min(b.pitch, first < 0 ? ceil_div(-first, p.step_w) : 0);
-    const int64_t end =
-        first >= p.source.columns ? left : std::clamp(ceil_div(p.source.columns - first, p.step_w), left, b.pitch);
-    for (int64_t r = 0; r < count; ++r) {
-      for (int64_t channel = 0; channel < channels; ++channel) {
-        const T* from = p.source.data + n * s.n + (c + channel) * s.c + (row + r) * s.h + first + left * p.step_w;
-        T* to = buffer + r * b.row + (channel * p.step_w + remainder) * b.pitch;
-        implicit_gemm::zero_beyond(to, left);
-        const int64_t tail = end / kLanes<T> * kLanes<T>;  // b.pitch ends a vector too
-        implicit_gemm::zero_beyond(to + tail, b.pitch - tail);
-        if (left == end) continue;
-        if (p.step_w == 1)
-          implicit_gemm::copy_row(from, end - left, to + left);
-        else
-          gather_strided(from, p.step_w, end - left, to + left);
+struct Vectors {
+  const T* pixels;
+  const int64_t* source;
+  T* result;
+  const int64_t* target;
+  int64_t result_row;  // from one filter to the next
+};
+
+// result[target[v] + m result_row ...] (+)= sum_d weight[d][m] pixels[source[v] + offset[d] ...], a vector each, for as many of
+// the `count` vectors as make whole tiles.
+template <class T, int rows, int vectors>
+[[gnu::noinline]] void tile_products(int64_t count, int64_t depth, const T* weight, const int64_t* offset, const Vectors<T>& at,
+                                     const Ends<T>& ends) {
+  constexpr int64_t L = kLanes<T>;
+  T total[rows * vectors * L] = {};
+  const int64_t run_length = ceil_div(depth, std::max<int64_t>(1, ceil_div(depth, max_run)));
+  for (int64_t first = 0; first + vectors <= count; first += vectors) {
+    const T* from[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) from[v] = at.pixels + at.source[first + v];
+    const T* w = weight;
+    const int64_t *o = offset, *const end = offset + depth;
+    bool again = false;
+    do {
+      Vec<T> sum[rows][vectors];
+      if (again || ends.start == nullptr) {
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) sum[m][v] = Vec<T>{};
+      } else {
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) sum[m][v] = ends.start[m] - Vec<T>{};
       }
-    }
+      for (const int64_t* run_end = std::min(end, o + run_length); o < run_end; ++o, w += rows) {
+        if constexpr (vectors <= rows) {
+          Vec<T> right[vectors];
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) right[v] = load(from[v] + *o);
+#pragma GCC unroll 12
+          for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) sum[m][v] += w[m] * right[v];
+        } else {
+          T left[rows];
+#pragma GCC unroll 12
+          for (int m = 0; m < rows; ++m) left[m] = w[m];
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) {
+            Vec<T> right = load(from[v] + *o);
+            planar_rows::hold(right);
+#pragma GCC unroll 12
+            for (int m = 0; m < rows; ++m) sum[m][v] += left[m] * right;
+          }
+        }
+      }
+      if (again) {
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) sum[m][v] += load(total + (m * vectors + v) * L);
+      }
+      again = o < end;
+      if (again) {
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) store(total + (m * vectors + v) * L, sum[m][v]);
+        continue;
+      }
+      if (ends.add) {
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) sum[m][v] += load(at.result + at.target[first + v] + m * at.result_row);
+      }
+      if (ends.relu) {
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) sum[m][v] = rectified<T>(sum[m][v]);
+      }
+#pragma GCC unroll 12
+      for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) store(at.result + at.target[first + v] + m * at.result_row, sum[m][v]);
+    } while (again);
   }
 }
 
-// to[column] = from[column % phases][column / phases] + bias, rectified if asked for.
-template <class T>
-void merge_phases(const T* from, int64_t phase_stride, int64_t phases, int64_t columns, T bias, bool relu, T* to) {
-  constexpr int64_t L = kLanes<T>;
-  const auto finish = [&](T x) { return relu && x + bias < T(0) ? T(0) : x + bias; };
-  if (phases > 2) {
-    for (int64_t phase = 0; phase < phases; ++phase, from += phase_stride)
-      for (int64_t j = 0, column = phase; column < columns; ++j, column += phases) to[column] = finish(from[j]);
-    return;
+// The same for any number of vectors: what is left after tiles of `vectors` goes to tiles of half as many.
+template <class T, int rows, int vectors = tile_vectors(rows)>
+void row_product(int64_t count, int64_t depth, const T* weight, const int64_t* offset, Vectors<T> at, const Ends<T>& ends) {
+  if (count >= vectors) tile_products<T, rows, vectors>(count, depth, weight, offset, at, ends);
+  if constexpr (vectors > 1) {
+    const int64_t done = count / vectors * vectors;
+    if (done == count) return;
+    at.source += done, at.target += done;
+    row_product<T, rows, vectors / 2>(count - done, depth, weight, offset, at, ends);
   }
-  int64_t column = 0;
-  if (phases == 2 && !relu && bias == T(0)) {
-    for (; column + 2 * L <= columns; column += 2 * L) {
-      const Vec<T> even = load(from + column / 2), odd = load(from + phase_stride + column / 2);
-      store(to + column, interleave<T>(even, odd, 0, kEachLane<T>));
-      store(to + column + L, interleave<T>(even, odd, 1, kEachLane<T>));
-    }
+}
+
+// Calls run(std::integral_constant<int, rows>) for 1 <= rows <= max_rows.
+template <class Run, int most = max_rows>
+inline void with_rows(int64_t rows, Run run) {
+  if constexpr (most > 1) {
+    if (rows < most) return with_rows<Run, most - 1>(rows, run);
   }
-  for (; column < columns; ++column) to[column] = finish(from[column % phases * phase_stride + column / phases]);
+  run(std::integral_constant<int, most>());
 }
 
 // Runs the correlation; element (k, c, t) of a group's weights is at group group_stride + k k_stride + c c_stride + t.weight.
@@ -143,18 +180,25 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
     first_row = std::min(first_row, p.taps[t].row), last_row = std::max(last_row, p.taps[t].row);
     first_column = std::min(first_column, p.taps[t].column), last_column = std::max(last_column, p.taps[t].column);
   }
-  Buffer<T> b{first_column, (largest.columns - 1) * p.step_w + last_column - first_column + 1, 0, 0};
+  planar_rows::Buffer b{first_column, (largest.columns - 1) * p.step_w + last_column - first_column + 1, p.step_w, 0, 0, 0};
   // A tile may read up to a vector less one element beyond the last pixel.
   b.pitch = ceil_div(ceil_div(b.columns, p.step_w) + L - 1, L) * L;
+  b.channel_stride = p.step_w * b.pitch;
   // Few rows in a block would be copied again and again by the blocks around: take part of the channels at a time instead.
-  const int64_t channel_size = p.step_w * b.pitch, halo = last_row - first_row + 1;
+  const int64_t halo = last_row - first_row + 1;
   const int64_t wanted_rows = std::min<int64_t>(largest.rows, std::max<int64_t>(4, 2 * halo / p.step_h));
-  const int64_t chunk = std::clamp<int64_t>(buffer_elements / (channel_size * (wanted_rows * p.step_h + halo)), 1, p.channels);
-  const int64_t chunks = ceil_div(p.channels, chunk);
-  b.row = chunk * channel_size;
+  const int64_t capacity = buffer_elements / (b.channel_stride * (wanted_rows * p.step_h + halo));
+  const int64_t chunk = std::clamp<int64_t>(capacity, 1, p.channels), chunks = ceil_div(p.channels, chunk);
+  // In channels_last several narrow groups share the transposition of a vector of channels.
+  const int64_t bundle =
+      p.layout == Layout::nchw
+          ? 1
+          : std::clamp<int64_t>(std::min(L / std::max(p.channels, p.filters), capacity / p.channels), 1, p.groups);
+  const int64_t bundles = ceil_div(p.groups, bundle);
+  b.row_stride = bundle * chunk * b.channel_stride;
   // Each thread should get several blocks; rows may be split at will, since that changes no sum.
-  const int64_t share = ceil_div(p.N * p.groups * largest.rows, 4 * thread_count());
-  const int64_t block_rows = std::clamp<int64_t>(std::min((buffer_elements / b.row - halo) / p.step_h, share),
+  const int64_t share = ceil_div(p.N * bundles * largest.rows, 4 * thread_count());
+  const int64_t block_rows = std::clamp<int64_t>(std::min((buffer_elements / b.row_stride - halo) / p.step_h, share),
                                                  std::min<int64_t>(4, largest.rows), largest.rows);
   const int64_t blocks = ceil_div(largest.rows, block_rows);
 
@@ -180,7 +224,7 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
   T* packed = workspace<T>(Slot::packed_weight, p.groups * p.filters * patch_size);
   for (int64_t group = 0, at = 0; group < p.groups; ++group) {
     for (int64_t k = 0; k < p.filters;) {
-      const int64_t rows = gemm::tile_rows(p.filters - k);
+      const int64_t rows = tile_rows(p.filters - k);
       const T* from = weight + group * group_stride + k * k_stride;
       int64_t column = 0;
       for (int64_t c = 0; c < p.channels; c += chunk) {
@@ -190,8 +234,8 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
             for (int64_t t = filter_row[fr].first_tap; t < filter_row[fr].first_tap + filter_row[fr].taps; ++t, ++column) {
               for (int64_t m = 0; m < rows; ++m) packed[at++] = from[m * k_stride + channel * c_stride + p.taps[t].weight];
               const int64_t shift = p.taps[t].column - first_column;
-              offset[column] = (p.taps[t].row - first_row) * b.row + ((channel - c) * p.step_w + shift % p.step_w) * b.pitch +
-                               shift / p.step_w;
+              offset[column] = (p.taps[t].row - first_row) * b.row_stride + (channel - c) * b.channel_stride +
+                               shift % p.step_w * b.pitch + shift / p.step_w;
             }
           }
         }
@@ -200,48 +244,68 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
     }
   }
 
-  const bool direct = phases == 1 && chunks == 1;
-  const int64_t tile_pitch = ceil_div(largest.columns, L) * L;  // a row of the result before it is interleaved
-  const int64_t cost = block_rows * phases * patch_size * p.filters / phases * tile_pitch / L;
-  parallel_for(p.N * p.groups * blocks, cost, [&](int64_t task) {
-    const int64_t i_begin = task % blocks * block_rows, image = task / blocks, n = image / p.groups, group = image % p.groups;
-    const int64_t i_end = std::min(largest.rows, i_begin + block_rows);
+  const bool direct = p.layout == Layout::nchw && phases == 1 && chunks == 1 && largest.columns >= L;
+  const int64_t tile_pitch = ceil_div(largest.columns, L) * L;  // a row of the result before it is merged
+  const int64_t cost = block_rows * bundle * patch_size * p.filters * tile_pitch / L;
+  parallel_for(p.N * bundles * blocks, cost, [&](int64_t task) {
+    const int64_t i_begin = task % blocks * block_rows, i_end = std::min(largest.rows, i_begin + block_rows);
+    const int64_t n = task / blocks / bundles, first_group = task / blocks % bundles * bundle;
+    const int64_t groups = std::min(bundle, p.groups - first_group), filters = groups * p.filters;
     // The rows of the source that exist; row r of the buffer is source row i_begin step_h + first_row + r.
     const int64_t buffer_row = i_begin * p.step_h + first_row;
     const int64_t read_begin = std::clamp<int64_t>(buffer_row, 0, p.source.rows);
     const int64_t read_end = std::clamp<int64_t>((i_end - 1) * p.step_h + last_row + 1, read_begin, p.source.rows);
-    T* buffer = workspace<T>(Slot::patches, (block_rows * p.step_h + halo) * b.row + 8 * L);
-    T* tile = direct ? nullptr : workspace<T>(Slot::tile, block_rows * phases * p.filters * tile_pitch);
+    T* buffer = workspace<T>(Slot::patches, (block_rows * p.step_h + halo) * b.row_stride + 8 * L);
+    T* tile = direct ? nullptr : workspace<T>(Slot::tile, block_rows * phases * filters * tile_pitch);
+    int64_t* source = workspace<int64_t>(Slot::row_pointers, 2 * block_rows * (tile_pitch / L));
+    int64_t* target = source + block_rows * (tile_pitch / L);
     const Strides& s = p.result.strides;
-    T* result = p.result.data + n * s.n + group * p.filters * s.c;
+    T* result = p.result.data + n * s.n + first_group * p.filters * s.c;
+    const int64_t filter_stride = direct ? s.c : tile_pitch;
 
     for (int64_t c = 0; c < p.channels; c += chunk) {
       const int64_t channels = std::min(chunk, p.channels - c);
-      fill_buffer(p, b, n, group * p.channels + c, channels, read_begin, read_end - read_begin,
-                  buffer + (read_begin - buffer_row) * b.row);
-      for (int64_t k = 0, rows = 0; k < p.filters; k += rows) {
-        rows = gemm::tile_rows(p.filters - k);
-        const T* panel = packed + (group * p.filters + k) * patch_size;
-        for (int64_t f = 0; f < phases; ++f) {
-          const int64_t i_count = std::min(i_end, p.phases[f].rows) - i_begin;
-          for (int64_t i = 0; i < i_count; ++i) {
-            // The filter rows that meet the source: a range of them, since their source rows are in order.
-            int64_t begin = first_filter_row[f], end = first_filter_row[f + 1];
-            const int64_t h = (i_begin + i) * p.step_h;
-            const auto outside = [&](int64_t fr) {
-              return h + filter_row[fr].source_row < 0 || h + filter_row[fr].source_row >= p.source.rows;
-            };
-            while (begin < end && outside(begin)) ++begin;
-            while (begin < end && outside(end - 1)) --end;
-            const int64_t tap_begin = begin < end ? filter_row[begin].first_tap : 0;
-            const int64_t taps = begin < end ? filter_row[end - 1].first_tap + filter_row[end - 1].taps - tap_begin : 0;
-            const int64_t first = c * p.tap_count + tap_begin * channels;
-            const T* start = direct && epilogue.bias != nullptr ? epilogue.bias + group * p.filters + k : nullptr;
-            T* to = direct ? result + k * s.c + (i_begin + i) * s.h : tile + ((i * phases + f) * p.filters + k) * tile_pitch;
-            const T* pixels = buffer + i * p.step_h * b.row;
-            gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
-              row_product<T, count>(direct ? p.phases[f].columns : tile_pitch, taps * channels, panel + first * count, pixels,
-                                    offset + first, start, c > 0, direct && epilogue.relu, to, direct ? s.c : tile_pitch);
+      planar_rows::fill(p.source, p.N, n, first_group * p.channels + c, groups * channels, read_begin, read_end - read_begin, b,
+                        buffer + (read_begin - buffer_row) * b.row_stride);
+      for (int64_t f = 0; f < phases; ++f) {
+        const int64_t rows_of_phase = std::min(i_end, p.phases[f].rows) - i_begin;
+        for (int64_t i = 0; i < rows_of_phase;) {
+          // A band: rows that meet the same filter rows, which are a range, since their source rows are in order.
+          const auto meets = [&](int64_t row, int64_t fr) {
+            const int64_t h = (i_begin + row) * p.step_h + filter_row[fr].source_row;
+            return h >= 0 && h < p.source.rows;
+          };
+          int64_t begin = first_filter_row[f], end = first_filter_row[f + 1];
+          while (begin < end && !meets(i, begin)) ++begin;
+          while (begin < end && !meets(i, end - 1)) --end;
+          const auto in_band = [&](int64_t row) {
+            if (begin == end) return false;
+            return meets(row, begin) && meets(row, end - 1) && (begin == first_filter_row[f] || !meets(row, begin - 1)) &&
+                   (end == first_filter_row[f + 1] || !meets(row, end));
+          };
+          int64_t count = 0;
+          do {
+            const int64_t columns = direct ? largest.columns : tile_pitch;
+            for (int64_t x = 0; x < columns; x += L) {
+              const int64_t column = std::min(x, columns - L);  // the last vector of a row overlaps the one before
+              source[count] = i * p.step_h * b.row_stride + column;
+              target[count++] = (direct ? (i_begin + i) * s.h : (i * phases + f) * filters * tile_pitch) + column;
+            }
+          } while (++i < rows_of_phase && in_band(i));
+
+          const int64_t tap_begin = begin < end ? filter_row[begin].first_tap : 0;
+          const int64_t taps = begin < end ? filter_row[end - 1].first_tap + filter_row[end - 1].taps - tap_begin : 0;
+          const int64_t first = c * p.tap_count + tap_begin * channels;
+          for (int64_t k = 0, rows = 0; k < filters; k += rows) {
+            const int64_t in_bundle = k / p.filters, filter = first_group * p.filters + k;
+            rows = tile_rows((in_bundle + 1) * p.filters - k);
+            const T* start = c == 0 && epilogue.bias != nullptr ? epilogue.bias + filter : nullptr;
+            const Ends<T> ends{start, c > 0, epilogue.relu && c + channels == p.channels};
+            const T* panel = packed + filter * patch_size + first * rows;
+            const Vectors<T> at{buffer + in_bundle * p.channels * b.channel_stride, source,
+                                (direct ? result : tile) + k * filter_stride, target, filter_stride};
+            with_rows(rows, [&]<int tile_filters>(std::integral_constant<int, tile_filters>) {
+              row_product<T, tile_filters>(count, taps * channels, panel, offset + first, at, ends);
             });
           }
         }
@@ -252,12 +316,16 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
       for (int64_t f_h = 0; f_h < p.phases_h; ++f_h) {
         const int64_t h = (i_begin + i) * p.phases_h + f_h;
         if (h >= p.result.rows) break;
-        for (int64_t k = 0; k < p.filters; ++k) {
-          T* to = result + k * s.c + h * s.h;
-          const T* from = tile + ((i * phases + f_h * p.phases_w) * p.filters + k) * tile_pitch;
-          const T bias = epilogue.bias == nullptr ? T(0) : epilogue.bias[group * p.filters + k];
-          merge_phases(from, p.filters * tile_pitch, p.phases_w, p.result.columns, bias, epilogue.relu, to);
+        const T* from = tile + (i * phases + f_h * p.phases_w) * filters * tile_pitch;
+        if (p.layout == Layout::nchw) {
+          for (int64_t k = 0; k < filters; ++k)
+            planar_rows::merge_phases(from + k * tile_pitch, filters * tile_pitch, p.phases_w, p.result.columns,
+                                      result + k * s.c + h * s.h);
+          continue;
         }
+        for (int64_t f_w = 0; f_w < p.phases_w; ++f_w)
+          planar_rows::join_pixels(from + f_w * filters * tile_pitch, tile_pitch, filters, p.phases[f_w].columns,
+                                   result + h * s.h + f_w * s.w, p.phases_w * s.w);
       }
     }
   });

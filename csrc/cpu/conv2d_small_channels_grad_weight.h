@@ -1,0 +1,227 @@
+// The gradient of the weights where filters or taps are few, vectorised over pixels: first layers and narrow groups.
+//
+//   grad_weight[k,c,t] = sum_{n,i,j} grad_output[n,k,i,j] input[n, c, i stride_h + row_t, j stride_w + column_t]     t = (r, s)
+//
+// A vector of pixels of a row of grad_output is multiplied with the vectors of input that its taps see: both are read as they
+// lie, where the general kernel would transpose grad_output and leave the lanes beyond K empty. The register tile is some filters
+// by some (c, t); each of its elements is a vector of partial sums over the pixels of a block of rows. At the end of a block its
+// lanes are added and the result goes to sums[tile][element]: sums within a block and sums over blocks are short, and so are
+// their errors.
+//
+// Input rows come from a padded copy (conv2d_planar_rows.h). Where the rows of grad_output are no whole vectors, lanes of zeros
+// make up for it, and meet inputs that no tap pairs them with: a result that holds a NaN is computed again by the general kernel.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../geometry.h"
+#include "conv2d_gemm.h"
+#include "conv2d_implicit_gemm.h"
+#include "conv2d_planar_rows.h"
+#include "conv2d_small_channels.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace torchcnn::TORCHCNN_ISA::small_channels {
+
+// Filters and taps of a tile: 12 accumulators of 16 registers or 24 of 32.
+inline constexpr int max_tile_filters = 4;
+constexpr int tile_taps(int filters) { return std::min(8, TORCHCNN_VECTOR_REGISTERS / 4 * 3 / filters); }
+
+// In both copies together, as many elements as in a block of conv2d_small_channels.h.
+inline constexpr int64_t gradient_block_elements = 24 * 1024;
+
+// In place: lane l of v[0] becomes the sum of all lanes of v[l].
+template <class T, int block = int(kLanes<T> / 2)>
+[[gnu::always_inline]] inline void add_lanes(Vec<T>* v) {
+  if constexpr (block > 0) {
+#pragma GCC unroll 8
+    for (int l = 0; l < block; ++l) {
+      gemm::swap_blocks<T, block>(v[l], v[l + block], kEachLane<T>);
+      v[l] += v[l + block];
+    }
+    add_lanes<T, block / 2>(v);
+  }
+}
+
+// `rows` rows of `columns` pixels of grad_output: whole vectors and perhaps one that ends with the row and overlaps the one
+// before. gradient_filter: from one filter to the next; input_row: from the input under a row to that under the next.
+template <class T>
+struct GradientBlock {
+  int64_t rows, columns;
+  int64_t gradient_filter, gradient_row, input_row;
+};
+
+// sums[f taps + t] += sum over the block of gradient[f] input[offset[t]]; sums has room for whole vectors.
+template <class T, int filters, int taps>
+[[gnu::noinline]] void gradient_tile(const GradientBlock<T>& block, const T* gradient, const T* input, const int64_t* offset,
+                                     T* sums) {
+  constexpr int64_t L = kLanes<T>;
+  constexpr int elements = filters * taps;
+  const T* seen[taps];
+  for (int t = 0; t < taps; ++t) seen[t] = input + offset[t];
+  Vec<T> sum[filters][taps] = {};
+  const auto add_products = [&](int64_t x, const Vec<T>* g) [[gnu::always_inline]] {
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) {
+      Vec<T> right = load(seen[t] + x);
+      planar_rows::hold(right);
+#pragma GCC unroll 4
+      for (int f = 0; f < filters; ++f) sum[f][t] += g[f] * right;
+    }
+  };
+  const int64_t whole = block.columns / L * L;
+  Vec<IndexOf<T>> is_new;  // the lanes of a row's last vector that no other holds
+  for (int64_t l = 0; l < L; ++l) is_new[l] = l >= L - (block.columns - whole) ? -1 : 0;
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const T* left = gradient + i * block.gradient_row;
+    const int64_t row = i * block.input_row;
+    for (int64_t x = 0; x < whole; x += L) {
+      Vec<T> g[filters];
+#pragma GCC unroll 4
+      for (int f = 0; f < filters; ++f) g[f] = load(left + x + f * block.gradient_filter);
+      add_products(row + x, g);
+    }
+    if (whole < block.columns) {
+      const int64_t x = block.columns - L;
+      Vec<T> g[filters];
+#pragma GCC unroll 4
+      for (int f = 0; f < filters; ++f) g[f] = is_new ? load(left + x + f * block.gradient_filter) : Vec<T>{};
+      add_products(row + x, g);
+    }
+  }
+#pragma GCC unroll 16
+  for (int first = 0; first < elements; first += int(L)) {
+    Vec<T> v[L];
+#pragma GCC unroll 16
+    for (int l = 0; l < int(L); ++l) v[l] = first + l < elements ? sum[(first + l) / taps][(first + l) % taps] : Vec<T>{};
+    add_lanes<T>(v);
+    store(sums + first, load(sums + first) + v[0]);
+  }
+}
+
+template <class T, int filters, int taps = tile_taps(filters)>
+void gradient_tile_of(int64_t needed, const GradientBlock<T>& block, const T* gradient, const T* input, const int64_t* offset,
+                      T* sums) {
+  if constexpr (taps > 1) {
+    if (needed < taps) return gradient_tile_of<T, filters, taps - 1>(needed, block, gradient, input, offset, sums);
+  }
+  gradient_tile<T, filters, taps>(block, gradient, input, offset, sums);
+}
+
+// How many filters the next tile of `rest` takes.
+inline int64_t tile_filters(int64_t rest) { return rest == 5 || rest == 6 ? 3 : std::min<int64_t>(rest, max_tile_filters); }
+
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group(), patch_size = C * taps_count;
+  Tap* taps = workspace<Tap>(Slot::tables, taps_count);
+  implicit_gemm::input_taps(g, taps);
+  const planar_rows::View<const T> input_view{input, g.input_strides(), g.H, g.W},
+      gradient_view{grad_output, g.output_strides(), g.P, g.Q};
+
+  // Rows of grad_output are read where they lie, or from a copy with zeros up to a whole vector.
+  const bool in_place = g.layout == Layout::nchw && g.Q >= L;
+  const int64_t vectors = ceil_div(g.Q, L), columns = in_place ? g.Q : vectors * L;
+  planar_rows::Buffer b{-g.pad_w, 0, g.stride_w, 0, 0, 0};
+  b.columns = (columns - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
+  b.pitch = ceil_div(ceil_div(b.columns, g.stride_w), L) * L;
+  b.channel_stride = g.stride_w * b.pitch;
+  b.row_stride = C * b.channel_stride;
+  const int64_t halo = (g.R - 1) * g.dilation_h + 1;
+  // Rows of grad_output in a block: those of one tile of filters and the rows of input under them.
+  const int64_t row_elements = max_tile_filters * vectors * L + g.stride_h * b.row_stride;
+  const int64_t block_rows = std::clamp<int64_t>((gradient_block_elements - halo * b.row_stride) / row_elements,
+                                                 std::min<int64_t>(4, g.P), std::min<int64_t>(64, g.P));
+  const int64_t blocks_of_image = ceil_div(g.P, block_rows), blocks = g.N * blocks_of_image;
+
+  // Tiles of a group, in order: where their elements stand in sums, and the offset of each (c, t) into the buffer.
+  int64_t* offset = workspace<int64_t>(Slot::offsets, patch_size);
+  for (int64_t c = 0; c < C; ++c) {
+    for (int64_t t = 0; t < taps_count; ++t) {
+      const int64_t shift = taps[t].column + g.pad_w;
+      offset[c * taps_count + t] =
+          (taps[t].row + g.pad_h) * b.row_stride + c * b.channel_stride + shift % g.stride_w * b.pitch + shift / g.stride_w;
+    }
+  }
+  // Calls visit(k, filters, first (c, t), taps, place in sums) for every tile and returns the size of sums.
+  const auto each_tile = [&](auto visit) {
+    int64_t place = 0;
+    for (int64_t k = 0, filters = 0; k < K; k += filters) {
+      filters = tile_filters(K - k);
+      const int64_t tiles = ceil_div(patch_size, tile_taps(int(filters)));
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = tile * patch_size / tiles, count = (tile + 1) * patch_size / tiles - first;
+        visit(k, filters, first, count, place);
+        place += ceil_div(filters * count, L) * L;
+      }
+    }
+    return place;
+  };
+
+  // The sum over blocks is cut into slices, added in order at the end: how many is decided by the geometry alone, or the bits
+  // would depend on the number of threads.
+  const int64_t slices = g.G >= 8 ? 1 : std::min<int64_t>(8, blocks), weights = g.K * patch_size;
+  T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  parallel_for(g.G * slices, K * patch_size * vectors * g.P * g.N / slices, [&](int64_t task) {
+    const int64_t slice = task % slices, group = task / slices;
+    T* buffer = workspace<T>(Slot::patches, ((block_rows - 1) * g.stride_h + halo) * b.row_stride + L);
+    T* gradient_copy = in_place ? nullptr : workspace<T>(Slot::gradient, max_tile_filters * block_rows * vectors * L);
+    const int64_t sums_size = each_tile([](auto...) {});
+    T* sums = workspace<T>(Slot::tile, sums_size);
+    for (int64_t x = 0; x < sums_size; x += L) store(sums + x, Vec<T>{});
+
+    for (int64_t block = slice * blocks / slices; block < (slice + 1) * blocks / slices; ++block) {
+      const int64_t n = block / blocks_of_image, i_begin = block % blocks_of_image * block_rows;
+      const int64_t rows = std::min(block_rows, g.P - i_begin), input_rows = (rows - 1) * g.stride_h + halo;
+      const int64_t row = i_begin * g.stride_h - g.pad_h;
+      const int64_t begin = std::clamp<int64_t>(-row, 0, input_rows), end = std::clamp(g.H - row, begin, input_rows);
+      planar_rows::clear(C, begin, b, buffer);
+      planar_rows::fill(input_view, g.N, n, group * C, C, row + begin, end - begin, b, buffer + begin * b.row_stride);
+      planar_rows::clear(C, input_rows - end, b, buffer + end * b.row_stride);
+
+      int64_t copied = -1;
+      const T* gradient = nullptr;
+      GradientBlock<T> shape{rows, columns, 0, 0, g.stride_h * b.row_stride};
+      each_tile([&](int64_t k, int64_t filters, int64_t first, int64_t count, int64_t place) {
+        if (k != copied) {
+          copied = k;
+          if (in_place) {
+            gradient = grad_output + n * gradient_view.strides.n + (group * K + k) * gradient_view.strides.c + i_begin * g.Q;
+            shape.gradient_filter = g.P * g.Q, shape.gradient_row = g.Q;
+          } else {
+            const planar_rows::Buffer of{0, g.Q, 1, vectors * L, vectors * L, rows * vectors * L};
+            planar_rows::fill(gradient_view, g.N, n, group * K + k, filters, i_begin, rows, of, gradient_copy);
+            gradient = gradient_copy;
+            shape.gradient_filter = of.channel_stride, shape.gradient_row = of.row_stride;
+          }
+        }
+        switch (filters) {
+          case 4: return gradient_tile_of<T, 4>(count, shape, gradient, buffer, offset + first, sums + place);
+          case 3: return gradient_tile_of<T, 3>(count, shape, gradient, buffer, offset + first, sums + place);
+          case 2: return gradient_tile_of<T, 2>(count, shape, gradient, buffer, offset + first, sums + place);
+          default: return gradient_tile_of<T, 1>(count, shape, gradient, buffer, offset + first, sums + place);
+        }
+      });
+    }
+    each_tile([&](int64_t k, int64_t filters, int64_t first, int64_t count, int64_t place) {
+      T* to = partial + slice * weights + (group * K + k) * patch_size + first;
+      for (int64_t f = 0; f < filters; ++f)
+        for (int64_t t = 0; t < count; ++t) to[f * patch_size + t] = sums[place + f * count + t];
+    });
+  });
+  if (slices > 1) {
+    for (int64_t i = 0; i < weights; ++i) {
+      T sum = partial[i];
+      for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * weights + i];
+      grad_weight[i] = sum;
+    }
+  }
+  for (int64_t i = 0; i < weights; ++i)
+    if (grad_weight[i] != grad_weight[i]) return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA::small_channels
