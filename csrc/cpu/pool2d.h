@@ -21,35 +21,15 @@
 
 namespace torchcnn::TORCHCNN_ISA {
 
-// One window that covers the plane.
-inline bool is_global(const Pool2dGeometry& g) {
-  if (g.P != 1 || g.Q != 1) return false;
-  const Window row = row_window(g, 0), column = column_window(g, 0);
-  const bool dense = g.adaptive || (g.pad_h == 0 && g.pad_w == 0 && g.dilation_h == 1 && g.dilation_w == 1);
-  return dense && row.begin == 0 && row.end == g.H && column.begin == 0 && column.end == g.W;
-}
-
-// Adaptive windows that all have the same size and distance, on one axis.
-template <class WindowOf>
-inline bool slides(int64_t windows, int64_t size, int64_t stride, WindowOf window_of) {
-  for (int64_t p = 0; p < windows; ++p) {
-    const Window window = window_of(p);
-    if (window.begin != p * stride || window.end - window.begin != size) return false;
-  }
-  return true;
-}
-
 // The same windows, said more simply: adaptive ones as sliding ones where they are, and 1x1 windows as one row of them.
+//
+// Window p covers floor(p H / P) ... ceil((p + 1) H / P) - 1. With H = P stride + rest, that is p stride + floor(p rest / P) and so
+// on: all windows have the same distance and size, stride + rest, if rest is 0 or 1.
 inline Pool2dGeometry simplified(Pool2dGeometry g) {
-  if (g.adaptive) {
-    const Window row = row_window(g, 0), column = column_window(g, 0);
-    const int64_t stride_h = g.P > 1 ? row_window(g, 1).begin : 1, stride_w = g.Q > 1 ? column_window(g, 1).begin : 1;
-    if (stride_h > 0 && stride_w > 0 && slides(g.P, row.end, stride_h, [&](int64_t p) { return row_window(g, p); }) &&
-        slides(g.Q, column.end, stride_w, [&](int64_t q) { return column_window(g, q); })) {
-      g.adaptive = false;
-      g.R = row.end, g.S = column.end;
-      g.stride_h = stride_h, g.stride_w = stride_w;
-    }
+  if (g.adaptive && g.P <= g.H && g.Q <= g.W && (g.P == 1 || g.H % g.P <= 1) && (g.Q == 1 || g.W % g.Q <= 1)) {
+    g.adaptive = false;
+    g.stride_h = g.H / g.P, g.stride_w = g.W / g.Q;
+    g.R = g.stride_h + g.H % g.P, g.S = g.stride_w + g.W % g.Q;
   }
   g = with_steps_taken(g);
   if (!g.adaptive && g.R == 1 && g.S == 1 && g.P == g.H && g.Q == g.W && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 &&

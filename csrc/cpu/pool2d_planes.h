@@ -104,6 +104,23 @@ inline void store_group(const Pool2dGeometry& g, const Arithmetic<T>* results, i
   });
 }
 
+// A plane that is one window may be cut into rows of any length: of one vector, or of four where there are enough. What is left
+// over, `rest` elements in the last row, is read with a mask.
+template <class A>
+struct WholePlane {
+  Pool2dGeometry g;
+  int64_t rest;
+
+  explicit WholePlane(const Pool2dGeometry& geometry) : g(geometry), rest(0) {
+    const int64_t count = g.H * g.W, L = kLanes<A>;
+    if (!is_global(g) || count < L || !(g.adaptive || g.S == g.W)) return;
+    g.W = g.S = count % (4 * L) == 0 ? 4 * L : L;
+    g.H = g.R = count / g.W;
+    rest = count % g.W;
+  }
+  int64_t plane() const { return g.H * g.W + rest; }
+};
+
 inline const Window* windows_of_columns(const Pool2dGeometry& g) {
   Window* columns = workspace<Window>(Slot::tables, g.Q);
   for (int64_t q = 0; q < g.Q; ++q) columns[q] = column_window(g, q);
@@ -122,13 +139,16 @@ template <class A>
 }
 
 template <class T, PositionKind kind>
-void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, void* positions) {
+void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, const T* input, T* output, void* positions) {
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
   constexpr int64_t L = kLanes<A>;
+  const WholePlane<A> whole(geometry);
+  const Pool2dGeometry& g = whole.g;
+  const int64_t plane_size = whole.plane(), rest = whole.rest;
   constexpr bool coded = kind != PositionKind::none, of_plane = kind == PositionKind::indices;
   const Window* columns = windows_of_columns(g);
-  const T* end = input + g.N * g.C * g.H * g.W;
+  const T* end = input + g.N * g.C * plane_size;
   const int64_t pitch = round_up_to_lanes<A>(g.W), step = g.dilation_h * g.W;
   const I row_code = static_cast<I>(of_plane ? step : g.S);
   [[maybe_unused]] const I column_code = static_cast<I>(of_plane ? g.dilation_w : 1);
@@ -147,7 +167,7 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
       I first_code = static_cast<I>(row.begin * g.W);
       if (!of_plane) first_code = static_cast<I>((row.begin - p * g.stride_h + g.pad_h) / g.dilation_h * g.S);
       for (int64_t l = 0; l < planes; ++l) {
-        const T* plane = input + ((first + l) * g.H + row.begin) * g.W;
+        const T* plane = input + (first + l) * plane_size + row.begin * g.W;
         for_each_columns<A>(g.W, [&]<int vectors>(const int64_t* at) {
           Best<A> best[vectors];
 #pragma GCC unroll 4
@@ -161,6 +181,10 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
             for (int v = 0; v < vectors; ++v) {
               best[v].offer((Vec<A>)((Vec<I>)load_row_end(from + at[v], g.W, end) ^ sign), broadcast(code));
             }
+          }
+          if (vectors == 1 && rest > 0) {
+            const Vec<A> last = (Vec<A>)((Vec<I>)load_row_end(from, rest, end) ^ sign);
+            best[0].offer(steps_of<I>(1) < static_cast<I>(rest) ? last : broadcast(kLeast<A>), broadcast(code));
           }
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
@@ -220,11 +244,14 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
 // ------------------------------------------------------------------------------------------------------------------ averages
 
 template <class T>
-void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T* input, T* output) {
+void avg_pool2d_planes(const Pool2dGeometry& geometry, const Divisor& divisor, const T* input, T* output) {
   using A = Arithmetic<T>;
   constexpr int64_t L = kLanes<A>;
+  const WholePlane<A> whole(geometry);
+  const Pool2dGeometry& g = whole.g;
+  const int64_t plane_size = whole.plane(), rest = whole.rest;
   const Window* columns = windows_of_columns(g);
-  const T* end = input + g.N * g.C * g.H * g.W;
+  const T* end = input + g.N * g.C * plane_size;
   const int64_t pitch = round_up_to_lanes<A>(g.W), window_rows = g.adaptive ? ceil_div(g.H, g.P) : std::min(g.R, g.H);
   for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 2, [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
     const int64_t results = round_up_to_lanes<A>((p_end - p_begin) * g.Q);
@@ -234,13 +261,20 @@ void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T*
     for (int64_t p = p_begin; p < p_end; ++p) {
       const Window row = row_window(g, p);
       for (int64_t l = 0; l < planes; ++l) {
-        const T* plane = input + ((first + l) * g.H + row.begin) * g.W;
+        const T* plane = input + (first + l) * plane_size + row.begin * g.W;
         for_each_columns<A>(g.W, [&]<int vectors>(const int64_t* at) {
-          Vec<A> sum[vectors] = {};
-          const T* from = plane;
-          for (int64_t h = row.begin; h < row.end; ++h, from += g.W) {
+          Vec<A> sum[vectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) sum[v] = load_row_end(plane + at[v], g.W, end);
+          const T* from = plane + g.W;
+          for (int64_t h = row.begin + 1; h < row.end; ++h, from += g.W) {
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) sum[v] += load_row_end(from + at[v], g.W, end);
+          }
+          if (vectors == 1 && rest > 0) {
+            using Mask = Vec<IndexOf<A>>;
+            const Mask within = steps_of<IndexOf<A>>(1) < static_cast<IndexOf<A>>(rest);
+            sum[0] += (Vec<A>)((Mask)load_row_end(from, rest, end) & within);
           }
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) store(sum_rows + l * pitch + at[v], sum[v]);
@@ -251,7 +285,7 @@ void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T*
         const Window column = columns[q];
         Vec<A> sum = load(sum_lanes + column.begin * L);
         for (int64_t w = column.begin + 1; w < column.end; ++w) sum += load(sum_lanes + w * L);
-        store(mean + result * L, sum / static_cast<A>(divisor(row, column)));
+        store(mean + result * L, sum / static_cast<A>(divisor(row_window(geometry, p), column_window(geometry, q))));
       }
     }
     store_group<T>(g, mean, first, planes, p_begin * g.Q, (p_end - p_begin) * g.Q,
@@ -267,13 +301,13 @@ void avg_pool2d_grad_input_planes(const Pool2dGeometry& g, const Divisor& diviso
   const Cover rows = cover_of(g.H, g.P, table, [&](int64_t p) { return row_window(g, p); });
   const Cover columns = cover_of(g.W, g.Q, table + 2 * g.H, [&](int64_t q) { return column_window(g, q); });
   const T* end = grad_output + g.N * g.C * g.P * g.Q;
-  const int64_t planes = g.N * g.C, pitch = round_up_to_lanes<A>(g.Q);
+  const int64_t planes = g.N * g.C, pitch = round_up_to_lanes<A>(g.Q), line_pitch = round_up_to_lanes<A>(g.W);
   const int64_t band = std::clamp<int64_t>(16384 / g.W, 1, g.H), bands = ceil_div(g.H, band);
   parallel_for(ceil_div(planes, L) * bands, band * g.W * 2, [&](int64_t task) {
     const int64_t first = task / bands * L, used = std::min(L, planes - first);
     const int64_t h_begin = task % bands * band, h_end = std::min(g.H, h_begin + band);
-    A* row_share = workspace<A>(Slot::tile, L * (pitch + g.W + L));
-    A* sums = row_share + L * pitch;
+    A* row_share = workspace<A>(Slot::tile, L * (pitch + 2 * line_pitch));
+    A *sums = row_share + L * pitch, *line = sums + L * line_pitch;
     A* rows_of_share = workspace<A>(Slot::patches, L * pitch);
     for (int64_t h = h_begin, run_end; h < h_end; h = run_end) {
       run_end = h + 1;
@@ -300,13 +334,17 @@ void avg_pool2d_grad_input_planes(const Pool2dGeometry& g, const Divisor& diviso
         for (int64_t q = columns.first[w]; q <= columns.last[w]; ++q) sum += load(row_share + q * L);
         store(sums + w * L, sum);
       }
-      lanes_to_rows<A>(sums, g.W, [&](int64_t l, int64_t w, Vec<A> v) {
-        if (l >= used) return;
-        T* to = grad_input + (first + l) * g.H * g.W + w;
-        // What is written beyond a short row belongs to rows that follow.
-        for (int64_t row = h; row < run_end; ++row)
-          store_narrow_partial(to + row * g.W, v, std::min(L, (h_end - row) * g.W - w));
-      });
+      lanes_to_rows<A>(sums, g.W, [&](int64_t l, int64_t w, Vec<A> v) { store(line + l * line_pitch + w, v); });
+      for (int64_t l = 0; l < used; ++l) {
+        for (int64_t row = h; row < run_end; ++row) {
+          T* to = grad_input + ((first + l) * g.H + row) * g.W;
+          for (int64_t block = 0; block < g.W; block += L) {
+            // What is written beyond a short row belongs to rows that follow.
+            const int64_t w = g.W >= L ? std::min(block, g.W - L) : 0;
+            store_narrow_partial(to + w, load(line + l * line_pitch + w), std::min(L, (h_end - row) * g.W - w));
+          }
+        }
+      }
     }
   });
 }

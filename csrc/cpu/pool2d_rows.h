@@ -35,6 +35,14 @@ inline void prefetch_pair(const A* at) {
   for (int64_t byte = 0; byte < pair; byte += line) __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead + byte, write);
 }
 
+// The same for a row of `count` elements that is read alone.
+template <class T>
+inline void prefetch_row(const T* row, int64_t count) {
+  constexpr int64_t ahead = 4096, line = 64;
+  for (int64_t byte = 0; byte < count * int64_t(sizeof(T)); byte += line)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead + byte);
+}
+
 template <class T>
 inline int64_t round_up_to_lanes(int64_t count) {
   return ceil_div(count, kLanes<T>) * kLanes<T>;
@@ -61,6 +69,14 @@ inline bool windows_lie_inside(const Pool2dGeometry& g) {
          (g.Q - 1) * g.stride_w + g.dilation_w * (g.S - 1) < g.W;
 }
 
+// One window that covers the plane.
+inline bool is_global(const Pool2dGeometry& g) {
+  if (g.P != 1 || g.Q != 1) return false;
+  const Window row = row_window(g, 0), column = column_window(g, 0);
+  const bool dense = g.adaptive || (g.pad_h == 0 && g.pad_w == 0 && g.dilation_h == 1 && g.dilation_w == 1);
+  return dense && row.begin == 0 && row.end == g.H && column.begin == 0 && column.end == g.W;
+}
+
 // Rows are read in place if the elements need no conversion and no window needs padding.
 template <class T>
 inline bool reads_in_place(const Pool2dGeometry& g) {
@@ -83,7 +99,7 @@ inline bool can_be_staged(const Pool2dGeometry& g) {
 // Rows of windows that a task computes: outputs and staged rows stay in the caches next to the core.
 template <class T>
 inline int64_t windows_of_band(const Pool2dGeometry& g) {
-  constexpr int64_t band_outputs = 8192, staged_bytes = 64 * 1024;
+  constexpr int64_t band_outputs = 8192, staged_bytes = 16 * 1024;
   const int64_t by_outputs = std::max<int64_t>(1, band_outputs / g.Q);
   if (reads_in_place<T>(g)) return std::min(g.P, by_outputs);
   const int64_t rows = staged_bytes / static_cast<int64_t>(staged_pitch<Arithmetic<T>>(g) * sizeof(Arithmetic<T>));
@@ -140,6 +156,7 @@ Rows<Arithmetic<T>> stage_rows(const Pool2dGeometry& g, const T* plane, int64_t 
       continue;
     }
     fill_margins(to, margin, columns, pitch, neutral);
+    prefetch_row(plane + h * g.W, g.W);
     widen_row(plane + h * g.W, columns, to + margin);
     if (!negate) continue;
     for (int64_t w = 0; w < columns; ++w) to[margin + w] = -to[margin + w];
@@ -210,21 +227,22 @@ void write_tiles_2x2(const Pool2dGeometry& g, A* grad_input, VectorOf vector, Sc
     for (int64_t p = p_begin; p < p_end; ++p) {
       A *top = plane + 2 * p * g.W, *bottom = top + g.W;
       const int64_t row = (nc * g.P + p) * g.Q;
-      int64_t q = 0;
-      // A vector longer than the row writes into the next row, which is written later, and reads the next windows.
-      if (g.Q >= L || (p + 1 < p_end && 2 * L <= 3 * g.W && row + L <= windows)) {
-        for (; q < g.Q; q += L) {
+      if (g.Q < L && row + L > windows) {  // the end of the tensor: nothing may be read beyond it
+        for (int64_t q = 0; q < g.Q; ++q) {
+          for (int s = 0; s < 2; ++s) {
+            top[2 * q + s] = scalar(row + q, s);
+            bottom[2 * q + s] = scalar(row + q, 2 + s);
+          }
+        }
+      } else {
+        // A vector longer than a row writes into the rows below, which are written later, or else writes just the row.
+        const int64_t count = g.Q >= L || (p + 1 < p_end && 2 * L <= 3 * g.W) ? L : g.Q;
+        for (int64_t q = 0; q < g.Q; q += L) {
           if (q + L > g.Q && g.Q >= L) q = g.Q - L;  // overlap the last vector instead of a scalar tail
           const auto elements = vector(row + q);
           prefetch_pair<1, A>(top + 4 * q);
-          store_interleaved<A>(top + 2 * q, elements[0], elements[1]);
-          store_interleaved<A>(bottom + 2 * q, elements[2], elements[3]);
-        }
-      }
-      for (; q < g.Q; ++q) {
-        for (int s = 0; s < 2; ++s) {
-          top[2 * q + s] = scalar(row + q, s);
-          bottom[2 * q + s] = scalar(row + q, 2 + s);
+          store_interleaved<A>(top + 2 * q, elements[0], elements[1], count);
+          store_interleaved<A>(bottom + 2 * q, elements[2], elements[3], count);
         }
       }
       if (2 * g.Q < g.W) top[g.W - 1] = bottom[g.W - 1] = 0;

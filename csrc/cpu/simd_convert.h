@@ -1,6 +1,8 @@
 // Vectors of any element type in the arithmetic of element.h, the shuffles of strided rows, and integers stored in other widths.
 #pragma once
 
+#include <algorithm>
+
 #include "element.h"
 #include "simd.h"
 
@@ -99,10 +101,11 @@ inline void store_narrow(T* to, Vec<Arithmetic<T>> v) {
 }
 
 template <class T>
-inline Vec<Arithmetic<T>> load_wide_partial(const T* from, int64_t count) {
-  Vec<Arithmetic<T>> v{};
-  for (int64_t lane = 0; lane < count; ++lane) v[lane] = widen(from[lane]);
-  return v;
+[[gnu::noinline]] Vec<Arithmetic<T>> load_wide_partial(const T* from, int64_t count) {  // rare: kept out of the loops
+  constexpr int64_t L = kLanes<Arithmetic<T>>;
+  T lanes[L] = {};
+  copy_few<L / 2>(from, std::min(count, L - 1), lanes);
+  return load_wide(lanes);
 }
 
 template <class T>
@@ -240,11 +243,12 @@ inline Vec<T> in_order(Vec<T> v, std::index_sequence<lane...>) {
 #endif
 }
 
-// a0 b0 a1 b1 ...: to[0 ... 2 kLanes - 1].
+// a0 b0 a1 b1 ...: the first `count` pairs.
 template <class T>
-inline void store_interleaved(T* to, Vec<T> a, Vec<T> b) {
-  store(to, interleave<T>(a, b, 0, kEachLane<T>));
-  store(to + kLanes<T>, interleave<T>(a, b, 1, kEachLane<T>));
+inline void store_interleaved(T* to, Vec<T> a, Vec<T> b, int64_t count = kLanes<T>) {
+  constexpr int64_t L = kLanes<T>;
+  store_partial(to, interleave<T>(a, b, 0, kEachLane<T>), std::min(L, 2 * count));
+  if (2 * count > L) store_partial(to + L, interleave<T>(a, b, 1, kEachLane<T>), 2 * count - L);
 }
 
 // The lanes of a tap of consecutive windows, `stride` elements apart: 1 and 2 vectorised, 0 stands for any other. A result of
