@@ -89,7 +89,7 @@ void avg_pool2d_grad_input(const Pool2dGeometry& geometry, Divisor divisor, cons
   if constexpr (std::is_same_v<T, Arithmetic<T>>) {
     if (is_tiling_2x2(g)) return avg_pool2d_grad_input_tiling(g, divisor, grad_output, grad_input);
   }
-  if (can_spread(g)) return avg_pool2d_grad_input_rows(g, divisor, grad_output, grad_input);
+  if (!g.adaptive) return avg_pool2d_grad_input_rows(g, divisor, grad_output, grad_input);
   avg_pool2d_grad_input_planes(g, divisor, grad_output, grad_input);
 }
 

@@ -126,12 +126,21 @@ void spread_row(const Pool2dGeometry& g, const A* row_sum, A* to) {
   }
 }
 
-inline constexpr int64_t kLongestSpread = 32;
+// The same for windows of any size and distance.
+template <class A>
+void spread_row_any(const Pool2dGeometry& g, const A* row_sum, A* to) {
+  std::fill_n(to, g.W, A(0));
+  for (int64_t q = 0; q < g.Q; ++q) {
+    const Window column = column_window(g, q);
+    for (int64_t w = column.begin; w < column.end; ++w) to[w] += row_sum[q];
+  }
+}
 
-inline bool can_spread(const Pool2dGeometry& g) { return !g.adaptive && g.S <= kLongestSpread && g.stride_w <= 2; }
+inline constexpr int64_t kLongestSpread = 32;
 
 template <class A>
 auto spread_row_for(const Pool2dGeometry& g) {
+  if (g.S > kLongestSpread || g.stride_w > 2) return spread_row_any<A>;
   if (g.stride_w == 1) return g.S == 3 ? spread_row<A, 3, 1> : spread_row<A, 0, 1>;
   return g.S == 2 ? spread_row<A, 2, 2> : g.S == 3 ? spread_row<A, 3, 2> : spread_row<A, 0, 2>;
 }
@@ -152,7 +161,9 @@ void avg_pool2d_grad_input_rows(const Pool2dGeometry& g, const Divisor& divisor,
   const auto spread = spread_row_for<A>(g);
   const T* end = grad_output + g.N * g.C * g.P * g.Q;
   constexpr int64_t margin = kLongestSpread, beyond = 2 * L;
-  const int64_t sums = margin + std::max(windows, (g.W + g.pad_w) / g.stride_w) + 4 * L;
+  // Windows of at most kLongestSpread columns have little padding; what larger ones have is never read.
+  const int64_t vectors_reach = g.S > kLongestSpread || g.stride_w > 2 ? 0 : (g.W + g.pad_w) / g.stride_w;
+  const int64_t sums = margin + std::max(windows, vectors_reach) + 4 * L;
   const int64_t band = std::clamp<int64_t>(16384 / g.W, 1, g.H), bands = ceil_div(g.H, band);
   parallel_for(g.N * g.C * bands, band * ceil_div(g.W, L) * 6, [&](int64_t task) {
     const int64_t nc = task / bands, h_begin = task % bands * band, h_end = std::min(g.H, h_begin + band);

@@ -71,22 +71,24 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
       if (q + L > Q && Q >= L) q = Q - L;  // overlap the last vector instead of a scalar tail
       const A* at = row + q * step;
       if constexpr (stride_ == 2 && S_ >= 2) prefetch_pair<0, A>(row + 4 * q);
+      // Rows are searched on their own, so that one search need not wait for the other; then the best of each is offered.
       Best<A> best{};
-      const auto offer = [&](int64_t tap, Vec<A> candidate) {
-        if (tap == 0) {
-          best = {candidate, Vec<I>{}};
-        } else {
-          best.offer(candidate, broadcast(plan.codes[tap]));
-        }
-      };
       for (int64_t r = 0; r < R; ++r, at += row_step) {
+        const I* codes = plan.codes + r * S;
+        Best<A> of_row;
         if constexpr (stride_ == 2 && S_ >= 2) {
           const Vec<A> a = load(at), b = load(at + L);
-          offer(r * S, evens_blocked<A>(a, b));
-          offer(r * S + 1, odds_blocked<A>(a, b));
-          if constexpr (S_ == 3) offer(r * S + 2, load_evens_blocked(at + 2));
+          of_row = {evens_blocked<A>(a, b), broadcast(codes[0])};
+          of_row.offer(odds_blocked<A>(a, b), broadcast(codes[1]));
+          if constexpr (S_ == 3) of_row.offer(load_evens_blocked(at + 2), broadcast(codes[2]));
         } else {
-          for (int64_t s = 0; s < S; ++s) offer(r * S + s, load_tap<stride_>(at + s * column_step, step));
+          of_row = {load_tap<stride_>(at, step), broadcast(codes[0])};
+          for (int64_t s = 1; s < S; ++s) of_row.offer(load_tap<stride_>(at + s * column_step, step), broadcast(codes[s]));
+        }
+        if (r == 0) {
+          best = of_row;
+        } else {
+          best.offer(of_row.value, of_row.code);
         }
       }
       best = {ordered<stride_, A>(best.value), ordered<stride_, I>(best.code)};

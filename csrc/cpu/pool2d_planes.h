@@ -154,7 +154,8 @@ void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, c
   [[maybe_unused]] const I column_code = static_cast<I>(of_plane ? g.dilation_w : 1);
   const Vec<I> sign = broadcast(extremum.minimum ? std::numeric_limits<I>::min() : I(0));  // a minimum turns the sign bits
   const int64_t window_rows = g.adaptive ? ceil_div(g.H, g.P) : g.R;
-  for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 5, [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
+  for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 5,
+                    [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
     const int64_t results = round_up_to_lanes<A>((p_end - p_begin) * g.Q);
     A* value_rows = workspace<A>(Slot::tile, 2 * L * pitch + L * results);
     A *value_lanes = value_rows + L * pitch, *value_result = value_lanes + L * pitch;
@@ -194,8 +195,7 @@ void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, c
         });
       }
       rows_to_lanes(value_rows, pitch, g.W, value_lanes);
-      if (coded)
-        rows_to_lanes(reinterpret_cast<const A*>(code_rows), pitch, g.W, reinterpret_cast<A*>(code_lanes));
+      if (coded) rows_to_lanes(reinterpret_cast<const A*>(code_rows), pitch, g.W, reinterpret_cast<A*>(code_lanes));
       for (int64_t q = 0; q < g.Q; ++q, ++result) {
         const Window column = columns[q];
         Best<A> best{load(value_lanes + column.begin * L), Vec<I>{}};
@@ -220,10 +220,11 @@ void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, c
     store_group<T>(g, value_result, first, planes, begin, count,
                    [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
     if constexpr (coded) {
-      using Position = std::conditional_t<of_plane, int64_t, std::conditional_t<kind == PositionKind::byte_offsets, uint8_t, int32_t>>;
-      store_group<T>(g, reinterpret_cast<const A*>(code_result), first, planes, begin, count, [&](int64_t to, Vec<A> v, int64_t n) {
-        store_integers<I>(static_cast<Position*>(positions) + to, (Vec<I>)v, n);
-      });
+      using Position =
+          std::conditional_t<of_plane, int64_t, std::conditional_t<kind == PositionKind::byte_offsets, uint8_t, int32_t>>;
+      store_group<T>(
+          g, reinterpret_cast<const A*>(code_result), first, planes, begin, count,
+          [&](int64_t to, Vec<A> v, int64_t n) { store_integers<I>(static_cast<Position*>(positions) + to, (Vec<I>)v, n); });
     }
   });
 }
@@ -232,8 +233,7 @@ template <class T>
 void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
   switch (positions.kind) {
     case PositionKind::none: return extremum_pool2d_planes<T, PositionKind::none>(g, extremum, input, output, nullptr);
-    case PositionKind::indices:
-      return extremum_pool2d_planes<T, PositionKind::indices>(g, extremum, input, output, positions.to);
+    case PositionKind::indices: return extremum_pool2d_planes<T, PositionKind::indices>(g, extremum, input, output, positions.to);
     case PositionKind::byte_offsets:
       return extremum_pool2d_planes<T, PositionKind::byte_offsets>(g, extremum, input, output, positions.to);
     case PositionKind::int_offsets:
@@ -253,7 +253,8 @@ void avg_pool2d_planes(const Pool2dGeometry& geometry, const Divisor& divisor, c
   const Window* columns = windows_of_columns(g);
   const T* end = input + g.N * g.C * plane_size;
   const int64_t pitch = round_up_to_lanes<A>(g.W), window_rows = g.adaptive ? ceil_div(g.H, g.P) : std::min(g.R, g.H);
-  for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 2, [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
+  for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 2,
+                    [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
     const int64_t results = round_up_to_lanes<A>((p_end - p_begin) * g.Q);
     A* sum_rows = workspace<A>(Slot::tile, 2 * L * pitch + L * results);
     A *sum_lanes = sum_rows + L * pitch, *mean = sum_lanes + L * pitch;

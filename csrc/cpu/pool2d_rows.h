@@ -179,7 +179,8 @@ void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutra
     if constexpr (std::is_same_v<T, A>) {
       const int64_t last = nc * g.H * g.W + ((p_end - 1) * g.stride_h + g.dilation_h * (g.R - 1)) * g.W;
       const int64_t reach = (g.Q - 1) * g.stride_w + g.dilation_w * (g.S - 1) + 1;
-      if (in_place && (g.Q >= kLanes<A> || last + reach + beyond <= g.N * g.C * g.H * g.W)) return visit(nc, p_begin, p_end, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
+      if (in_place && (g.Q >= kLanes<A> || last + reach + beyond <= g.N * g.C * g.H * g.W))
+        return visit(nc, p_begin, p_end, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
     }
     visit(nc, p_begin, p_end, stage_rows(g, plane, p_begin, p_end, neutral, negate));
   });
