@@ -1,6 +1,7 @@
 // What the host functions of conv2d.cpp and pool2d.cpp need from a tensor, on PyTorch's stable ABI.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -78,6 +79,16 @@ inline Tensor in_layout(const Tensor& tensor, Layout layout) {
   return torch::stable::contiguous(tensor, layout == Layout::nchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
 }
 
+// Asks for huge pages under a large tensor that has not been touched yet: a fresh page costs more than to fill it.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge_page = uintptr_t(2) << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + huge_page - 1) / huge_page * huge_page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / huge_page * huge_page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // An uninitialised activation of the dtype given, on the device of `like`.
 inline Tensor empty_activation(const Tensor& like, ScalarType dtype, int64_t N, int64_t C, int64_t H, int64_t W, Layout layout) {
   const Strides s = activation_strides(layout, C, H, W);
@@ -89,7 +100,11 @@ inline Tensor empty_activation(const Tensor& like, ScalarType dtype, int64_t N, 
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), strides.data(),
                                                   torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                                   device_type, device_index, &handle));
-  return Tensor(handle);
+  const Tensor tensor(handle);
+  constexpr int64_t worth_a_call = int64_t(4) << 20;
+  const int64_t bytes = N * s.n * tensor.element_size();
+  if (bytes >= worth_a_call && tensor.is_cpu()) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 inline Tensor empty_activation(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W, Layout layout) {

@@ -37,6 +37,25 @@ def test_windows_above_256_taps_take_four_bytes():
     assert saved_tensors(lambda: torchcnn.functional.max_pool2d(input, 17)) == [(torch.int32, (1, 2, 2, 2))]
 
 
+@pytest.mark.parametrize("output_size, dtype", [(7, torch.uint8), (6, torch.uint8), (1, torch.uint8), (5, torch.int64)])
+def test_adaptive_max_keeps_offsets_where_its_windows_slide(output_size, dtype):
+    """13 = 6 x 2 + 1 slides, 14 = 7 x 2 too; of 13 rows in 5 windows some are 3 high, some 4."""
+    size = 14 if output_size == 7 else 13
+    input = torch.randn(2, 3, size, size, requires_grad=True)
+    kept = saved_tensors(lambda: torchcnn.functional.adaptive_max_pool2d(input, output_size))
+    assert kept == [(dtype, (2, 3, output_size, output_size))]
+
+
+@pytest.mark.parametrize("kernel_size, padding", [((2**32, 1), (2**31, 0)), ((1, 2**32), (0, 2**31))], ids=["high", "wide"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_window_far_larger_than_the_plane(memory_format, kernel_size, padding):
+    """The work is that of the plane, not of the 2 ** 32 positions of a window that is padding but for one of them."""
+    input = torch.ones(1, 2, 1, 1).to(memory_format=memory_format).requires_grad_()
+    output = torchcnn.functional.avg_pool2d(input, kernel_size, 1, padding, divisor_override=4)
+    assert torch.equal(output, torch.full((1, 2, 1 + (padding[0] > 0), 1 + (padding[1] > 0)), 0.25))
+    assert torch.equal(torch.autograd.grad(output.sum(), input)[0], torch.full((1, 2, 1, 1), 0.5))
+
+
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

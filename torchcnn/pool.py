@@ -503,8 +503,6 @@ def _extremum(op, alone, with_indices, input, arguments, dtypes, return_indices)
     check_tensors(op, input=input)
     check_dtype(op, input.dtype, dtypes)
     input, unbatched = batched(op, "input", input)
-    if callable(arguments):
-        arguments = arguments(input)
     if not return_indices:
         output = alone(input, *arguments)
         return output.squeeze(0) if unbatched else output
@@ -655,6 +653,17 @@ def _adaptive_size(op, output_size, input):
     )
 
 
+def _sliding_window(size, output_size):
+    """The eight ints of the sliding windows that adaptive ones are, or None where these differ in size or distance.
+
+    With H = P stride + rest all windows are stride apart and stride + rest long if rest is 0 or 1 (csrc/cpu/pool2d.h).
+    """
+    if not all(type(x) is int and type(y) is int and 0 < y <= x and x % y <= 1 for x, y in zip(size, output_size, strict=True)):
+        return None
+    (H, W), (P, Q) = size, output_size
+    return H // P + H % P, W // Q + W % Q, H // P, W // Q, 0, 0, 1, 1
+
+
 def adaptive_avg_pool2d(input, output_size):
     """Mean of each of P x Q windows that together cover the input, whatever its size.
 
@@ -667,7 +676,7 @@ def adaptive_avg_pool2d(input, output_size):
         output_size: an int or a pair (P, Q); None in the place of one keeps the size of the input.
 
     Returns:
-        (N, C, P, Q) in the layout of the input. Differentiable to any order in input.
+        (N, C, P, Q) in the layout of the input. Differentiable to any order in input; backward keeps no tensor.
 
     Raises:
         RuntimeError: a negative size or an empty plane. NotImplementedError: any other dtype.
@@ -690,18 +699,20 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     Equivalent to: ``torch.nn.functional.adaptive_max_pool2d(input, output_size, return_indices)``
 
     Windows are those of `adaptive_avg_pool2d`; ties, NaN, indices and numerics those of `max_pool2d`. Dtypes: float32,
-    float64, bfloat16 and float16.
+    float64, bfloat16 and float16. For backward is kept what `max_pool2d` keeps where all windows have the same size and distance
+    (H mod P and W mod Q are 0 or 1), else the indices, 8 bytes an output element; never the input.
     """
     op = "adaptive_max_pool2d"
-    return _extremum(
-        op,
-        _adaptive_max_pool2d,
-        _adaptive_max_pool2d_with_indices,
-        input,
-        lambda input: _adaptive_size(op, output_size, input),
-        FLOATING_DTYPES,
-        return_indices,
-    )
+    check_tensors(op, input=input)
+    check_dtype(op, input.dtype, FLOATING_DTYPES)
+    input, unbatched = batched(op, "input", input)
+    size = _adaptive_size(op, output_size, input)
+    if return_indices:
+        output, indices = _adaptive_max_pool2d_with_indices(input, *size)
+        return (output.squeeze(0), indices.squeeze(0)) if unbatched else (output, indices)
+    window = None if torch.compiler.is_compiling() else _sliding_window(input.shape[2:], size)
+    output = _adaptive_max_pool2d(input, *size) if window is None else _max_pool2d(input, *window, False)
+    return output.squeeze(0) if unbatched else output
 
 
 def global_avg_pool2d(input):

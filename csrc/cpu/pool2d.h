@@ -1,14 +1,13 @@
 // Vectorised pooling: which kernel serves which geometry. Every choice is made here, from the geometry alone.
 //
 //   layout          windows              forward                                   backward
-//   NCHW            sliding              vectors over the windows of a row         by rows of the input (average), gather or
+//   NCHW            sliding, stride 1, 2 vectors over the windows of a row         by rows of the input (average), gather or
 //                                        (pool2d_extremum_nchw.h,                  scatter by offsets (pool2d_offsets_nchw.h,
 //                                        pool2d_average_nchw.h)                    pool2d_indexed.h)
-//                   one, the whole plane vectors over the plane                    fill (average)
-//                   adaptive             vectors over w, then column by column     by rows of the input (average)
+//                   any other, few       vectors over planes (pool2d_planes.h)     the same (average), scatter by offsets
 //   channels_last   any                  vectors over the channels                 gather (pool2d_channels_last.h)
 //
-// Windows that are mostly padding, and planes whose positions leave a lane, run the loops of pool2d_reference.h.
+// Planes whose positions leave a lane run the loops of pool2d_reference.h.
 #pragma once
 
 #include "kernels.h"
@@ -17,36 +16,45 @@
 #include "pool2d_extremum_nchw.h"
 #include "pool2d_indexed.h"
 #include "pool2d_offsets_nchw.h"
+#include "pool2d_planes.h"
 #include "pool2d_reference.h"
 
 namespace torchcnn::TORCHCNN_ISA {
 
-// One window that covers the plane.
-inline bool is_global(const Pool2dGeometry& g) {
-  if (g.P != 1 || g.Q != 1) return false;
-  const Window row = row_window(g, 0), column = column_window(g, 0);
-  const bool dense = g.adaptive || (g.pad_h == 0 && g.pad_w == 0 && g.dilation_h == 1 && g.dilation_w == 1);
-  return dense && row.begin == 0 && row.end == g.H && column.begin == 0 && column.end == g.W;
+// The same windows, said more simply: adaptive ones as sliding ones where they are, and 1x1 windows as one row of them.
+//
+// Window p covers floor(p H / P) ... ceil((p + 1) H / P) - 1. With H = P stride + rest, that is p stride + floor(p rest / P) and so
+// on: all windows have the same distance and size, stride + rest, if rest is 0 or 1.
+inline Pool2dGeometry simplified(Pool2dGeometry g) {
+  if (g.adaptive && g.P <= g.H && g.Q <= g.W && (g.P == 1 || g.H % g.P <= 1) && (g.Q == 1 || g.W % g.Q <= 1)) {
+    g.adaptive = false;
+    g.stride_h = g.H / g.P, g.stride_w = g.W / g.Q;
+    g.R = g.stride_h + g.H % g.P, g.S = g.stride_w + g.W % g.Q;
+  }
+  g = with_steps_taken(g);
+  if (!g.adaptive && g.R == 1 && g.S == 1 && g.P == g.H && g.Q == g.W && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 &&
+      g.pad_w == 0) {
+    g.W = g.Q = g.H * g.W;
+    g.H = g.P = 1;
+  }
+  return g;
 }
 
 template <class T>
 void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, const T* input, T* output, Positions positions) {
   using A = Arithmetic<T>;
-  const Pool2dGeometry g = with_steps_taken(geometry);
-  // A global offset r S + s is the index h W + w, for a kernel of the size of the plane.
+  const Pool2dGeometry g = simplified(geometry);
   if (g.H > std::numeric_limits<IndexOf<A>>::max() / 2 / g.W)
     return reference::extremum_pool2d_forward(geometry, extremum, input, output, positions);
   if (g.layout == Layout::channels_last) return extremum_pool2d_channels_last(g, extremum, input, output, positions);
-  const bool offsets_are_indices = g.adaptive || g.S == g.W;
-  if (is_global(g) && offsets_are_indices) return extremum_pool2d_global(g, extremum, input, output, positions);
-  if (g.adaptive) return extremum_pool2d_adaptive(g, extremum, input, output, positions);
-  if (can_be_staged<A>(g) && index_fits_lane<A>(g)) return extremum_pool2d_sliding(g, extremum, input, output, positions);
-  reference::extremum_pool2d_forward(geometry, extremum, input, output, positions);
+  if (!suits_planes<A>(g) && can_be_staged<A>(g) && index_fits_lane<A>(g))
+    return extremum_pool2d_sliding(g, extremum, input, output, positions);
+  extremum_pool2d_planes(g, extremum, input, output, positions);
 }
 
 template <class T, class Offset>
 void offset_pool2d_grad_input(const Pool2dGeometry& geometry, const T* grad_output, const Offset* offsets, T* grad_input) {
-  const Pool2dGeometry g = with_steps_taken(geometry);
+  const Pool2dGeometry g = simplified(geometry);
   constexpr int64_t most_gathered_taps = 16;
   const bool dense = g.dilation_h == 1 && g.dilation_w == 1;
   if (g.layout == Layout::channels_last && dense && g.R * g.S <= most_gathered_taps)
@@ -67,23 +75,22 @@ void offset_pool2d_grad_input(const Pool2dGeometry& g, const T* grad_output, Pos
 
 template <class T>
 void avg_pool2d_forward(const Pool2dGeometry& geometry, Divisor divisor, const T* input, T* output) {
-  const Pool2dGeometry g = with_steps_taken(geometry);
+  const Pool2dGeometry g = simplified(geometry);
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last(g, divisor, input, output);
-  if (is_global(g)) return avg_pool2d_global(g, divisor, input, output);
-  if (g.adaptive) return avg_pool2d_adaptive(g, divisor, input, output);
-  if (can_be_staged<Arithmetic<T>>(g)) return avg_pool2d_sliding(g, divisor, input, output);
-  reference::avg_pool2d_forward(geometry, divisor, input, output);
+  if (!suits_planes<Arithmetic<T>>(g) && can_be_staged<Arithmetic<T>>(g)) return avg_pool2d_sliding(g, divisor, input, output);
+  avg_pool2d_planes(g, divisor, input, output);
 }
 
 template <class T>
 void avg_pool2d_grad_input(const Pool2dGeometry& geometry, Divisor divisor, const T* grad_output, T* grad_input) {
-  const Pool2dGeometry g = with_steps_taken(geometry);
+  const Pool2dGeometry g = simplified(geometry);
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last_grad_input(g, divisor, grad_output, grad_input);
   if (is_global(g)) return avg_pool2d_global_grad_input(g, divisor, grad_output, grad_input);
   if constexpr (std::is_same_v<T, Arithmetic<T>>) {
     if (is_tiling_2x2(g)) return avg_pool2d_grad_input_tiling(g, divisor, grad_output, grad_input);
   }
-  avg_pool2d_grad_input_rows(g, divisor, grad_output, grad_input);
+  if (!g.adaptive) return avg_pool2d_grad_input_rows(g, divisor, grad_output, grad_input);
+  avg_pool2d_grad_input_planes(g, divisor, grad_output, grad_input);
 }
 
 template <class T>

@@ -53,7 +53,7 @@ void average_rows(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A
       const A* at = row + q * step;
       Vec<A> sum{};
       if constexpr (stride_ == 2 && S_ >= 2) {
-        prefetch_pair<0>(row + 4 * q);
+        prefetch_pair<0, A>(row + 4 * q);
         Vec<A> a{}, b{}, last{};
         for (int64_t r = 0; r < R; ++r) {
           a += load(at + r * pitch);
@@ -71,11 +71,7 @@ void average_rows(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A
       sum = ordered<stride_, A>(sum);
       const Vec<A> mean =
           averaging.exact_factor != 0 ? sum * averaging.exact_factor : sum / (load(averaging.column_divisor + q) * row_divisor);
-      if (Q >= L) {
-        store(values + q, mean);
-      } else {
-        store_partial(values + q, mean, Q);
-      }
+      store_partial(values + q, mean, std::min(L, (p_end - p) * Q - q));  // beyond a short row lie rows that are written later
     }
   }
 }
@@ -105,51 +101,6 @@ void avg_pool2d_sliding(const Pool2dGeometry& g, const Divisor& divisor, const T
   });
 }
 
-// The mean of a whole plane.
-template <class T>
-void avg_pool2d_global(const Pool2dGeometry& g, const Divisor& divisor, const T* input, T* output) {
-  using A = Arithmetic<T>;
-  constexpr int64_t L = kLanes<A>, unroll = 4;
-  const int64_t count = g.H * g.W;
-  const A divide_by = static_cast<A>(divisor(row_window(g, 0), column_window(g, 0)));
-  parallel_for(g.N * g.C, count / L, [&](int64_t nc) {
-    const T* plane = input + nc * count;
-    Vec<A> sums[unroll] = {};
-    int64_t i = 0;
-    for (; i + unroll * L <= count; i += unroll * L)
-      for (int64_t u = 0; u < unroll; ++u) sums[u] += load_wide(plane + i + u * L);
-    for (; i + L <= count; i += L) sums[0] += load_wide(plane + i);
-    A sum = horizontal_sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < count; ++i) sum += widen(plane[i]);
-    output[nc] = narrow<T>(sum / divide_by);
-  });
-}
-
-template <class T>
-void avg_pool2d_adaptive(const Pool2dGeometry& g, const Divisor& divisor, const T* input, T* output) {
-  using A = Arithmetic<T>;
-  constexpr int64_t L = kLanes<A>;
-  const T* end = input + g.N * g.C * g.H * g.W;
-  parallel_for(g.N * g.C, g.H * g.W / L + g.P * g.W, [&](int64_t nc) {
-    A* column_sum = workspace<A>(Slot::tile, round_up_to_lanes<A>(g.W));
-    for (int64_t p = 0; p < g.P; ++p) {
-      const Window row = row_window(g, p);
-      for (int64_t w = 0; w < g.W; w += L) {
-        const T* from = input + (nc * g.H + row.begin) * g.W + w;
-        Vec<A> sum{};
-        for (int64_t h = row.begin; h < row.end; ++h, from += g.W) sum += load_row_end(from, g.W - w, end);
-        store(column_sum + w, sum);
-      }
-      for (int64_t q = 0; q < g.Q; ++q) {
-        const Window column = column_window(g, q);
-        A sum = 0;
-        for (int64_t w = column.begin; w < column.end; ++w) sum += column_sum[w];
-        output[(nc * g.P + p) * g.Q + q] = narrow<T>(sum / static_cast<A>(divisor(row, column)));
-      }
-    }
-  });
-}
-
 // ------------------------------------------------------------------------------------------------------------------ backward
 
 // to[w] = sum of row_sum[q] over the windows q that contain w. row_sum is zero outside the windows, S elements to the left and
@@ -175,10 +126,10 @@ void spread_row(const Pool2dGeometry& g, const A* row_sum, A* to) {
   }
 }
 
-// The same for any windows.
+// The same for windows of any size and distance.
 template <class A>
 void spread_row_any(const Pool2dGeometry& g, const A* row_sum, A* to) {
-  for (int64_t w = 0; w < g.W; ++w) to[w] = 0;
+  std::fill_n(to, g.W, A(0));
   for (int64_t q = 0; q < g.Q; ++q) {
     const Window column = column_window(g, q);
     for (int64_t w = column.begin; w < column.end; ++w) to[w] += row_sum[q];
@@ -189,7 +140,7 @@ inline constexpr int64_t kLongestSpread = 32;
 
 template <class A>
 auto spread_row_for(const Pool2dGeometry& g) {
-  if (g.adaptive || g.S > kLongestSpread || g.stride_w > 2) return spread_row_any<A>;
+  if (g.S > kLongestSpread || g.stride_w > 2) return spread_row_any<A>;
   if (g.stride_w == 1) return g.S == 3 ? spread_row<A, 3, 1> : spread_row<A, 0, 1>;
   return g.S == 2 ? spread_row<A, 2, 2> : g.S == 3 ? spread_row<A, 3, 2> : spread_row<A, 0, 2>;
 }
@@ -210,7 +161,9 @@ void avg_pool2d_grad_input_rows(const Pool2dGeometry& g, const Divisor& divisor,
   const auto spread = spread_row_for<A>(g);
   const T* end = grad_output + g.N * g.C * g.P * g.Q;
   constexpr int64_t margin = kLongestSpread, beyond = 2 * L;
-  const int64_t sums = margin + std::max(windows, (g.W + g.pad_w) / std::clamp<int64_t>(g.stride_w, 1, 2)) + 4 * L;
+  // Windows of at most kLongestSpread columns have little padding; what larger ones have is never read.
+  const int64_t vectors_reach = g.S > kLongestSpread || g.stride_w > 2 ? 0 : (g.W + g.pad_w) / g.stride_w;
+  const int64_t sums = margin + std::max(windows, vectors_reach) + 4 * L;
   const int64_t band = std::clamp<int64_t>(16384 / g.W, 1, g.H), bands = ceil_div(g.H, band);
   parallel_for(g.N * g.C * bands, band * ceil_div(g.W, L) * 6, [&](int64_t task) {
     const int64_t nc = task / bands, h_begin = task % bands * band, h_end = std::min(g.H, h_begin + band);

@@ -1,11 +1,9 @@
-// Max and min pooling, NCHW, forward.
+// Max and min pooling, NCHW, forward, vectors over the windows of a row.
 //
 // Each lane keeps the best value of its window and the code of the tap where it stands; what a code is depends on what is asked
 // for: r S + s, or the distance r dilation_h W + s dilation_w from tap (0, 0) in the plane. A minimum is the maximum of the
 // negated values. Ties, NaN and windows are those of pool2d_reference.h: taps are offered in row-major order, a later one wins if
 // it is greater or NaN.
-//
-// Adaptive windows reduce the rows of a window first, as vectors over w, then its columns one by one.
 #pragma once
 
 #include <limits>
@@ -72,23 +70,25 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
     for (int64_t q = 0; q < Q; q += L) {
       if (q + L > Q && Q >= L) q = Q - L;  // overlap the last vector instead of a scalar tail
       const A* at = row + q * step;
-      if constexpr (stride_ == 2 && S_ >= 2) prefetch_pair<0>(row + 4 * q);
+      if constexpr (stride_ == 2 && S_ >= 2) prefetch_pair<0, A>(row + 4 * q);
+      // Rows are searched on their own, so that one search need not wait for the other; then the best of each is offered.
       Best<A> best{};
-      const auto offer = [&](int64_t tap, Vec<A> candidate) {
-        if (tap == 0) {
-          best = {candidate, Vec<I>{}};
-        } else {
-          best.offer(candidate, broadcast(plan.codes[tap]));
-        }
-      };
       for (int64_t r = 0; r < R; ++r, at += row_step) {
+        const I* codes = plan.codes + r * S;
+        Best<A> of_row;
         if constexpr (stride_ == 2 && S_ >= 2) {
           const Vec<A> a = load(at), b = load(at + L);
-          offer(r * S, evens_blocked<A>(a, b));
-          offer(r * S + 1, odds_blocked<A>(a, b));
-          if constexpr (S_ == 3) offer(r * S + 2, load_evens_blocked(at + 2));
+          of_row = {evens_blocked<A>(a, b), broadcast(codes[0])};
+          of_row.offer(odds_blocked<A>(a, b), broadcast(codes[1]));
+          if constexpr (S_ == 3) of_row.offer(load_evens_blocked(at + 2), broadcast(codes[2]));
         } else {
-          for (int64_t s = 0; s < S; ++s) offer(r * S + s, load_tap<stride_>(at + s * column_step, step));
+          of_row = {load_tap<stride_>(at, step), broadcast(codes[0])};
+          for (int64_t s = 1; s < S; ++s) of_row.offer(load_tap<stride_>(at + s * column_step, step), broadcast(codes[s]));
+        }
+        if (r == 0) {
+          best = of_row;
+        } else {
+          best.offer(of_row.value, of_row.code);
         }
       }
       best = {ordered<stride_, A>(best.value), ordered<stride_, I>(best.code)};
@@ -97,12 +97,8 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
         best.code = best.value == kLeast<A> ? load(plan.first_column + q) + first_row : best.code;
       if (plan.extremum.relu) best.rectify();
       if (plan.extremum.minimum) best.value = -best.value;
-      const int64_t count = Q - q;
-      if (count >= L) {
-        store(values + q, best.value);
-      } else {
-        store_partial(values + q, best.value, count);
-      }
+      const int64_t count = std::min(L, (p_end - p) * Q - q);  // beyond a short row lie rows that are written later
+      store_partial(values + q, best.value, count);
       if constexpr (kind == PositionKind::indices)
         store_integers<I>(static_cast<int64_t*>(positions) + to + q,
                           best.code + (lane_steps + broadcast(static_cast<I>(origin + q * step))), count);
@@ -166,93 +162,6 @@ void extremum_pool2d_sliding(const Pool2dGeometry& g, Extremum extremum, const T
       A* values = workspace<A>(Slot::tile, count);
       rows_kernel(plan, rows, nc, p_begin, p_end, values, positions.to);
       narrow_row(values, count, to);
-    }
-  });
-}
-
-// The better of two candidates in any order: the earlier of equal ones, the later of two NaN.
-template <class A>
-inline void offer_anywhere(A candidate, int64_t candidate_index, A& best, int64_t& index) {
-  const bool nan = candidate != candidate, best_nan = best != best;
-  const bool wins = nan ? !best_nan || candidate_index > index
-                        : !best_nan && (candidate > best || (candidate == best && candidate_index < index));
-  if (wins) {
-    best = candidate;
-    index = candidate_index;
-  }
-}
-
-// The extreme of a whole plane; the vectors run over its positions.
-template <class T>
-void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
-  using A = Arithmetic<T>;
-  using I = IndexOf<A>;
-  constexpr int64_t L = kLanes<A>, unroll = 4;  // independent chains: an offer waits for the one before
-  const int64_t count = g.H * g.W;
-  const Vec<A> sign = extremum.minimum ? broadcast(A(-1)) : broadcast(A(1));
-  parallel_for(g.N * g.C, count / L * 5, [&](int64_t nc) {
-    const T* plane = input + nc * count;
-    Best<A> best[unroll];
-    for (Best<A>& chain : best) chain = {broadcast(kLeast<A>), steps_of<I>(1)};
-    int64_t i = 0;
-    for (; i + unroll * L <= count; i += unroll * L) {
-      for (int64_t u = 0; u < unroll; ++u)
-        best[u].offer(load_wide(plane + i + u * L) * sign, steps_of<I>(1) + static_cast<I>(i + u * L));
-    }
-    for (; i + L <= count; i += L) best[0].offer(load_wide(plane + i) * sign, steps_of<I>(1) + static_cast<I>(i));
-    A value = kLeast<A>;
-    int64_t index = 0;  // of a plane that is -inf throughout, too
-    for (const Best<A>& chain : best)
-      for (int64_t lane = 0; lane < L; ++lane) {
-        if (chain.value[lane] != kLeast<A>) offer_anywhere<A>(chain.value[lane], chain.code[lane], value, index);
-      }
-    for (; i < count; ++i) offer_anywhere<A>(widen(plane[i]) * sign[0], i, value, index);
-    if (extremum.relu && value <= 0) {
-      value = 0;
-      index = -1;
-    }
-    output[nc] = narrow<T>(extremum.minimum ? -value : value);
-    switch (positions.kind) {
-      case PositionKind::indices: static_cast<int64_t*>(positions.to)[nc] = index; break;
-      case PositionKind::byte_offsets: static_cast<uint8_t*>(positions.to)[nc] = static_cast<uint8_t>(index); break;
-      case PositionKind::int_offsets: static_cast<int32_t*>(positions.to)[nc] = static_cast<int32_t>(index); break;
-      case PositionKind::none: break;
-    }
-  });
-}
-
-template <class T>
-void extremum_pool2d_adaptive(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
-  using A = Arithmetic<T>;
-  using I = IndexOf<A>;
-  constexpr int64_t L = kLanes<A>;
-  const int64_t pitch = round_up_to_lanes<A>(g.W);
-  const A sign = extremum.minimum ? A(-1) : A(1);
-  const T* end = input + g.N * g.C * g.H * g.W;
-  parallel_for(g.N * g.C, g.H * g.W, [&](int64_t nc) {
-    // Of column w and the rows of one window: the best value, and its row.
-    A* column_best = workspace<A>(Slot::tile, pitch);
-    I* column_row = workspace<I>(Slot::partial_sums, pitch);
-    for (int64_t p = 0; p < g.P; ++p) {
-      const Window row = row_window(g, p);
-      for (int64_t w = 0; w < g.W; w += L) {
-        const T* from = input + (nc * g.H + row.begin) * g.W + w;
-        Best<A> best{broadcast(kLeast<A>), broadcast(static_cast<I>(row.begin))};
-        for (int64_t h = row.begin; h < row.end; ++h, from += g.W)
-          best.offer(load_row_end(from, g.W - w, end) * sign, broadcast(static_cast<I>(h)));
-        store(column_best + w, best.value);
-        store(column_row + w, best.code);
-      }
-      for (int64_t q = 0; q < g.Q; ++q) {
-        const Window column = column_window(g, q);
-        A value = column_best[column.begin];
-        int64_t index = column_row[column.begin] * g.W + column.begin;
-        for (int64_t w = column.begin + 1; w < column.end; ++w)
-          offer_anywhere<A>(column_best[w], column_row[w] * g.W + w, value, index);
-        const int64_t to = (nc * g.P + p) * g.Q + q;
-        output[to] = narrow<T>(value * sign);
-        if (positions.kind == PositionKind::indices) static_cast<int64_t*>(positions.to)[to] = index;
-      }
     }
   });
 }

@@ -39,6 +39,12 @@ void for_each_owned(const Pool2dGeometry& g, Visit visit) {
 template <class Visit>
 void for_each_window(const Pool2dGeometry& g, int64_t n, int64_t c_begin, int64_t channels, Visit visit) {
   const Strides out = g.output_strides();
+  if (g.layout == Layout::nchw) {  // one channel, whose windows follow each other
+    int64_t at = n * out.n + c_begin * out.c;
+    for (int64_t p = 0; p < g.P; ++p)
+      for (int64_t q = 0; q < g.Q; ++q) visit(p, q, c_begin, at++);
+    return;
+  }
   for (int64_t p = 0; p < g.P; ++p)
     for (int64_t q = 0; q < g.Q; ++q)
       for (int64_t c = c_begin; c < c_begin + channels; ++c) visit(p, q, c, n * out.n + c * out.c + p * out.h + q * out.w);
@@ -72,7 +78,7 @@ struct OwnedPlanes {
     }
   }
 
-  A& at(int64_t index, int64_t c) const { return sums[index * step + c - c_begin]; }
+  A& at(int64_t index, int64_t c) const { return sums[step == 1 ? index : index * step + c - c_begin]; }
 
   void write_back() const {
     if constexpr (!std::is_same_v<T, A>) {
@@ -87,17 +93,25 @@ template <class T>
 bool pool2d_scatter_add(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input) {
   std::atomic<bool> inside = true;
   const uint64_t plane = static_cast<uint64_t>(g.H * g.W);
+  const int64_t windows = g.P * g.Q;
   for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
     const OwnedPlanes<T> planes(g, grad_input, n, c_begin, channels);
     bool all_inside = true;
-    for_each_window(g, n, c_begin, channels, [&](int64_t, int64_t, int64_t c, int64_t from) {
-      const int64_t index = indices[from];
-      if (static_cast<uint64_t>(index) < plane) {
-        planes.at(index, c) += widen(grad_output[from]);
-      } else {
-        all_inside = false;
+    if (planes.step == 1) {
+      Arithmetic<T>* to = planes.sums;
+      const int64_t begin = (n * g.C + c_begin) * windows;
+      for (int64_t i = begin; i < begin + windows; ++i) {
+        const uint64_t index = static_cast<uint64_t>(indices[i]);
+        if (index < plane) to[index] += widen(grad_output[i]);
+        all_inside &= index < plane;
       }
-    });
+    } else {
+      for_each_window(g, n, c_begin, channels, [&](int64_t, int64_t, int64_t c, int64_t from) {
+        const uint64_t index = static_cast<uint64_t>(indices[from]);
+        if (index < plane) planes.at(static_cast<int64_t>(index), c) += widen(grad_output[from]);
+        all_inside &= index < plane;
+      });
+    }
     planes.write_back();
     if (!all_inside) inside.store(false, std::memory_order_relaxed);
   });

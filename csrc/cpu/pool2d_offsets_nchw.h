@@ -99,7 +99,7 @@ void offset_pool2d_grad_input_gather(const Pool2dGeometry& g, const T* grad_outp
   // From a vector before the first window to what the last vector of a row of grad_input looks at.
   const int64_t pitch = margin + round_up_to_lanes<A>(std::max(g.Q, (g.W + g.pad_w) / g.stride_w)) + 3 * L;
   const int64_t count = g.N * g.C * g.P * g.Q;
-  constexpr int64_t staged_bytes = 64 * 1024;
+  constexpr int64_t staged_bytes = 16 * 1024;
   const int64_t staged_rows = std::max<int64_t>(1, staged_bytes / static_cast<int64_t>(pitch * (sizeof(A) + sizeof(I))));
   const int64_t band = std::clamp<int64_t>(staged_rows * g.stride_h - g.R, 1, g.H), bands = ceil_div(g.H, band);
   parallel_for(g.N * g.C * bands, g.R * g.S * ceil_div(g.Q, L) * band / g.stride_h * 4, [&](int64_t task) {

@@ -27,12 +27,20 @@ struct Rows {
 };
 
 // Rows that are read or written two at a time are streams that break off at every row, which the processor does not foresee. So
-// what lies some way ahead is asked for, in the order of memory: `at` is where two cache lines would be next if the rows were one.
+// what lies some way ahead is asked for, in the order of memory: `at` is where the next four vectors would be if the rows were one.
 template <int write, class A>
 inline void prefetch_pair(const A* at) {
+  constexpr int64_t ahead = 4096, line = 64, pair = 4 * TORCHCNN_VECTOR_BYTES;
+#pragma GCC unroll 4
+  for (int64_t byte = 0; byte < pair; byte += line) __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead + byte, write);
+}
+
+// The same for a row of `count` elements that is read alone.
+template <class T>
+inline void prefetch_row(const T* row, int64_t count) {
   constexpr int64_t ahead = 4096, line = 64;
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead, write);
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead + line, write);
+  for (int64_t byte = 0; byte < count * int64_t(sizeof(T)); byte += line)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead + byte);
 }
 
 template <class T>
@@ -61,15 +69,23 @@ inline bool windows_lie_inside(const Pool2dGeometry& g) {
          (g.Q - 1) * g.stride_w + g.dilation_w * (g.S - 1) < g.W;
 }
 
-// Rows are read in place if the elements need no conversion and no vector reaches beyond the plane.
+// One window that covers the plane.
+inline bool is_global(const Pool2dGeometry& g) {
+  if (g.P != 1 || g.Q != 1) return false;
+  const Window row = row_window(g, 0), column = column_window(g, 0);
+  const bool dense = g.adaptive || (g.pad_h == 0 && g.pad_w == 0 && g.dilation_h == 1 && g.dilation_w == 1);
+  return dense && row.begin == 0 && row.end == g.H && column.begin == 0 && column.end == g.W;
+}
+
+// Rows are read in place if the elements need no conversion and no window needs padding.
 template <class T>
 inline bool reads_in_place(const Pool2dGeometry& g) {
-  return std::is_same_v<T, Arithmetic<T>> && windows_lie_inside(g) && g.Q >= kLanes<Arithmetic<T>>;
+  return std::is_same_v<T, Arithmetic<T>> && windows_lie_inside(g);
 }
 
 template <class A>
 inline int64_t staged_pitch(const Pool2dGeometry& g) {
-  return round_up_to_lanes<A>(round_up_to_lanes<A>(g.Q) * g.stride_w + g.dilation_w * (g.S - 1) + kLanes<A>);
+  return round_up_to_lanes<A>(round_up_to_lanes<A>(g.Q) * g.stride_w + g.dilation_w * (g.S - 1) + 2 * kLanes<A>);
 }
 
 // A window can be much larger than the plane if it is mostly padding: beyond 64 MiB it is not staged.
@@ -83,7 +99,7 @@ inline bool can_be_staged(const Pool2dGeometry& g) {
 // Rows of windows that a task computes: outputs and staged rows stay in the caches next to the core.
 template <class T>
 inline int64_t windows_of_band(const Pool2dGeometry& g) {
-  constexpr int64_t band_outputs = 8192, staged_bytes = 64 * 1024;
+  constexpr int64_t band_outputs = 8192, staged_bytes = 16 * 1024;
   const int64_t by_outputs = std::max<int64_t>(1, band_outputs / g.Q);
   if (reads_in_place<T>(g)) return std::min(g.P, by_outputs);
   const int64_t rows = staged_bytes / static_cast<int64_t>(staged_pitch<Arithmetic<T>>(g) * sizeof(Arithmetic<T>));
@@ -128,7 +144,9 @@ Rows<Arithmetic<T>> stage_rows(const Pool2dGeometry& g, const T* plane, int64_t 
   using A = Arithmetic<T>;
   const int64_t first = p_begin * g.stride_h - g.pad_h, pitch = staged_pitch<A>(g);
   const int64_t rows = (p_end - 1 - p_begin) * g.stride_h + g.dilation_h * (g.R - 1) + 1;
-  const int64_t columns = std::min(g.W, pitch - g.pad_w);
+  const int64_t columns = std::min(g.W, pitch - round_up_to_lanes<A>(g.pad_w));
+  // The left padding ends where a vector does, so that the copies are aligned.
+  const int64_t margin = round_up_to_lanes<A>(g.pad_w), start = margin - g.pad_w;
   A* staged = workspace<A>(Slot::patches, rows * pitch);
   for (int64_t row = 0; row < rows; ++row) {
     A* to = staged + row * pitch;
@@ -137,12 +155,13 @@ Rows<Arithmetic<T>> stage_rows(const Pool2dGeometry& g, const T* plane, int64_t 
       fill_row(to, pitch, neutral);
       continue;
     }
-    fill_margins(to, g.pad_w, columns, pitch, neutral);
-    widen_row(plane + h * g.W, columns, to + g.pad_w);
+    fill_margins(to, margin, columns, pitch, neutral);
+    prefetch_row(plane + h * g.W, g.W);
+    widen_row(plane + h * g.W, columns, to + margin);
     if (!negate) continue;
-    for (int64_t w = 0; w < columns; ++w) to[g.pad_w + w] = -to[g.pad_w + w];
+    for (int64_t w = 0; w < columns; ++w) to[margin + w] = -to[margin + w];
   }
-  return {staged, pitch};
+  return {staged + start, pitch};
 }
 
 // Calls visit(nc, p_begin, p_end, rows) for bands of windows that together cover every plane. `tap_cost` is the number of
@@ -151,12 +170,17 @@ template <class T, class Visit>
 void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutral, bool negate, int64_t tap_cost, Visit visit) {
   using A = Arithmetic<T>;
   const bool in_place = reads_in_place<T>(g) && !negate;
+  // The vector of a row that is shorter than it reads beyond: into the next plane, but not beyond the last.
+  const int64_t beyond = std::max<int64_t>(0, kLanes<A> - g.Q) * g.stride_w + 1;
   const int64_t band = windows_of_band<T>(g), bands = ceil_div(g.P, band);
   parallel_for(g.N * g.C * bands, g.R * g.S * ceil_div(g.Q, kLanes<A>) * band * tap_cost, [&](int64_t task) {
     const int64_t nc = task / bands, p_begin = task % bands * band, p_end = std::min(g.P, p_begin + band);
     const T* plane = input + nc * g.H * g.W;
     if constexpr (std::is_same_v<T, A>) {
-      if (in_place) return visit(nc, p_begin, p_end, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
+      const int64_t last = nc * g.H * g.W + ((p_end - 1) * g.stride_h + g.dilation_h * (g.R - 1)) * g.W;
+      const int64_t reach = (g.Q - 1) * g.stride_w + g.dilation_w * (g.S - 1) + 1;
+      if (in_place && (g.Q >= kLanes<A> || last + reach + beyond <= g.N * g.C * g.H * g.W))
+        return visit(nc, p_begin, p_end, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
     }
     visit(nc, p_begin, p_end, stage_rows(g, plane, p_begin, p_end, neutral, negate));
   });
@@ -197,27 +221,29 @@ inline bool is_tiling_2x2(const Pool2dGeometry& g) {
 template <class A, class VectorOf, class ScalarOf>
 void write_tiles_2x2(const Pool2dGeometry& g, A* grad_input, VectorOf vector, ScalarOf scalar) {
   constexpr int64_t L = kLanes<A>;
-  const int64_t band = std::clamp<int64_t>(8192 / g.W, 1, g.P), bands = ceil_div(g.P, band);
+  const int64_t band = std::clamp<int64_t>(8192 / g.W, 1, g.P), bands = ceil_div(g.P, band), windows = g.N * g.C * g.P * g.Q;
   parallel_for(g.N * g.C * bands, band * ceil_div(g.Q, L) * 22, [&](int64_t task) {
     const int64_t nc = task / bands, p_begin = task % bands * band, p_end = std::min(g.P, p_begin + band);
     A* plane = grad_input + nc * g.H * g.W;
     for (int64_t p = p_begin; p < p_end; ++p) {
       A *top = plane + 2 * p * g.W, *bottom = top + g.W;
       const int64_t row = (nc * g.P + p) * g.Q;
-      int64_t q = 0;
-      if (g.Q >= L) {
-        for (; q < g.Q; q += L) {
-          if (q + L > g.Q) q = g.Q - L;  // overlap the last vector instead of a scalar tail
-          const auto elements = vector(row + q);
-          prefetch_pair<1>(top + 4 * q);
-          store_interleaved<A>(top + 2 * q, elements[0], elements[1]);
-          store_interleaved<A>(bottom + 2 * q, elements[2], elements[3]);
+      if (g.Q < L && row + L > windows) {  // the end of the tensor: nothing may be read beyond it
+        for (int64_t q = 0; q < g.Q; ++q) {
+          for (int s = 0; s < 2; ++s) {
+            top[2 * q + s] = scalar(row + q, s);
+            bottom[2 * q + s] = scalar(row + q, 2 + s);
+          }
         }
-      }
-      for (; q < g.Q; ++q) {
-        for (int s = 0; s < 2; ++s) {
-          top[2 * q + s] = scalar(row + q, s);
-          bottom[2 * q + s] = scalar(row + q, 2 + s);
+      } else {
+        // A vector longer than a row writes into the rows below, which are written later, or else writes just the row.
+        const int64_t count = g.Q >= L || (p + 1 < p_end && 2 * L <= 3 * g.W) ? L : g.Q;
+        for (int64_t q = 0; q < g.Q; q += L) {
+          if (q + L > g.Q && g.Q >= L) q = g.Q - L;  // overlap the last vector instead of a scalar tail
+          const auto elements = vector(row + q);
+          prefetch_pair<1, A>(top + 4 * q);
+          store_interleaved<A>(top + 2 * q, elements[0], elements[1], count);
+          store_interleaved<A>(bottom + 2 * q, elements[2], elements[3], count);
         }
       }
       if (2 * g.Q < g.W) top[g.W - 1] = bottom[g.W - 1] = 0;

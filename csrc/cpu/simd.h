@@ -44,17 +44,31 @@ inline Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
 
+// to[j] = from[j] for j < count < 2 part, in halves of halves: a loop over single elements, or lanes, costs many times more.
+template <int64_t part, class T>
+[[gnu::always_inline]] inline void copy_few(const T* from, int64_t count, T* to) {
+  if constexpr (part > 0) {
+    const bool taken = (count & part) != 0;
+    if (taken) std::memcpy(to, from, part * sizeof(T));
+    copy_few<part / 2>(taken ? from + part : from, count, taken ? to + part : to);
+  }
+}
+
 // The first `count` lanes; the others are zero, or left alone in memory.
 template <class T>
 inline Vec<T> load_partial(const T* from, int64_t count) {
-  Vec<T> v{};
-  for (int64_t lane = 0; lane < count; ++lane) v[lane] = from[lane];
-  return v;
+  if (count >= kLanes<T>) return load(from);
+  T lanes[kLanes<T>] = {};
+  copy_few<kLanes<T> / 2>(from, count, lanes);
+  return load(lanes);
 }
 
 template <class T>
 inline void store_partial(T* to, Vec<T> v, int64_t count) {
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = v[lane];
+  if (count >= kLanes<T>) return store(to, v);
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  copy_few<kLanes<T> / 2>(lanes, count, to);
 }
 
 // Lanes 0, 2, 4, ... (odd = 0) or 1, 3, 5, ... (odd = 1) of the 2 kLanes elements of a, b.

@@ -1,6 +1,8 @@
 // Vectors of any element type in the arithmetic of element.h, the shuffles of strided rows, and integers stored in other widths.
 #pragma once
 
+#include <algorithm>
+
 #include "element.h"
 #include "simd.h"
 
@@ -12,7 +14,7 @@ using Bits32 = Vec<uint32_t>;
 
 // Integer lanes I from kLanes<I> unsigned elements of memory.
 //
-// The compiler's own conversion takes a 32-byte vector apart. Instead each element is copied to every byte of its lane, for
+// The compiler's own conversion takes a vector of bytes apart. AVX-512 has an instruction for it; in 32 bytes each element is copied to every byte of its lane, for
 // which the elements are repeated until each 16-byte block has its own within it, and shifted down to the lowest bytes.
 template <class I, class From>
 inline Vec<I> load_unsigned(const From* from) {
@@ -21,6 +23,11 @@ inline Vec<I> load_unsigned(const From* from) {
   std::memcpy(&elements, from, sizeof elements);
   if constexpr (sizeof(From) == sizeof(I)) {
     return (Vec<I>)elements;
+#if TORCHCNN_VECTOR_BYTES == 64
+  } else if constexpr (sizeof(From) == 1) {
+    if constexpr (sizeof(I) == 4) return (Vec<I>)_mm512_maskz_cvtepu8_epi32(__mmask16(-1), (__m128i)elements);
+    if constexpr (sizeof(I) == 8) return (Vec<I>)_mm512_maskz_cvtepu8_epi64(__mmask8(-1), _mm_cvtsi64_si128((int64_t)elements));
+#endif
   } else if constexpr (TORCHCNN_VECTOR_BYTES != 32 || sizeof(From) > 2) {
     return __builtin_convertvector(elements, Vec<I>);
   } else {
@@ -94,15 +101,19 @@ inline void store_narrow(T* to, Vec<Arithmetic<T>> v) {
 }
 
 template <class T>
-inline Vec<Arithmetic<T>> load_wide_partial(const T* from, int64_t count) {
-  Vec<Arithmetic<T>> v{};
-  for (int64_t lane = 0; lane < count; ++lane) v[lane] = widen(from[lane]);
-  return v;
+[[gnu::noinline]] Vec<Arithmetic<T>> load_wide_partial(const T* from, int64_t count) {  // rare: kept out of the loops
+  constexpr int64_t L = kLanes<Arithmetic<T>>;
+  T lanes[L] = {};
+  copy_few<L / 2>(from, std::min(count, L - 1), lanes);
+  return load_wide(lanes);
 }
 
 template <class T>
 inline void store_narrow_partial(T* to, Vec<Arithmetic<T>> v, int64_t count) {
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = narrow<T>(v[lane]);
+  if (count >= kLanes<Arithmetic<T>>) return store_narrow(to, v);
+  T lanes[kLanes<Arithmetic<T>>];
+  store_narrow(lanes, v);
+  copy_few<kLanes<Arithmetic<T>> / 2>(lanes, count, to);
 }
 
 // to[j] = from[j], converted; in either direction.
@@ -153,9 +164,15 @@ template <class I, class To>
 inline void store_integers(To* to, Vec<I> v, int64_t count) {
   constexpr int64_t L = kLanes<I>;
   if (count < L) {
-    for (int64_t lane = 0; lane < count; ++lane) to[lane] = static_cast<To>(v[lane]);
+    To lanes[L];
+    store_integers<I>(lanes, v, L);
+    copy_few<L / 2>(lanes, count, to);
   } else if constexpr (sizeof(To) == sizeof(I)) {
     std::memcpy(to, &v, sizeof v);
+  } else if constexpr (TORCHCNN_VECTOR_BYTES == 64) {  // one instruction of AVX-512, whatever the widths
+    using Stored [[gnu::vector_size(L * sizeof(To))]] = To;
+    const Stored stored = __builtin_convertvector(v, Stored);
+    std::memcpy(to, &stored, sizeof stored);
   } else if constexpr (sizeof(To) == 8 && sizeof(I) == 4) {
     store(to, first_widened<0>(v, kEachLane<int32_t>));
     store(to + L / 2, first_widened<L / 2>(v, kEachLane<int32_t>));
@@ -226,11 +243,12 @@ inline Vec<T> in_order(Vec<T> v, std::index_sequence<lane...>) {
 #endif
 }
 
-// a0 b0 a1 b1 ...: to[0 ... 2 kLanes - 1].
+// a0 b0 a1 b1 ...: the first `count` pairs.
 template <class T>
-inline void store_interleaved(T* to, Vec<T> a, Vec<T> b) {
-  store(to, interleave<T>(a, b, 0, kEachLane<T>));
-  store(to + kLanes<T>, interleave<T>(a, b, 1, kEachLane<T>));
+inline void store_interleaved(T* to, Vec<T> a, Vec<T> b, int64_t count = kLanes<T>) {
+  constexpr int64_t L = kLanes<T>;
+  store_partial(to, interleave<T>(a, b, 0, kEachLane<T>), std::min(L, 2 * count));
+  if (2 * count > L) store_partial(to + L, interleave<T>(a, b, 1, kEachLane<T>), 2 * count - L);
 }
 
 // The lanes of a tap of consecutive windows, `stride` elements apart: 1 and 2 vectorised, 0 stands for any other. A result of

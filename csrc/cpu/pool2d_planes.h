@@ -1,0 +1,353 @@
+// Pooling with planes side by side, NCHW: lane l of a vector belongs to plane l of a group of kLanes planes. Windows may then be
+// anything: adaptive, far apart, of any size, or fewer in a row than a vector has lanes.
+//
+//   forward    columns[l][w] = best or sum, over the rows h of window p, of input[l][h][w]          vectors over w
+//              [l][w] -> [w][l]                                                                      transposed
+//              result[q][l]  = best or sum, over the columns w of window q, of columns[w][l]         vectors over l
+//              [p, q][l] -> [l][p, q]                                                                transposed back
+//
+//   backward   share[p, q][l] = grad_output[l][p, q] / divisor(p, q)                                 transposed
+//   (average)  sums[w][l]    = sum of share[p, q][l] over the windows that contain (h, w)            vectors over l
+//              [w][l] -> [l][w]                                                                      transposed back
+//
+// Rows h that lie in the same windows have the same sums and are written together. Lanes beyond the last plane repeat it.
+#pragma once
+
+#include "conv2d_gemm.h"
+#include "pool2d_rows.h"
+
+namespace torchcnn::TORCHCNN_ISA {
+
+// Windows of 2 columns and more whose vectors over q would be short or far apart.
+template <class A>
+inline bool suits_planes(const Pool2dGeometry& g) {
+  return g.adaptive || g.stride_w > 2 || 2 * g.Q <= kLanes<A>;
+}
+
+// to[x kLanes + l] = from[l pitch + x] for x < count, rounded up to whole vectors.
+template <class A>
+inline void rows_to_lanes(const A* from, int64_t pitch, int64_t count, A* to) {
+  constexpr int L = static_cast<int>(kLanes<A>);
+  for (int64_t x = 0; x < count; x += L) {
+    Vec<A> v[L];
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) v[l] = load(from + l * pitch + x);
+    gemm::transpose<A>(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) store(to + (x + l) * L, v[l]);
+  }
+}
+
+// The inverse, in blocks: write(l, x, v) gets elements x, x + 1, ... of plane l. The last block overlaps the one before it.
+template <class A, class Write>
+inline void lanes_to_rows(const A* from, int64_t count, Write write) {
+  constexpr int L = static_cast<int>(kLanes<A>);
+  for (int64_t block = 0; block < count; block += L) {
+    const int64_t x = count >= L ? std::min(block, count - L) : 0;
+    Vec<A> v[L];
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) v[l] = load(from + (x + l) * L);
+    gemm::transpose<A>(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) write(l, x, v[l]);
+  }
+}
+
+// Calls visit.template operator()<vectors>(at) for up to four vectors of a row at once; vector v starts at column at[v], the last
+// at W - kLanes to end with the row.
+template <class A, class Visit>
+inline void for_each_columns(int64_t W, Visit visit) {
+  constexpr int64_t L = kLanes<A>;
+  const int64_t last = std::max<int64_t>(0, W - L);
+  for (int64_t w = 0; w < W; w += 4 * L) {
+    const int64_t at[4] = {w, std::min(w + L, last), std::min(w + 2 * L, last), std::min(w + 3 * L, last)};
+    switch (std::min<int64_t>(4, ceil_div(W - w, L))) {
+      case 1: {
+        const int64_t only[1] = {std::min(w, last)};
+        visit.template operator()<1>(only);
+        break;
+      }
+      case 2: visit.template operator()<2>(at); break;
+      case 3: visit.template operator()<3>(at); break;
+      default: visit.template operator()<4>(at);
+    }
+  }
+}
+
+// How many rows of windows a task computes: what it keeps of them in lanes stays in L1.
+template <class A>
+inline int64_t windows_of_task(const Pool2dGeometry& g) {
+  constexpr int64_t kept = 16 * 1024 / TORCHCNN_VECTOR_BYTES;
+  return std::clamp<int64_t>(kept / g.Q, 1, g.P);
+}
+
+// Calls visit(first plane, planes, p_begin, p_end).
+template <class A, class Visit>
+void for_each_group(const Pool2dGeometry& g, int64_t cost_of_row, Visit visit) {
+  constexpr int64_t L = kLanes<A>;
+  const int64_t planes = g.N * g.C, band = windows_of_task<A>(g), bands = ceil_div(g.P, band);
+  parallel_for(ceil_div(planes, L) * bands, band * cost_of_row, [&](int64_t task) {
+    const int64_t first = task / bands * L, p_begin = task % bands * band;
+    visit(first, std::min(L, planes - first), p_begin, std::min(g.P, p_begin + band));
+  });
+}
+
+// Stores results [windows][lanes] of a group as windows begin ... begin + count - 1 of its planes.
+template <class T, class Store>
+inline void store_group(const Pool2dGeometry& g, const Arithmetic<T>* results, int64_t first, int64_t planes, int64_t begin,
+                        int64_t count, Store store_elements) {
+  using A = Arithmetic<T>;
+  const int64_t plane = g.P * g.Q;
+  if (plane == 1) return store_elements(first, load(results), planes);
+  lanes_to_rows<A>(results, count, [&](int64_t l, int64_t x, Vec<A> v) {
+    if (l < planes) store_elements((first + l) * plane + begin + x, v, std::min(kLanes<A>, count - x));
+  });
+}
+
+// A plane that is one window may be cut into rows of any length: of one vector, or of four where there are enough. What is left
+// over, `rest` elements in the last row, is read with a mask.
+template <class A>
+struct WholePlane {
+  Pool2dGeometry g;
+  int64_t rest;
+
+  explicit WholePlane(const Pool2dGeometry& geometry) : g(geometry), rest(0) {
+    const int64_t count = g.H * g.W, L = kLanes<A>;
+    if (!is_global(g) || count < L || !(g.adaptive || g.S == g.W)) return;
+    g.W = g.S = count % (4 * L) == 0 ? 4 * L : L;
+    g.H = g.R = count / g.W;
+    rest = count % g.W;
+  }
+  int64_t plane() const { return g.H * g.W + rest; }
+};
+
+inline const Window* windows_of_columns(const Pool2dGeometry& g) {
+  Window* columns = workspace<Window>(Slot::tables, g.Q);
+  for (int64_t q = 0; q < g.Q; ++q) columns[q] = column_window(g, q);
+  return columns;
+}
+
+// ------------------------------------------------------------------------------------------------------------------ extremes
+
+// The better of two candidates in any order: of equal ones that of the smaller code, of NaN that of the larger.
+template <class A>
+[[gnu::always_inline]] inline void offer_anywhere(Best<A>& best, Vec<A> candidate, Vec<IndexOf<A>> code) {
+  const Vec<IndexOf<A>> better = (candidate > best.value) | ((candidate == best.value) & (code < best.code)) |
+                                 ((candidate != candidate) & ((best.value == best.value) | (code > best.code)));
+  best.value = better ? candidate : best.value;
+  best.code = better ? code : best.code;
+}
+
+template <class T, PositionKind kind>
+void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, const T* input, T* output, void* positions) {
+  using A = Arithmetic<T>;
+  using I = IndexOf<A>;
+  constexpr int64_t L = kLanes<A>;
+  const WholePlane<A> whole(geometry);
+  const Pool2dGeometry& g = whole.g;
+  const int64_t plane_size = whole.plane(), rest = whole.rest;
+  constexpr bool coded = kind != PositionKind::none, of_plane = kind == PositionKind::indices;
+  const Window* columns = windows_of_columns(g);
+  const T* end = input + g.N * g.C * plane_size;
+  const int64_t pitch = round_up_to_lanes<A>(g.W), step = g.dilation_h * g.W;
+  const I row_code = static_cast<I>(of_plane ? step : g.S);
+  [[maybe_unused]] const I column_code = static_cast<I>(of_plane ? g.dilation_w : 1);
+  const Vec<I> sign = broadcast(extremum.minimum ? std::numeric_limits<I>::min() : I(0));  // a minimum turns the sign bits
+  const int64_t window_rows = g.adaptive ? ceil_div(g.H, g.P) : g.R;
+  for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 5,
+                    [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
+    const int64_t results = round_up_to_lanes<A>((p_end - p_begin) * g.Q);
+    A* value_rows = workspace<A>(Slot::tile, 2 * L * pitch + L * results);
+    A *value_lanes = value_rows + L * pitch, *value_result = value_lanes + L * pitch;
+    I* code_rows = workspace<I>(Slot::partial_sums, coded ? 2 * L * pitch + L * results : 1);
+    I *code_lanes = code_rows + L * pitch, *code_result = code_lanes + L * pitch;
+    int64_t result = 0;
+    for (int64_t p = p_begin; p < p_end; ++p) {
+      const Window row = row_window(g, p);
+      const int64_t taps = ceil_div(row.end - row.begin, g.dilation_h);
+      I first_code = static_cast<I>(row.begin * g.W);
+      if (!of_plane) first_code = static_cast<I>((row.begin - p * g.stride_h + g.pad_h) / g.dilation_h * g.S);
+      for (int64_t l = 0; l < planes; ++l) {
+        const T* plane = input + (first + l) * plane_size + row.begin * g.W;
+        for_each_columns<A>(g.W, [&]<int vectors>(const int64_t* at) {
+          Best<A> best[vectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            best[v] = {(Vec<A>)((Vec<I>)load_row_end(plane + at[v], g.W, end) ^ sign), broadcast(first_code)};
+          }
+          const T* from = plane + step;
+          I code = first_code + row_code;
+          for (int64_t r = 1; r < taps; ++r, from += step, code += row_code) {
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) {
+              best[v].offer((Vec<A>)((Vec<I>)load_row_end(from + at[v], g.W, end) ^ sign), broadcast(code));
+            }
+          }
+          if (vectors == 1 && rest > 0) {
+            const Vec<A> last = (Vec<A>)((Vec<I>)load_row_end(from, rest, end) ^ sign);
+            best[0].offer(steps_of<I>(1) < static_cast<I>(rest) ? last : broadcast(kLeast<A>), broadcast(code));
+          }
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            store(value_rows + l * pitch + at[v], best[v].value);
+            if (coded) store(code_rows + l * pitch + at[v], best[v].code);
+          }
+        });
+      }
+      rows_to_lanes(value_rows, pitch, g.W, value_lanes);
+      if (coded) rows_to_lanes(reinterpret_cast<const A*>(code_rows), pitch, g.W, reinterpret_cast<A*>(code_lanes));
+      for (int64_t q = 0; q < g.Q; ++q, ++result) {
+        const Window column = columns[q];
+        Best<A> best{load(value_lanes + column.begin * L), Vec<I>{}};
+        I code = static_cast<I>(column.begin);
+        if (!of_plane) code = static_cast<I>((column.begin - q * g.stride_w + g.pad_w) / g.dilation_w);
+        if (coded) best.code = load(code_lanes + column.begin * L) + code;
+        for (int64_t w = column.begin + g.dilation_w; w < column.end; w += g.dilation_w) {
+          const Vec<A> candidate = load(value_lanes + w * L);
+          if constexpr (coded) {
+            code += column_code;
+            offer_anywhere<A>(best, candidate, load(code_lanes + w * L) + code);
+          } else {
+            best.offer(candidate, Vec<I>{});
+          }
+        }
+        if (extremum.relu) best.rectify();
+        store(value_result + result * L, (Vec<A>)((Vec<I>)best.value ^ sign));
+        if (coded) store(code_result + result * L, best.code);
+      }
+    }
+    const int64_t begin = p_begin * g.Q, count = (p_end - p_begin) * g.Q;
+    store_group<T>(g, value_result, first, planes, begin, count,
+                   [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
+    if constexpr (coded) {
+      using Position =
+          std::conditional_t<of_plane, int64_t, std::conditional_t<kind == PositionKind::byte_offsets, uint8_t, int32_t>>;
+      store_group<T>(
+          g, reinterpret_cast<const A*>(code_result), first, planes, begin, count,
+          [&](int64_t to, Vec<A> v, int64_t n) { store_integers<I>(static_cast<Position*>(positions) + to, (Vec<I>)v, n); });
+    }
+  });
+}
+
+template <class T>
+void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
+  switch (positions.kind) {
+    case PositionKind::none: return extremum_pool2d_planes<T, PositionKind::none>(g, extremum, input, output, nullptr);
+    case PositionKind::indices: return extremum_pool2d_planes<T, PositionKind::indices>(g, extremum, input, output, positions.to);
+    case PositionKind::byte_offsets:
+      return extremum_pool2d_planes<T, PositionKind::byte_offsets>(g, extremum, input, output, positions.to);
+    case PositionKind::int_offsets:
+      return extremum_pool2d_planes<T, PositionKind::int_offsets>(g, extremum, input, output, positions.to);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ averages
+
+template <class T>
+void avg_pool2d_planes(const Pool2dGeometry& geometry, const Divisor& divisor, const T* input, T* output) {
+  using A = Arithmetic<T>;
+  constexpr int64_t L = kLanes<A>;
+  const WholePlane<A> whole(geometry);
+  const Pool2dGeometry& g = whole.g;
+  const int64_t plane_size = whole.plane(), rest = whole.rest;
+  const Window* columns = windows_of_columns(g);
+  const T* end = input + g.N * g.C * plane_size;
+  const int64_t pitch = round_up_to_lanes<A>(g.W), window_rows = g.adaptive ? ceil_div(g.H, g.P) : std::min(g.R, g.H);
+  for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 2,
+                    [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
+    const int64_t results = round_up_to_lanes<A>((p_end - p_begin) * g.Q);
+    A* sum_rows = workspace<A>(Slot::tile, 2 * L * pitch + L * results);
+    A *sum_lanes = sum_rows + L * pitch, *mean = sum_lanes + L * pitch;
+    int64_t result = 0;
+    for (int64_t p = p_begin; p < p_end; ++p) {
+      const Window row = row_window(g, p);
+      for (int64_t l = 0; l < planes; ++l) {
+        const T* plane = input + (first + l) * plane_size + row.begin * g.W;
+        for_each_columns<A>(g.W, [&]<int vectors>(const int64_t* at) {
+          Vec<A> sum[vectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) sum[v] = load_row_end(plane + at[v], g.W, end);
+          const T* from = plane + g.W;
+          for (int64_t h = row.begin + 1; h < row.end; ++h, from += g.W) {
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) sum[v] += load_row_end(from + at[v], g.W, end);
+          }
+          if (vectors == 1 && rest > 0) {
+            using Mask = Vec<IndexOf<A>>;
+            const Mask within = steps_of<IndexOf<A>>(1) < static_cast<IndexOf<A>>(rest);
+            sum[0] += (Vec<A>)((Mask)load_row_end(from, rest, end) & within);
+          }
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) store(sum_rows + l * pitch + at[v], sum[v]);
+        });
+      }
+      rows_to_lanes(sum_rows, pitch, g.W, sum_lanes);
+      for (int64_t q = 0; q < g.Q; ++q, ++result) {
+        const Window column = columns[q];
+        Vec<A> sum = load(sum_lanes + column.begin * L);
+        for (int64_t w = column.begin + 1; w < column.end; ++w) sum += load(sum_lanes + w * L);
+        store(mean + result * L, sum / static_cast<A>(divisor(row_window(geometry, p), column_window(geometry, q))));
+      }
+    }
+    store_group<T>(g, mean, first, planes, p_begin * g.Q, (p_end - p_begin) * g.Q,
+                   [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
+  });
+}
+
+template <class T>
+void avg_pool2d_grad_input_planes(const Pool2dGeometry& g, const Divisor& divisor, const T* grad_output, T* grad_input) {
+  using A = Arithmetic<T>;
+  constexpr int64_t L = kLanes<A>;
+  int64_t* table = workspace<int64_t>(Slot::tables, 2 * (g.H + g.W));
+  const Cover rows = cover_of(g.H, g.P, table, [&](int64_t p) { return row_window(g, p); });
+  const Cover columns = cover_of(g.W, g.Q, table + 2 * g.H, [&](int64_t q) { return column_window(g, q); });
+  const T* end = grad_output + g.N * g.C * g.P * g.Q;
+  const int64_t planes = g.N * g.C, pitch = round_up_to_lanes<A>(g.Q), line_pitch = round_up_to_lanes<A>(g.W);
+  const int64_t band = std::clamp<int64_t>(16384 / g.W, 1, g.H), bands = ceil_div(g.H, band);
+  parallel_for(ceil_div(planes, L) * bands, band * g.W * 2, [&](int64_t task) {
+    const int64_t first = task / bands * L, used = std::min(L, planes - first);
+    const int64_t h_begin = task % bands * band, h_end = std::min(g.H, h_begin + band);
+    A* row_share = workspace<A>(Slot::tile, L * (pitch + 2 * line_pitch));
+    A *sums = row_share + L * pitch, *line = sums + L * line_pitch;
+    A* rows_of_share = workspace<A>(Slot::patches, L * pitch);
+    for (int64_t h = h_begin, run_end; h < h_end; h = run_end) {
+      run_end = h + 1;
+      while (run_end < h_end && rows.first[run_end] == rows.first[h] && rows.last[run_end] == rows.last[h]) ++run_end;
+      // The shares of the rows p are added up before they are transposed.
+      for (int64_t l = 0; l < used; ++l) {
+        for (int64_t q = 0; q < g.Q; q += L) {
+          Vec<A> sum{};
+          for (int64_t p = rows.first[h]; p <= rows.last[h]; ++p) {
+            const T* from = grad_output + ((first + l) * g.P + p) * g.Q + q;
+            const Window row = row_window(g, p);
+            sum += load_row_end(from, g.Q - q, end) / static_cast<A>(divisor(row, Window{0, 1, 1}));
+          }
+          store(rows_of_share + l * pitch + q, sum);
+        }
+      }
+      rows_to_lanes(rows_of_share, pitch, g.Q, row_share);
+      if (divisor.override_value == 0) {
+        for (int64_t q = 0; q < g.Q; ++q)
+          store(row_share + q * L, load(row_share + q * L) / static_cast<A>(divisor(Window{0, 1, 1}, column_window(g, q))));
+      }
+      for (int64_t w = 0; w < g.W; ++w) {
+        Vec<A> sum{};
+        for (int64_t q = columns.first[w]; q <= columns.last[w]; ++q) sum += load(row_share + q * L);
+        store(sums + w * L, sum);
+      }
+      lanes_to_rows<A>(sums, g.W, [&](int64_t l, int64_t w, Vec<A> v) { store(line + l * line_pitch + w, v); });
+      for (int64_t l = 0; l < used; ++l) {
+        for (int64_t row = h; row < run_end; ++row) {
+          T* to = grad_input + ((first + l) * g.H + row) * g.W;
+          for (int64_t block = 0; block < g.W; block += L) {
+            // What is written beyond a short row belongs to rows that follow.
+            const int64_t w = g.W >= L ? std::min(block, g.W - L) : 0;
+            store_narrow_partial(to + w, load(line + l * line_pitch + w), std::min(L, (h_end - row) * g.W - w));
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA
