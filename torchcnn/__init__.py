@@ -5,6 +5,8 @@ import torch  # noqa: F401  (its libraries must be loaded before torchcnn._C)
 from torchcnn import backends, functional, numpy, reference
 from torchcnn.backends import explain, isa, isas
 from torchcnn.conv import Conv2d, Conv2dFunction
+from torchcnn.conv_transpose import ConvTranspose2d
+from torchcnn.convert import convert
 from torchcnn.pool import (
     AdaptiveAvgPool2d,
     AdaptiveMaxPool2d,
@@ -27,6 +29,7 @@ __all__ = [
     "AvgPool2dFunction",
     "Conv2d",
     "Conv2dFunction",
+    "ConvTranspose2d",
     "GlobalAvgPool2d",
     "GlobalMaxPool2d",
     "MaxPool2d",
@@ -34,6 +37,7 @@ __all__ = [
     "MaxUnpool2d",
     "MinPool2d",
     "backends",
+    "convert",
     "explain",
     "functional",
     "isa",
