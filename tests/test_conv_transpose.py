@@ -234,7 +234,7 @@ def test_module_with_output_size():
         ({"weight": torch.ones(4, 2, 3)}, r"weight must have 4 dimensions"),
         ({"weight": torch.ones(4, 2, 3, 3).double()}, r"same dtype, got Float and Double"),
         ({"bias": torch.ones(3)}, r"bias must have shape .* got \[3\]"),
-        ({"bias": torch.ones(3), "dilation": 2, "output_padding": 1}, r"bias must have shape \[2\], got \[3\]"),
+        ({"bias": torch.ones(3), "dilation": 2, "output_padding": 1}, r"bias must have shape .* got \[3\]"),
         ({"input": torch.ones(4, 5)}, r"input must have 4 dimensions .* got 2"),
         ({"input": torch.ones(1, 4, 0, 5)}, r"input height and width must be at least 1, got 0"),
         ({"padding": 2**62}, r"64 bits"),

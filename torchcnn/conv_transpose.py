@@ -149,19 +149,17 @@ def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_paddi
 def _with_wide_border(input, weight, bias, stride, padding, dilation, groups, output_padding):
     """An output padding of a whole stride or more: no convolution of such a size has the input for its output.
 
-    So compute what all windows cover, and then take off the border, or put zeros there.
+    So compute what all windows cover, and then take off the border, or put one of bias alone there.
     """
-    output = _conv_transpose2d(input, weight, None, *stride, 0, 0, *dilation, groups, 0, 0)
+    output = _conv_transpose2d(input, weight, bias, *stride, 0, 0, *dilation, groups, 0, 0)
     (pad_h, pad_w), (extra_h, extra_w) = padding, output_padding
     H, W = output.shape[2] - 2 * pad_h + extra_h, output.shape[3] - 2 * pad_w + extra_w
     if min(H, W) < 1:
         raise RuntimeError(f"conv_transpose2d: output size must be at least 1, got {H} x {W}")
-    output = torch.nn.functional.pad(output, (-pad_w, extra_w - pad_w, -pad_h, extra_h - pad_h))
-    if bias is None:
-        return output
-    if bias.dim() != 1 or len(bias) != output.shape[1]:
-        raise RuntimeError(f"conv_transpose2d: bias must have shape [{output.shape[1]}], got {list(bias.shape)}")
-    return output + bias.to(output.dtype)[:, None, None]
+    border = -pad_w, extra_w - pad_w, -pad_h, extra_h - pad_h
+    covered = torch.nn.functional.pad(torch.ones(output.shape[2:], dtype=torch.bool, device=output.device), border)
+    output = torch.nn.functional.pad(output, border)
+    return output if bias is None else torch.where(covered, output, bias.to(output.dtype)[:, None, None])
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
