@@ -19,6 +19,7 @@ from torchcnn._arguments import (
     check_dtype,
     check_tensors,
     integer,
+    overridable,
     pair,
     sliding_output_size,
 )
@@ -32,7 +33,10 @@ from torchcnn._autograd import (
     unfold_batch,
 )
 
-_ops = torch.ops.torchcnn
+_forward, _grad_input, _grad_weight, _grad_bias = (
+    getattr(torch.ops.torchcnn, name).default
+    for name in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight", "conv2d_grad_bias")
+)
 
 
 # --------------------------------------------------------------------------------------------------- shapes without data
@@ -85,7 +89,7 @@ def _through_relu(gradient, output=None):
 
 
 class _Conv2dRule:
-    op = _ops.conv2d.default
+    op = _forward
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,16 +101,16 @@ class _Conv2dRule:
         ctx.channels_last = is_channels_last(input, weight)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        input, weight, *output = ctx.saved_tensors
+    def backward(ctx, saved, needs, grad_output):
+        input, weight, *output = saved
         grad_output = _through_relu(grad_output, *output)
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
-            grad_input = _conv2d_grad_input(grad_output, weight, *input.shape[2:], *ctx.options, ctx.channels_last)
+            grad_input = _grad_input(grad_output, weight, *input.shape[2:], *ctx.options, ctx.channels_last)
         if needs[1]:
-            grad_weight = _conv2d_grad_weight(grad_output, input, *weight.shape[2:], *ctx.options, ctx.channels_last)
+            grad_weight = _grad_weight(grad_output, input, *weight.shape[2:], *ctx.options, ctx.channels_last)
         if needs[2]:
-            grad_bias = _conv2d_grad_bias(grad_output)
+            grad_bias = _grad_bias(grad_output)
         return grad_input, grad_weight, grad_bias
 
     @staticmethod
@@ -114,13 +118,13 @@ class _Conv2dRule:
         input, weight, *output = ctx.saved_tensors
         tangent = None
         if input_tangent is not None:
-            tangent = _conv2d(input_tangent, weight, None, *ctx.options, False)
+            tangent = _forward(input_tangent, weight, None, *ctx.options, False)
         if weight_tangent is not None:
-            tangent = _add(tangent, _conv2d(input, weight_tangent, None, *ctx.options, False))
+            tangent = _add(tangent, _forward(input, weight_tangent, None, *ctx.options, False))
         if bias_tangent is not None:
             bias_tangent = bias_tangent[:, None, None]
             if tangent is None:
-                tangent = bias_tangent.expand(_conv2d(input, weight, None, *ctx.options, False).shape)
+                tangent = bias_tangent.expand(_forward(input, weight, None, *ctx.options, False).shape)
             else:
                 tangent = tangent + bias_tangent
         return _through_relu(tangent, *output)
@@ -130,13 +134,13 @@ class _Conv2dRule:
         B = info.batch_size
         input_dim, weight_dim, bias_dim = in_dims[:3]
         if weight_dim is None and bias_dim is None:
-            return unfold_batch(_conv2d(fold_batch(input, input_dim, B), weight, bias, *options), B), 0
+            return unfold_batch(_forward(fold_batch(input, input_dim, B), weight, bias, *options), B), 0
         *window, groups, relu = options
         if input_dim is None and weight_dim is None:
-            output = _conv2d(input, weight, None, *window, groups, False).unsqueeze(1)
+            output = _forward(input, weight, None, *window, groups, False).unsqueeze(1)
         else:
             folded = _fold_channels(input, input_dim, B), fold_batch(weight, weight_dim, B)
-            output = _unfold_channels(_conv2d(*folded, None, *window, groups * B, False), B)
+            output = _unfold_channels(_forward(*folded, None, *window, groups * B, False), B)
         if bias is not None:
             bias = bias if bias_dim is None else bias.movedim(bias_dim, 0)
             output = output + bias[..., None, None]
@@ -144,7 +148,7 @@ class _Conv2dRule:
 
 
 class _Conv2dGradInputRule:
-    op = _ops.conv2d_grad_input.default
+    op = _grad_input
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -153,12 +157,12 @@ class _Conv2dGradInputRule:
         ctx.save_for_forward(grad_output, weight)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        grad_output, weight = ctx.saved_tensors
+    def backward(ctx, saved, needs, v):
+        grad_output, weight = saved
         _, _, *options, channels_last = ctx.options
         return (
-            _conv2d(v, weight, None, *options, False) if needs[0] else None,
-            _conv2d_grad_weight(grad_output, v, *weight.shape[2:], *options, channels_last) if needs[1] else None,
+            _forward(v, weight, None, *options, False) if needs[0] else None,
+            _grad_weight(grad_output, v, *weight.shape[2:], *options, channels_last) if needs[1] else None,
         )
 
     @staticmethod
@@ -166,18 +170,18 @@ class _Conv2dGradInputRule:
         grad_output, weight = ctx.saved_tensors
         tangent = None
         if grad_output_tangent is not None:
-            tangent = _conv2d_grad_input(grad_output_tangent, weight, *ctx.options)
+            tangent = _grad_input(grad_output_tangent, weight, *ctx.options)
         if weight_tangent is not None:
-            tangent = _add(tangent, _conv2d_grad_input(grad_output, weight_tangent, *ctx.options))
+            tangent = _add(tangent, _grad_input(grad_output, weight_tangent, *ctx.options))
         return tangent
 
     @staticmethod
     def vmap(info, in_dims, grad_output, weight, *options):
         B = info.batch_size
         if in_dims[1] is None:
-            return unfold_batch(_conv2d_grad_input(fold_batch(grad_output, in_dims[0], B), weight, *options), B), 0
+            return unfold_batch(_grad_input(fold_batch(grad_output, in_dims[0], B), weight, *options), B), 0
         *sizes, groups, channels_last = options
-        result = _conv2d_grad_input(
+        result = _grad_input(
             _fold_channels(grad_output, in_dims[0], B),
             fold_batch(weight, in_dims[1], B),
             *sizes,
@@ -188,7 +192,7 @@ class _Conv2dGradInputRule:
 
 
 class _Conv2dGradWeightRule:
-    op = _ops.conv2d_grad_weight.default
+    op = _grad_weight
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -197,12 +201,12 @@ class _Conv2dGradWeightRule:
         ctx.save_for_forward(grad_output, input)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        grad_output, input = ctx.saved_tensors
+    def backward(ctx, saved, needs, v):
+        grad_output, input = saved
         _, _, *options, channels_last = ctx.options
         return (
-            _conv2d(input, v, None, *options, False) if needs[0] else None,
-            _conv2d_grad_input(grad_output, v, *input.shape[2:], *options, channels_last) if needs[1] else None,
+            _forward(input, v, None, *options, False) if needs[0] else None,
+            _grad_input(grad_output, v, *input.shape[2:], *options, channels_last) if needs[1] else None,
         )
 
     @staticmethod
@@ -210,16 +214,16 @@ class _Conv2dGradWeightRule:
         grad_output, input = ctx.saved_tensors
         tangent = None
         if grad_output_tangent is not None:
-            tangent = _conv2d_grad_weight(grad_output_tangent, input, *ctx.options)
+            tangent = _grad_weight(grad_output_tangent, input, *ctx.options)
         if input_tangent is not None:
-            tangent = _add(tangent, _conv2d_grad_weight(grad_output, input_tangent, *ctx.options))
+            tangent = _add(tangent, _grad_weight(grad_output, input_tangent, *ctx.options))
         return tangent
 
     @staticmethod
     def vmap(info, in_dims, grad_output, input, *options):
         B = info.batch_size
         *sizes, groups, channels_last = options
-        result = _conv2d_grad_weight(
+        result = _grad_weight(
             _fold_channels(grad_output, in_dims[0], B),
             _fold_channels(input, in_dims[1], B),
             *sizes,
@@ -230,29 +234,29 @@ class _Conv2dGradWeightRule:
 
 
 class _Conv2dGradBiasRule:
-    op = _ops.conv2d_grad_bias.default
+    op = _grad_bias
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.shape = inputs[0].shape
 
     @staticmethod
-    def backward(ctx, needs, v):
+    def backward(ctx, saved, needs, v):
         return (v[:, None, None].expand(ctx.shape),)
 
     @staticmethod
     def jvp(ctx, grad_output_tangent):
-        return _conv2d_grad_bias(grad_output_tangent)
+        return _grad_bias(grad_output_tangent)
 
     @staticmethod
     def vmap(info, in_dims, grad_output):
         folded = _fold_channels(grad_output, in_dims[0], info.batch_size)
-        return _conv2d_grad_bias(folded).reshape(info.batch_size, -1), 0
+        return _grad_bias(folded).reshape(info.batch_size, -1), 0
 
 
-_conv2d, _conv2d_grad_input, _conv2d_grad_weight, _conv2d_grad_bias = map(
-    attach, (_Conv2dRule, _Conv2dGradInputRule, _Conv2dGradWeightRule, _Conv2dGradBiasRule)
-)
+_conv2d = attach(_Conv2dRule)
+for _rule in (_Conv2dGradInputRule, _Conv2dGradWeightRule, _Conv2dGradBiasRule):
+    attach(_rule)
 autocast(_Conv2dRule.op, "AutocastCPU", lambda: torch.get_autocast_dtype("cpu"))
 autocast(_Conv2dRule.op, "AutocastCUDA", lambda: torch.get_autocast_dtype("cuda"))
 
@@ -277,7 +281,7 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return (*_Conv2dRule.backward(ctx, ctx.needs_input_grad, grad_output), None, None, None, None)
+        return (*_Conv2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), None, None, None, None)
 
     @classmethod
     def apply(cls, input, weight, bias, stride, padding, dilation, groups):
@@ -295,6 +299,7 @@ def _is_relu(activation):
 # ---------------------------------------------------------------------------------------------------------- public functions
 
 
+@overridable
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):
     """2-D convolution (cross-correlation) of a batch of images with a bank of filters.
 

@@ -6,16 +6,11 @@ bias. Its derivatives are therefore the operators of conv.py, with input and out
 
 import torch
 
-from torchcnn._arguments import FLOATING_DTYPES, batched, check_dtype, check_tensors, integer, pair
+from torchcnn._arguments import FLOATING_DTYPES, batched, check_dtype, check_tensors, integer, overridable, pair
 from torchcnn._autograd import LIBRARY, attach, autocast, empty_activation, fold_batch, is_channels_last, unfold_batch
-from torchcnn.conv import (
-    _add,
-    _conv2d,
-    _conv2d_grad_bias,
-    _conv2d_grad_weight,
-    _fold_channels,
-    _unfold_channels,
-)
+from torchcnn.conv import _add, _fold_channels, _forward, _grad_bias, _grad_weight, _unfold_channels
+
+_transposed = torch.ops.torchcnn.conv_transpose2d.default
 
 
 def _transposed_size(size, kernel, stride, pad, dilation, output_pad):
@@ -31,7 +26,7 @@ def _(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilatio
 
 
 class _ConvTranspose2dRule:
-    op = torch.ops.torchcnn.conv_transpose2d.default
+    op = _transposed
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -43,15 +38,15 @@ class _ConvTranspose2dRule:
         ctx.channels_last = is_channels_last(input, weight)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        input, weight = ctx.saved_tensors
+    def backward(ctx, saved, needs, grad_output):
+        input, weight = saved
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
-            grad_input = _conv2d(grad_output, weight, None, *ctx.options, False)
+            grad_input = _forward(grad_output, weight, None, *ctx.options, False)
         if needs[1]:
-            grad_weight = _conv2d_grad_weight(input, grad_output, *weight.shape[2:], *ctx.options, ctx.channels_last)
+            grad_weight = _grad_weight(input, grad_output, *weight.shape[2:], *ctx.options, ctx.channels_last)
         if needs[2]:
-            grad_bias = _conv2d_grad_bias(grad_output)
+            grad_bias = _grad_bias(grad_output)
         return grad_input, grad_weight, grad_bias
 
     @staticmethod
@@ -60,13 +55,13 @@ class _ConvTranspose2dRule:
         options = *ctx.options, *ctx.output_pads
         tangent = None
         if input_tangent is not None:
-            tangent = _conv_transpose2d(input_tangent, weight, None, *options)
+            tangent = _transposed(input_tangent, weight, None, *options)
         if weight_tangent is not None:
-            tangent = _add(tangent, _conv_transpose2d(input, weight_tangent, None, *options))
+            tangent = _add(tangent, _transposed(input, weight_tangent, None, *options))
         if bias_tangent is not None:
             bias_tangent = bias_tangent[:, None, None]
             if tangent is None:
-                tangent = bias_tangent.expand(_conv_transpose2d(input, weight, None, *options).shape)
+                tangent = bias_tangent.expand(_transposed(input, weight, None, *options).shape)
             else:
                 tangent = tangent + bias_tangent
         return tangent
@@ -76,13 +71,13 @@ class _ConvTranspose2dRule:
         B = info.batch_size
         input_dim, weight_dim, bias_dim = in_dims[:3]
         if weight_dim is None and bias_dim is None:
-            return unfold_batch(_conv_transpose2d(fold_batch(input, input_dim, B), weight, bias, *options), B), 0
+            return unfold_batch(_transposed(fold_batch(input, input_dim, B), weight, bias, *options), B), 0
         *window, groups, output_pad_h, output_pad_w = options
         if input_dim is None and weight_dim is None:
-            output = _conv_transpose2d(input, weight, None, *options).unsqueeze(1)
+            output = _transposed(input, weight, None, *options).unsqueeze(1)
         else:
             folded = _fold_channels(input, input_dim, B), fold_batch(weight, weight_dim, B)
-            output = _conv_transpose2d(*folded, None, *window, groups * B, output_pad_h, output_pad_w)
+            output = _transposed(*folded, None, *window, groups * B, output_pad_h, output_pad_w)
             output = _unfold_channels(output, B)
         if bias is not None:
             bias = bias if bias_dim is None else bias.movedim(bias_dim, 0)
@@ -95,6 +90,7 @@ autocast(_ConvTranspose2dRule.op, "AutocastCPU", lambda: torch.get_autocast_dtyp
 autocast(_ConvTranspose2dRule.op, "AutocastCUDA", lambda: torch.get_autocast_dtype("cuda"))
 
 
+@overridable
 def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
     """2-D transposed convolution: every input pixel adds its multiple of the filters to a window of the output.
 

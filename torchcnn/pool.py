@@ -25,6 +25,7 @@ from torchcnn._arguments import (
     check_dtype,
     check_tensors,
     integer,
+    overridable,
     pair,
     sliding_output_size,
 )
@@ -177,30 +178,30 @@ class _PositionsRule:
 
 class _OffsetsRule(_PositionsRule):
     @staticmethod
-    def backward(ctx, needs, grad_output, _grad_offsets):
+    def backward(ctx, saved, needs, grad_output, _grad_offsets):
         if grad_output is None:
             return (None,)
-        (offsets,) = ctx.saved_tensors
-        return (_offset_pool2d_grad_input(grad_output, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
+        (offsets,) = saved
+        return (_ops.offset_pool2d_grad_input.default(grad_output, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return _offset_pool2d(input_tangent, offsets, *ctx.options), None
+        return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options), None
 
 
 class _IndicesRule(_PositionsRule):
     @staticmethod
-    def backward(ctx, needs, grad_output, _grad_indices):
+    def backward(ctx, saved, needs, grad_output, _grad_indices):
         if grad_output is None:
             return (None,)
-        (indices,) = ctx.saved_tensors
-        return (_max_pool2d_grad_input(grad_output, indices, *ctx.size, ctx.channels_last),)
+        (indices,) = saved
+        return (_ops.max_pool2d_grad_input.default(grad_output, indices, *ctx.size, ctx.channels_last),)
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
         (indices,) = ctx.saved_tensors
-        return _max_unpool2d_grad_input(input_tangent, indices), None
+        return _ops.max_unpool2d_grad_input.default(input_tangent, indices), None
 
 
 class _MaxPool2dRule(_OffsetsRule):
@@ -239,19 +240,19 @@ class _OffsetPool2dRule:
         ctx.channels_last = is_channels_last(input)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        (offsets,) = ctx.saved_tensors
-        return (_offset_pool2d_grad_input(v, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
+    def backward(ctx, saved, needs, v):
+        (offsets,) = saved
+        return (_ops.offset_pool2d_grad_input.default(v, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return _offset_pool2d(input_tangent, offsets, *ctx.options)
+        return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options)
 
     @staticmethod
     def vmap(info, in_dims, input, offsets, *options):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, offsets), in_dims, strict=False))
-        return unfold_batch(_offset_pool2d(*folded, *options), info.batch_size), 0
+        return unfold_batch(_ops.offset_pool2d.default(*folded, *options), info.batch_size), 0
 
 
 class _OffsetPool2dGradInputRule:
@@ -264,19 +265,19 @@ class _OffsetPool2dGradInputRule:
         ctx.save_for_forward(offsets)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        (offsets,) = ctx.saved_tensors
-        return (_offset_pool2d(v, offsets, *ctx.options[2:-1]),)
+    def backward(ctx, saved, needs, v):
+        (offsets,) = saved
+        return (_ops.offset_pool2d.default(v, offsets, *ctx.options[2:-1]),)
 
     @staticmethod
     def jvp(ctx, grad_output_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return _offset_pool2d_grad_input(grad_output_tangent, offsets, *ctx.options)
+        return _ops.offset_pool2d_grad_input.default(grad_output_tangent, offsets, *ctx.options)
 
     @staticmethod
     def vmap(info, in_dims, grad_output, offsets, *options):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, offsets), in_dims, strict=False))
-        return unfold_batch(_offset_pool2d_grad_input(*folded, *options), info.batch_size), 0
+        return unfold_batch(_ops.offset_pool2d_grad_input.default(*folded, *options), info.batch_size), 0
 
 
 class _MaxPool2dGradInputRule:
@@ -289,19 +290,19 @@ class _MaxPool2dGradInputRule:
         ctx.save_for_forward(indices)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        (indices,) = ctx.saved_tensors
-        return (_max_unpool2d_grad_input(v, indices),)
+    def backward(ctx, saved, needs, v):
+        (indices,) = saved
+        return (_ops.max_unpool2d_grad_input.default(v, indices),)
 
     @staticmethod
     def jvp(ctx, grad_output_tangent, *_):
         (indices,) = ctx.saved_tensors
-        return _max_pool2d_grad_input(grad_output_tangent, indices, *ctx.options)
+        return _ops.max_pool2d_grad_input.default(grad_output_tangent, indices, *ctx.options)
 
     @staticmethod
     def vmap(info, in_dims, grad_output, indices, *options):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, indices), in_dims, strict=False))
-        return unfold_batch(_max_pool2d_grad_input(*folded, *options), info.batch_size), 0
+        return unfold_batch(_ops.max_pool2d_grad_input.default(*folded, *options), info.batch_size), 0
 
 
 class _MaxUnpool2dRule:
@@ -314,19 +315,19 @@ class _MaxUnpool2dRule:
         ctx.save_for_forward(indices)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        (indices,) = ctx.saved_tensors
-        return (_max_unpool2d_grad_input(grad_output, indices),)
+    def backward(ctx, saved, needs, grad_output):
+        (indices,) = saved
+        return (_ops.max_unpool2d_grad_input.default(grad_output, indices),)
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
         (indices,) = ctx.saved_tensors
-        return _max_unpool2d(input_tangent, indices, *ctx.size)
+        return _ops.max_unpool2d.default(input_tangent, indices, *ctx.size)
 
     @staticmethod
     def vmap(info, in_dims, input, indices, *size):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, indices), in_dims, strict=False))
-        return unfold_batch(_max_unpool2d(*folded, *size), info.batch_size), 0
+        return unfold_batch(_ops.max_unpool2d.default(*folded, *size), info.batch_size), 0
 
 
 class _MaxUnpool2dGradInputRule:
@@ -341,19 +342,19 @@ class _MaxUnpool2dGradInputRule:
         ctx.channels_last = is_channels_last(grad_output)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        (indices,) = ctx.saved_tensors
-        return (_max_pool2d_grad_input(v, indices, *ctx.size, ctx.channels_last),)
+    def backward(ctx, saved, needs, v):
+        (indices,) = saved
+        return (_ops.max_pool2d_grad_input.default(v, indices, *ctx.size, ctx.channels_last),)
 
     @staticmethod
     def jvp(ctx, grad_output_tangent, *_):
         (indices,) = ctx.saved_tensors
-        return _max_unpool2d_grad_input(grad_output_tangent, indices)
+        return _ops.max_unpool2d_grad_input.default(grad_output_tangent, indices)
 
     @staticmethod
     def vmap(info, in_dims, grad_output, indices):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, indices), in_dims, strict=True))
-        return unfold_batch(_max_unpool2d_grad_input(*folded), info.batch_size), 0
+        return unfold_batch(_ops.max_unpool2d_grad_input.default(*folded), info.batch_size), 0
 
 
 class _LinearPoolRule:
@@ -378,8 +379,8 @@ class _AvgPool2dRule(_LinearPoolRule):
         ctx.channels_last = is_channels_last(input)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        return (_avg_pool2d_grad_input(grad_output, *ctx.size, *ctx.options, ctx.channels_last),)
+    def backward(ctx, saved, needs, grad_output):
+        return (_ops.avg_pool2d_grad_input.default(grad_output, *ctx.size, *ctx.options, ctx.channels_last),)
 
 
 class _AvgPool2dGradInputRule(_LinearPoolRule):
@@ -390,8 +391,8 @@ class _AvgPool2dGradInputRule(_LinearPoolRule):
         _grad_output, *ctx.options = inputs
 
     @staticmethod
-    def backward(ctx, needs, v):
-        return (_avg_pool2d(v, *ctx.options[2:-1]),)
+    def backward(ctx, saved, needs, v):
+        return (_ops.avg_pool2d.default(v, *ctx.options[2:-1]),)
 
 
 class _AdaptiveAvgPool2dRule(_LinearPoolRule):
@@ -404,8 +405,8 @@ class _AdaptiveAvgPool2dRule(_LinearPoolRule):
         ctx.channels_last = is_channels_last(input)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        return (_adaptive_avg_pool2d_grad_input(grad_output, *ctx.size, ctx.channels_last),)
+    def backward(ctx, saved, needs, grad_output):
+        return (_ops.adaptive_avg_pool2d_grad_input.default(grad_output, *ctx.size, ctx.channels_last),)
 
 
 class _AdaptiveAvgPool2dGradInputRule(_LinearPoolRule):
@@ -417,8 +418,8 @@ class _AdaptiveAvgPool2dGradInputRule(_LinearPoolRule):
         ctx.output_size = grad_output.shape[2:]
 
     @staticmethod
-    def backward(ctx, needs, v):
-        return (_adaptive_avg_pool2d(v, *ctx.output_size),)
+    def backward(ctx, saved, needs, v):
+        return (_ops.adaptive_avg_pool2d.default(v, *ctx.output_size),)
 
 
 _max_pool2d_with_indices, _min_pool2d_with_indices, _adaptive_max_pool2d_with_indices = map(
@@ -428,13 +429,16 @@ _max_pool2d = attach_first(_ops.max_pool2d.default, attach(_MaxPool2dRule))
 _min_pool2d = attach_first(_ops.min_pool2d.default, attach(_MinPool2dRule))
 _relu_max_pool2d = attach_first(_ops.relu_max_pool2d.default, attach(_ReluMaxPool2dRule))
 _adaptive_max_pool2d = attach_first(_ops.adaptive_max_pool2d.default, _adaptive_max_pool2d_with_indices)
-_max_pool2d_grad_input = attach(_MaxPool2dGradInputRule)
-_offset_pool2d, _offset_pool2d_grad_input = map(attach, (_OffsetPool2dRule, _OffsetPool2dGradInputRule))
-_max_unpool2d, _max_unpool2d_grad_input = map(attach, (_MaxUnpool2dRule, _MaxUnpool2dGradInputRule))
-_avg_pool2d, _avg_pool2d_grad_input, _adaptive_avg_pool2d, _adaptive_avg_pool2d_grad_input = map(
-    attach,
-    (_AvgPool2dRule, _AvgPool2dGradInputRule, _AdaptiveAvgPool2dRule, _AdaptiveAvgPool2dGradInputRule),
-)
+_max_unpool2d, _avg_pool2d, _adaptive_avg_pool2d = map(attach, (_MaxUnpool2dRule, _AvgPool2dRule, _AdaptiveAvgPool2dRule))
+for _rule in (
+    _MaxPool2dGradInputRule,
+    _OffsetPool2dRule,
+    _OffsetPool2dGradInputRule,
+    _MaxUnpool2dGradInputRule,
+    _AvgPool2dGradInputRule,
+    _AdaptiveAvgPool2dGradInputRule,
+):
+    attach(_rule)
 autocast(_MaxUnpool2dRule.op, "AutocastCPU", lambda: torch.float32)  # as torch's own list has it
 
 
@@ -455,7 +459,10 @@ class MaxPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_indices):
-        return (*_MaxPool2dWithIndicesRule.backward(ctx, ctx.needs_input_grad, grad_output, grad_indices), *(None,) * 5)
+        return (
+            *_MaxPool2dWithIndicesRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output, grad_indices),
+            *(None,) * 5,
+        )
 
     @classmethod
     def apply(cls, input, kernel_size, stride, padding, dilation, ceil_mode):
@@ -482,7 +489,7 @@ class AvgPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return (*_AvgPool2dRule.backward(ctx, ctx.needs_input_grad, grad_output), *(None,) * 6)
+        return (*_AvgPool2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), *(None,) * 6)
 
     @classmethod
     def apply(cls, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
@@ -512,6 +519,7 @@ def _extremum(op, alone, with_indices, input, arguments, dtypes, return_indices)
     return (output.squeeze(0), indices.squeeze(0)) if unbatched else (output, indices)
 
 
+@overridable
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     """Largest value of each window.
 
@@ -552,6 +560,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     )
 
 
+@overridable
 def min_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     """Smallest value of each window.
 
@@ -572,6 +581,7 @@ def min_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     )
 
 
+@overridable
 def relu_max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
     """The larger of 0 and the largest value of each window, in one pass over the input, and one backward.
 
@@ -598,6 +608,7 @@ def relu_max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil
     return output.squeeze(0) if unbatched else output
 
 
+@overridable
 def avg_pool2d(
     input,
     kernel_size,
@@ -655,6 +666,7 @@ def _adaptive_size(op, output_size, input):
     )
 
 
+@overridable
 def adaptive_avg_pool2d(input, output_size):
     """Mean of each of P x Q windows that together cover the input, whatever its size.
 
@@ -684,6 +696,7 @@ def adaptive_avg_pool2d(input, output_size):
     return output.squeeze(0) if unbatched else output
 
 
+@overridable
 def adaptive_max_pool2d(input, output_size, return_indices=False):
     """Largest value of each of P x Q windows that together cover the input, whatever its size.
 
@@ -704,6 +717,7 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     )
 
 
+@overridable
 def global_avg_pool2d(input):
     """Mean of each channel.
 
@@ -717,6 +731,7 @@ def global_avg_pool2d(input):
     return adaptive_avg_pool2d(input, 1)
 
 
+@overridable
 def global_max_pool2d(input):
     """Largest value of each channel.
 
@@ -728,6 +743,7 @@ def global_max_pool2d(input):
     return adaptive_max_pool2d(input, 1)
 
 
+@overridable
 def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_size=None):
     """The partial inverse of `max_pool2d`: values go back to where the maxima stood, zero elsewhere.
 
