@@ -398,6 +398,7 @@ def test_private_names_of_torch_are_there():
             (_C, "_is_any_autocast_enabled"),
             (_C, "_any_requires_grad"),
             (_C, "_after_autograd_keyset"),
+            (_C, "_dispatch_has_kernel_for_dispatch_key"),
             (_C, "_ExcludeDispatchKeyGuard"),
             (_C, "DispatchKeySet"),
         )

@@ -3,7 +3,7 @@
 import torch  # noqa: F401  (its libraries must be loaded before torchcnn._C)
 
 from torchcnn import backends, functional, numpy, reference
-from torchcnn.backends import explain, isa, isas
+from torchcnn.backends import explain, isa, isas, show_config
 from torchcnn.conv import Conv2d, Conv2dFunction
 from torchcnn.conv_transpose import ConvTranspose2d
 from torchcnn.convert import convert
@@ -19,6 +19,7 @@ from torchcnn.pool import (
     MaxUnpool2d,
     MinPool2d,
 )
+from torchcnn.summary import LayerSummary, summary
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "ConvTranspose2d",
     "GlobalAvgPool2d",
     "GlobalMaxPool2d",
+    "LayerSummary",
     "MaxPool2d",
     "MaxPool2dFunction",
     "MaxUnpool2d",
@@ -44,4 +46,6 @@ __all__ = [
     "isas",
     "numpy",
     "reference",
+    "show_config",
+    "summary",
 ]

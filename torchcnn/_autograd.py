@@ -22,10 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  (for summary.py)
 
 from torchcnn import _C as _kernels  # noqa: F401  (loading it registers the operators)
 
-LIBRARY = torch.library.Library("torchcnn", "FRAGMENT")
+LIBRARY: torch.library.Library = torch.library.Library("torchcnn", "FRAGMENT")
 
 _below_autograd = _C._AutoDispatchBelowAutograd
 _functorch_active = _C._are_functorch_transforms_active
@@ -84,7 +85,7 @@ def attach(rule):
 
     # What grad_fn prints: Conv2dBackward, as torch has ConvolutionBackward0.
     Node._backward_cls.__name__ = rule.__name__.strip("_").removesuffix("Rule") + "Backward"
-    apply = Node.apply
+    apply = Node.apply  # type: ignore[attr-defined]
 
     def autograd_kernel(keys, *args):
         if _functorch_active():
@@ -106,7 +107,7 @@ def attach(rule):
         with _below_autograd():
             return op(*args)
 
-    call.op = op
+    call.op = op  # type: ignore[attr-defined]
     return call
 
 
@@ -155,6 +156,11 @@ def autocast(op, key, dtype_of):
             return op(*cast)
 
     LIBRARY.impl(op._opname, autocast_kernel, key, with_keyset=True)
+
+
+def has_kernel(op_name, key):
+    """Whether an operator, "torchcnn::conv2d" say, has a kernel of its own under a dispatch key."""
+    return _C._dispatch_has_kernel_for_dispatch_key(op_name, key)
 
 
 def is_channels_last(*tensors):

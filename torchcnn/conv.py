@@ -10,11 +10,15 @@ made of the other two: with input x, weight w and a gradient g of the output,
 so gradients of every order need no further kernel. The schemas stand in csrc/conv2d.cpp.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from torchcnn import _C
 from torchcnn._arguments import (
     FLOATING_DTYPES,
+    Pair,
     batched,
     check_dtype,
     check_tensors,
@@ -300,7 +304,16 @@ def _is_relu(activation):
 
 
 @overridable
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):
+def conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> torch.Tensor:
     """2-D convolution (cross-correlation) of a batch of images with a bank of filters.
 
     Equivalent to: ``torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)``
@@ -364,7 +377,9 @@ def _named_padding(padding, input, weight, stride, dilation):
     return input, total_h // 2, total_w // 2
 
 
-def conv2d_output_size(input_size, kernel_size, stride=1, padding=0, dilation=1):
+def conv2d_output_size(
+    input_size: Pair, kernel_size: Pair, stride: Pair = 1, padding: Pair | str = 0, dilation: Pair = 1
+) -> tuple[int, int]:
     """Height and width (P, Q) of the output of `conv2d`.
 
     Equivalent to: ``tuple(torch.nn.functional.conv2d(input, weight, None, stride, padding, dilation).shape[2:])``
@@ -394,7 +409,7 @@ def conv2d_output_size(input_size, kernel_size, stride=1, padding=0, dilation=1)
     return _C.sliding_output_size(op, size, kernel, stride, pad, dilation, False, False)
 
 
-def conv2d_parameter_count(in_channels, out_channels, kernel_size, bias=True, groups=1):
+def conv2d_parameter_count(in_channels: int, out_channels: int, kernel_size: Pair, bias: bool = True, groups: int = 1) -> int:
     """Number of learnable parameters of a `Conv2d`: K (C / groups R S + 1), without the 1 if there is no bias.
 
     Equivalent to: the sum of ``p.numel()`` over the parameters of
@@ -438,9 +453,17 @@ class Conv2d(torch.nn.Conv2d):
         activation: "relu" to rectify the output in the same pass, or None.
     """
 
-    init = activation = None  # also for layers that did not come through the constructor
+    # Also for layers that did not come through the constructor.
+    init: str | Callable[[torch.Tensor], object] | None = None
+    activation: str | None = None
 
-    def __init__(self, *args, init=None, activation=None, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        init: str | Callable[[torch.Tensor], object] | None = None,
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if isinstance(init, str) and init not in _INITS:
             raise ValueError(f"Conv2d: init must be 'kaiming', 'xavier', a function or None, got {init!r}")
         if init is not None and not isinstance(init, str) and not callable(init):
@@ -451,7 +474,7 @@ class Conv2d(torch.nn.Conv2d):
         _is_relu(activation)
         self.activation = activation
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         if self.init is None:
             super().reset_parameters()
             return
@@ -460,14 +483,14 @@ class Conv2d(torch.nn.Conv2d):
             if self.bias is not None:
                 self.bias.zero_()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.init is not None:
             text += f", init={self.init if isinstance(self.init, str) else getattr(self.init, '__name__', repr(self.init))}"
         return text if self.activation is None else f"{text}, activation={self.activation}"
 
-    def _conv_forward(self, input, weight, bias):
-        padding = self.padding
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0

@@ -4,9 +4,12 @@ It is the gradient of a convolution with respect to its input, as a layer of its
 bias. Its derivatives are therefore the operators of conv.py, with input and output in each other's place.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from torchcnn._arguments import FLOATING_DTYPES, batched, check_dtype, check_tensors, integer, overridable, pair
+from torchcnn._arguments import FLOATING_DTYPES, Pair, batched, check_dtype, check_tensors, integer, overridable, pair
 from torchcnn._autograd import LIBRARY, attach, autocast, empty_activation, fold_batch, is_channels_last, unfold_batch
 from torchcnn.conv import _add, _fold_channels, _forward, _grad_bias, _grad_weight, _unfold_channels
 
@@ -91,7 +94,16 @@ autocast(_ConvTranspose2dRule.op, "AutocastCUDA", lambda: torch.get_autocast_dty
 
 
 @overridable
-def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+def conv_transpose2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    output_padding: Pair = 0,
+    groups: int = 1,
+    dilation: Pair = 1,
+) -> torch.Tensor:
     """2-D transposed convolution: every input pixel adds its multiple of the filters to a window of the output.
 
     Equivalent to: ``torch.nn.functional.conv_transpose2d`` with the same arguments.
@@ -124,7 +136,7 @@ def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_paddi
     if input.dtype == weight.dtype:
         check_dtype(op, input.dtype, FLOATING_DTYPES)
     input, unbatched = batched(op, "input", input)
-    stride, padding, dilation, output_padding = (
+    strides, pads, dilations, extras = (
         pair(op, name, value)
         for name, value in (
             ("stride", stride),
@@ -134,21 +146,21 @@ def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_paddi
         )
     )
     groups = integer(op, "groups", groups)
-    axes = tuple(zip(output_padding, stride, dilation, strict=True))
-    if any(s <= extra for extra, s, _ in axes) and all(extra < max(s, d) for extra, s, d in axes) and min(padding) >= 0:
-        output = _with_wide_border(input, weight, bias, stride, padding, dilation, groups, output_padding)
+    axes = tuple(zip(extras, strides, dilations, strict=True))
+    if any(s <= extra for extra, s, _ in axes) and all(extra < max(s, d) for extra, s, d in axes) and min(pads) >= 0:
+        output = _with_wide_border(input, weight, bias, strides, pads, dilations, groups, extras)
     else:
-        output = _conv_transpose2d(input, weight, bias, *stride, *padding, *dilation, groups, *output_padding)
+        output = _conv_transpose2d(input, weight, bias, *strides, *pads, *dilations, groups, *extras)
     return output.squeeze(0) if unbatched else output
 
 
-def _with_wide_border(input, weight, bias, stride, padding, dilation, groups, output_padding):
+def _with_wide_border(input, weight, bias, strides, pads, dilations, groups, extras):
     """An output padding of a whole stride or more: no convolution of such a size has the input for its output.
 
     So compute what all windows cover, and then take off the border, or put one of bias alone there.
     """
-    output = _conv_transpose2d(input, weight, bias, *stride, 0, 0, *dilation, groups, 0, 0)
-    (pad_h, pad_w), (extra_h, extra_w) = padding, output_padding
+    output = _conv_transpose2d(input, weight, bias, *strides, 0, 0, *dilations, groups, 0, 0)
+    (pad_h, pad_w), (extra_h, extra_w) = pads, extras
     H, W = output.shape[2] - 2 * pad_h + extra_h, output.shape[3] - 2 * pad_w + extra_w
     if min(H, W) < 1:
         raise RuntimeError(f"conv_transpose2d: output size must be at least 1, got {H} x {W}")
@@ -165,8 +177,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     a seed are the same.
     """
 
-    def forward(self, input, output_size=None):
-        window = self.stride, self.padding, self.kernel_size, 2, self.dilation
-        output_padding = self._output_padding(input, output_size, *window)
-        options = self.stride, self.padding, output_padding, self.groups, self.dilation
+    def forward(self, input: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
+        window: Any = self.stride, self.padding, self.kernel_size, 2, self.dilation
+        output_padding: Any = self._output_padding(input, output_size, *window)  # type: ignore[arg-type]
+        options: Any = self.stride, self.padding, output_padding, self.groups, self.dilation
         return conv_transpose2d(input, self.weight, self.bias, *options)

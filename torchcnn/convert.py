@@ -5,6 +5,7 @@ hangs on it or refers to it (parameters that an optimizer holds, hooks, buffers,
 """
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch.nn.utils import parametrize
@@ -22,16 +23,18 @@ from torchcnn.pool import (
     MinPool2d,
 )
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+
 _NAMESAKES = (AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, Conv2d, ConvTranspose2d, MaxPool2d, MaxUnpool2d)
-_TO_OURS = {getattr(torch.nn, ours.__name__): ours for ours in _NAMESAKES}
-_TO_TORCHS = {
+_TO_OURS: dict[type, type] = {getattr(torch.nn, ours.__name__): ours for ours in _NAMESAKES}
+_TO_TORCHS: dict[type, type] = {
     **{ours: torchs for torchs, ours in _TO_OURS.items()},
     GlobalAvgPool2d: torch.nn.AdaptiveAvgPool2d,
     GlobalMaxPool2d: torch.nn.AdaptiveMaxPool2d,
 }
 
 
-def convert(model, inplace=False, inverse=False):
+def convert(model: Model, inplace: bool = False, inverse: bool = False) -> Model:
     """Make the convolution and pooling layers of a torch.nn model those of torchcnn, or (`inverse`) the other way round.
 
     Layers whose type is exactly one of torch.nn's Conv2d, ConvTranspose2d, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d,
@@ -65,9 +68,9 @@ def convert(model, inplace=False, inverse=False):
         if target is None:
             continue
         if isinstance(layer, GlobalAvgPool2d):
-            layer.output_size = 1
+            vars(layer).update(output_size=1)
         elif isinstance(layer, GlobalMaxPool2d):
-            layer.output_size, layer.return_indices = 1, False
+            vars(layer).update(output_size=1, return_indices=False)
         elif inverse and isinstance(layer, Conv2d):
             for ours_alone in ("init", "activation"):
                 vars(layer).pop(ours_alone, None)
@@ -75,7 +78,7 @@ def convert(model, inplace=False, inverse=False):
     return model
 
 
-def _require_inverse(model):
+def _require_inverse(model: torch.nn.Module) -> None:
     for name, layer in model.named_modules():
         kind = parametrize.type_before_parametrizations(layer)
         lacking = (
@@ -91,7 +94,7 @@ def _require_inverse(model):
             )
 
 
-def _parametrized(cls, base):
+def _parametrized(cls: type, base: type) -> type:
     """The class that register_parametrization made of a layer's class, remade on `base`: it holds the parametrized properties."""
     made_for_cls = ("__dict__", "__doc__", "__module__", "__weakref__")
     return type(f"Parametrized{base.__name__}", (base,), {k: v for k, v in vars(cls).items() if k not in made_for_cls})

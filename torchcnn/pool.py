@@ -15,12 +15,16 @@ Averages are linear: the derivative of ``avg_pool2d`` is ``avg_pool2d_grad_input
 schemas stand in csrc/pool2d.cpp.
 """
 
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
 import torch
 
 from torchcnn import _C
 from torchcnn._arguments import (
     FLOATING_DTYPES,
     INTEGER_DTYPES,
+    Pair,
     batched,
     check_dtype,
     check_tensors,
@@ -41,6 +45,8 @@ from torchcnn._autograd import (
 )
 
 _ops = torch.ops.torchcnn
+
+OutputSize = int | Sequence[int | None] | None  # None in a pair keeps the size of the input
 
 
 # --------------------------------------------------------------------------------------------------- shapes without data
@@ -158,6 +164,8 @@ def _(grad_output, H, W, channels_last):
 
 class _PositionsRule:
     """What the pools have in common that return positions beside their output."""
+
+    op: Any
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -360,6 +368,8 @@ class _MaxUnpool2dGradInputRule:
 class _LinearPoolRule:
     """A pool that is linear in its input: jvp and vmap are the operator itself."""
 
+    op: Any
+
     @classmethod
     def jvp(cls, ctx, tangent, *_):
         return cls.op(tangent, *ctx.options)
@@ -519,8 +529,47 @@ def _extremum(op, alone, with_indices, input, arguments, dtypes, return_indices)
     return (output.squeeze(0), indices.squeeze(0)) if unbatched else (output, indices)
 
 
+@overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    *,
+    return_indices: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    return_indices: bool = ...,
+) -> Any: ...
 @overridable
-def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
     """Largest value of each window.
 
     Equivalent to: ``torch.nn.functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)``
@@ -560,8 +609,47 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     )
 
 
+@overload
+def min_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def min_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    *,
+    return_indices: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def min_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    return_indices: bool = ...,
+) -> Any: ...
 @overridable
-def min_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+def min_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
     """Smallest value of each window.
 
     Equivalent to: ``-torch.nn.functional.max_pool2d(-input, ...)`` for floating-point input; integers compare as they are, so
@@ -582,7 +670,14 @@ def min_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
 
 
 @overridable
-def relu_max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+def relu_max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> torch.Tensor:
     """The larger of 0 and the largest value of each window, in one pass over the input, and one backward.
 
     Equivalent to: ``torch.nn.functional.max_pool2d(torch.relu(input), kernel_size, stride, padding, dilation, ceil_mode)``
@@ -610,14 +705,14 @@ def relu_max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil
 
 @overridable
 def avg_pool2d(
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> torch.Tensor:
     """Mean of each window.
 
     Equivalent to: ``torch.nn.functional.avg_pool2d`` with the same arguments.
@@ -667,7 +762,7 @@ def _adaptive_size(op, output_size, input):
 
 
 @overridable
-def adaptive_avg_pool2d(input, output_size):
+def adaptive_avg_pool2d(input: torch.Tensor, output_size: OutputSize) -> torch.Tensor:
     """Mean of each of P x Q windows that together cover the input, whatever its size.
 
     Equivalent to: ``torch.nn.functional.adaptive_avg_pool2d(input, output_size)``
@@ -696,8 +791,16 @@ def adaptive_avg_pool2d(input, output_size):
     return output.squeeze(0) if unbatched else output
 
 
+@overload
+def adaptive_max_pool2d(input: torch.Tensor, output_size: OutputSize, return_indices: Literal[False] = ...) -> torch.Tensor: ...
+@overload
+def adaptive_max_pool2d(
+    input: torch.Tensor, output_size: OutputSize, return_indices: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def adaptive_max_pool2d(input: torch.Tensor, output_size: OutputSize, return_indices: bool = ...) -> Any: ...
 @overridable
-def adaptive_max_pool2d(input, output_size, return_indices=False):
+def adaptive_max_pool2d(input: torch.Tensor, output_size: OutputSize, return_indices: bool = False) -> Any:
     """Largest value of each of P x Q windows that together cover the input, whatever its size.
 
     Equivalent to: ``torch.nn.functional.adaptive_max_pool2d(input, output_size, return_indices)``
@@ -718,7 +821,7 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
 
 
 @overridable
-def global_avg_pool2d(input):
+def global_avg_pool2d(input: torch.Tensor) -> torch.Tensor:
     """Mean of each channel.
 
     Equivalent to: ``torch.nn.functional.adaptive_avg_pool2d(input, 1)``
@@ -732,7 +835,7 @@ def global_avg_pool2d(input):
 
 
 @overridable
-def global_max_pool2d(input):
+def global_max_pool2d(input: torch.Tensor) -> torch.Tensor:
     """Largest value of each channel.
 
     Equivalent to: ``torch.nn.functional.adaptive_max_pool2d(input, 1)``
@@ -744,7 +847,14 @@ def global_max_pool2d(input):
 
 
 @overridable
-def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_size=None):
+def max_unpool2d(
+    input: torch.Tensor,
+    indices: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    output_size: Sequence[int] | None = None,
+) -> torch.Tensor:
     """The partial inverse of `max_pool2d`: values go back to where the maxima stood, zero elsewhere.
 
     Equivalent to: ``torch.nn.functional.max_unpool2d(input, indices, kernel_size, stride, padding, output_size)``
@@ -769,17 +879,17 @@ def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_siz
     check_tensors(op, input=input, indices=indices)
     check_dtype(op, input.dtype, FLOATING_DTYPES)
     kernel = pair(op, "kernel_size", kernel_size)
-    stride = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
+    strides = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
     pad = pair(op, "padding", padding)
     if indices.shape != input.shape:
         raise RuntimeError(f"{op}: indices must have the shape of input, got {list(indices.shape)} and {list(input.shape)}")
     input, unbatched = batched(op, "input", input)
-    if min(stride) < 1:
-        raise RuntimeError(f"{op}: stride must be at least 1, got {stride}")
+    if min(strides) < 1:
+        raise RuntimeError(f"{op}: stride must be at least 1, got {strides}")
     if min(input.shape[1:]) < 1:
         raise RuntimeError(f"{op}: input must have non-empty channels, height and width, got {list(input.shape)}")
-    default = tuple((size - 1) * s - 2 * p + k for size, s, p, k in zip(input.shape[2:], stride, pad, kernel, strict=True))
-    size = default if output_size is None else _unpool_size(op, output_size, default, stride)
+    default = tuple((size - 1) * s - 2 * p + k for size, s, p, k in zip(input.shape[2:], strides, pad, kernel, strict=True))
+    size = default if output_size is None else _unpool_size(op, output_size, default, strides)
     if min(size) < 1:
         raise RuntimeError(f"{op}: output size must be at least 1, got {size[0]} x {size[1]}")
     output = _max_unpool2d(input, indices.unsqueeze(0) if unbatched else indices, *size)
@@ -798,7 +908,14 @@ def _unpool_size(op, output_size, default, stride):
     return size
 
 
-def pool2d_output_size(input_size, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+def pool2d_output_size(
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> tuple[int, int]:
     """Height and width (P, Q) of the output of a pool.
 
     Equivalent to: ``tuple(torch.nn.functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode).shape[2:])``
@@ -823,7 +940,7 @@ def pool2d_output_size(input_size, kernel_size, stride=None, padding=0, dilation
 class MaxPool2d(torch.nn.MaxPool2d):
     """Max pooling layer; see `max_pool2d`. Equivalent to: ``torch.nn.MaxPool2d`` with the same arguments."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> Any:
         return max_pool2d(
             input,
             self.kernel_size,
@@ -838,7 +955,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
 class MinPool2d(torch.nn.modules.pooling._MaxPoolNd):
     """Min pooling layer; see `min_pool2d`. Arguments are those of ``torch.nn.MaxPool2d``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> Any:
         return min_pool2d(
             input,
             self.kernel_size,
@@ -853,7 +970,7 @@ class MinPool2d(torch.nn.modules.pooling._MaxPoolNd):
 class AvgPool2d(torch.nn.AvgPool2d):
     """Average pooling layer; see `avg_pool2d`. Equivalent to: ``torch.nn.AvgPool2d`` with the same arguments."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return avg_pool2d(
             input,
             self.kernel_size,
@@ -868,33 +985,33 @@ class AvgPool2d(torch.nn.AvgPool2d):
 class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     """Adaptive average pooling layer; see `adaptive_avg_pool2d`. Equivalent to: ``torch.nn.AdaptiveAvgPool2d``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return adaptive_avg_pool2d(input, self.output_size)
 
 
 class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     """Adaptive max pooling layer; see `adaptive_max_pool2d`. Equivalent to: ``torch.nn.AdaptiveMaxPool2d``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> Any:
         return adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
 class GlobalAvgPool2d(torch.nn.Module):
     """Mean of each channel; see `global_avg_pool2d`. Equivalent to: ``torch.nn.AdaptiveAvgPool2d(1)``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return global_avg_pool2d(input)
 
 
 class GlobalMaxPool2d(torch.nn.Module):
     """Largest value of each channel; see `global_max_pool2d`. Equivalent to: ``torch.nn.AdaptiveMaxPool2d(1)``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return global_max_pool2d(input)
 
 
 class MaxUnpool2d(torch.nn.MaxUnpool2d):
     """Partial inverse of max pooling; see `max_unpool2d`. Equivalent to: ``torch.nn.MaxUnpool2d`` with the same arguments."""
 
-    def forward(self, input, indices, output_size=None):
+    def forward(self, input: torch.Tensor, indices: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
         return max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
