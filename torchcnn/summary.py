@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from torchcnn import _C
-from torchcnn._autograd import TorchDispatchMode
+from torchcnn._autograd import TorchDispatchMode, is_channels_last
 
 _ops = torch.ops.torchcnn
 
@@ -66,8 +66,7 @@ class _Algorithms(TorchDispatchMode):
 
 def _algorithm(direction: str, input: torch.Tensor, weight: torch.Tensor, options: Sequence[int]) -> str:
     stride, padding, dilation = (tuple(options[i : i + 2]) for i in (0, 2, 4))
-    last = any(not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) for x in (input, weight))
-    rows = _C.explain_conv2d(*input.shape, *weight.shape, stride, padding, dilation, options[6], last)
+    rows = _C.explain_conv2d(*input.shape, *weight.shape, stride, padding, dilation, options[6], is_channels_last(input, weight))
     return next(algorithm for name, algorithm, _reason in rows if name == direction)
 
 
