@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 
 CSRC := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 
-.PHONY: help setup train test test-full bench lint docs cuda-check sanitize clean FORCE
+.PHONY: help setup train test test-full test-models bench lint docs cuda-check sanitize clean FORCE
 
 help: ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,7 +27,7 @@ help: ## show this list (the default)
 	@echo 'PYTHON=python3.12        the interpreter that .venv is created with (>= 3.10)'
 	@echo 'TORCH_INDEX_URL=URL      the package index that torch comes from (for a CPU-only torch, say)'
 	@echo 'USE_CURRENT_ENV=1        no .venv: the active environment, with its own torch >= 2.10'
-	@echo 'ARGS="..."               options for train, test, test-full, bench'
+	@echo 'ARGS="..."               options for train, test, test-full, test-models, bench'
 	@echo 'TORCHCNN_CUDA=0|1|auto, CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX, CFLAGS, MAX_JOBS   the build'
 
 setup: $(STAMPS)/built ## create .venv, install the requirements, build and install torchcnn (editable)
@@ -41,14 +41,25 @@ test: $(STAMPS)/built ## run the tests, without the slow ones
 test-full: $(STAMPS)/built ## run every test
 	$(PY) -m pytest $(ARGS)
 
+# A binary serves every torch: the extension that $(PY) has built is used as it is, under the torch of .venv-models.
+test-models: $(STAMPS)/built .venv-models/required ## convert and compare models of torchvision and timm (downloads 5 GB)
+	PYTHONPATH=$(CURDIR) .venv-models/bin/python -m pytest tests/test_models.py $(ARGS)
+
+.venv-models/required: requirements-models.txt
+	@test -x .venv-models/bin/python || $(PY) -m venv .venv-models
+	.venv-models/bin/python -m pip --disable-pip-version-check install -r requirements-models.txt
+	@touch $@
+
 bench: $(STAMPS)/built ## run the benchmarks
 	@test -f benchmarks/run.py || { echo 'make bench: there are no benchmarks yet.' >&2; exit 1; }
 	$(PY) benchmarks/run.py $(ARGS)
 
-lint: $(STAMPS)/required ## check style: ruff, clang-format
+lint: $(STAMPS)/required ## check style and types: ruff, clang-format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CSRC)
+	$(PY) -m mypy
+	$(PY) -m mypy --strict --follow-imports=silent tests/typed_use.py
 
 docs: ## check the documentation (not there yet)
 	@echo 'make docs: there is no documentation to check yet.' >&2; exit 1

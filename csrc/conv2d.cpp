@@ -4,6 +4,7 @@
 //   conv2d_grad_input   with respect to the input
 //   conv2d_grad_weight  with respect to the weight
 //   conv2d_grad_bias    with respect to the bias
+//   conv_transpose2d    conv2d_grad_input as a layer of its own, with a bias
 //
 // Each of the first three is linear in both its tensors and its derivatives are the other two, so derivatives of every order are
 // made of them (torchcnn/conv.py). Results have the layout that the caller asks for.
@@ -166,6 +167,59 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W
   return grad_input;
 }
 
+// Adds the bias of its channel to every element of an activation.
+template <class T>
+void add_bias(const Conv2dGeometry& g, const T* bias, T* activation) {
+  const int64_t pixels = g.H * g.W;
+  if (g.layout == Layout::nchw) {
+    parallel_for(g.N * g.C, pixels / 4 + 1, [&](int64_t plane) {
+      T* to = activation + plane * pixels;
+      const T value = bias[plane % g.C];
+      for (int64_t i = 0; i < pixels; ++i) to[i] += value;
+    });
+  } else {
+    parallel_for(g.N * g.H, g.W * (g.C / 4 + 1), [&](int64_t row) {
+      T* to = activation + row * g.W * g.C;
+      for (int64_t w = 0; w < g.W; ++w, to += g.C)
+        for (int64_t c = 0; c < g.C; ++c) to[c] += bias[c];
+    });
+  }
+}
+
+Tensor conv_transpose2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w,
+                        int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+                        int64_t output_pad_h, int64_t output_pad_w) {
+  const char* op = "conv_transpose2d";
+  require_rank(op, "input", input, 4);
+  require_rank(op, "weight", weight, 4);
+  require_same_kind(op, "input", input, "weight", weight);
+  const Layout layout = either_channels_last(input, weight);
+  const Conv2dGeometry g = conv_transpose2d_geometry(
+      op, input.size(0), input.size(1), input.size(2), input.size(3), weight.size(0), weight.size(1), weight.size(2),
+      weight.size(3), {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, output_pad_h, output_pad_w, layout);
+  if (bias) {
+    require(bias->dim() == 1 && bias->size(0) == g.C, op, "bias must have shape [weight.shape[1] * groups], got ", Shape{*bias},
+            " for weight of shape ", Shape{weight}, " and groups=", groups);
+    require_same_kind(op, "input", input, "bias", *bias);
+  }
+  if (is_low_precision(input)) {
+    const ScalarType wide = ScalarType::Float;
+    std::optional<Tensor> wide_bias;
+    if (bias) wide_bias = to_dtype(*bias, wide);
+    return to_dtype(conv_transpose2d(to_dtype(input, wide), to_dtype(weight, wide), wide_bias, stride_h, stride_w, pad_h, pad_w,
+                                     dilation_h, dilation_w, groups, output_pad_h, output_pad_w),
+                    input.scalar_type());
+  }
+  Tensor output = conv2d_grad_input(input, weight, g.H, g.W, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups,
+                                    layout == Layout::channels_last);
+  if (!bias || output.numel() == 0) return output;
+  for_floating_type(op, input.scalar_type(), [&]<class T>(T) {
+    const Tensor b = torch::stable::contiguous(*bias);
+    add_bias(g, b.const_data_ptr<T>(), output.mutable_data_ptr<T>());
+  });
+  return output;
+}
+
 Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S, int64_t stride_h, int64_t stride_w,
                           int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
                           bool channels_last) {
@@ -223,6 +277,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
   m.def("conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt R, SymInt S, " CONV2D_OPTIONS
         ", bool channels_last) -> Tensor");
   m.def("conv2d_grad_bias(Tensor grad_output) -> Tensor");
+  m.def("conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, " CONV2D_OPTIONS
+        ", SymInt output_pad_h, SymInt output_pad_w) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) {
@@ -230,4 +286,5 @@ STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) {
   m.impl("conv2d_grad_input", TORCH_BOX(&torchcnn::conv2d_grad_input));
   m.impl("conv2d_grad_weight", TORCH_BOX(&torchcnn::conv2d_grad_weight));
   m.impl("conv2d_grad_bias", TORCH_BOX(&torchcnn::conv2d_grad_bias));
+  m.impl("conv_transpose2d", TORCH_BOX(&torchcnn::conv_transpose2d));
 }

@@ -2,6 +2,7 @@
 //
 //   convolution   P = floor((H + 2 pad_h - dilation_h (R - 1) - 1) / stride_h) + 1,   Q likewise from W and S
 //   pooling       the same; with ceil_mode the division rounds up, but a window must start inside the input or its left padding
+//   transposed    H = (P - 1) stride_h - 2 pad_h + dilation_h (R - 1) + output_pad_h + 1
 //   adaptive      window p of P covers the rows floor(p H / P) ... ceil((p + 1) H / P) - 1
 //
 // A rule that does not hold throws Error, whose message names the operator, the rule and both values. Nothing has been
@@ -126,6 +127,41 @@ inline Conv2dGeometry conv2d_geometry(const char* op, int64_t N, int64_t C, int6
   g.Q = sliding_output_size(op, "width", W, S, o.stride_w, o.pad_w, o.dilation_w, false);
   require_numel_fits(op, "number of output bytes", N, K, g.P, g.Q);
   return g;
+}
+
+// One axis of a transposed convolution: the size that a convolution with these options makes `size` of. There are `stride` such
+// sizes; output_pad chooses one.
+inline int64_t transposed_output_size(const char* op, const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t pad,
+                                      int64_t dilation, int64_t output_pad) {
+  require(size > 0, op, "input height and width must be at least 1, got ", size, " in ", axis);
+  require(kernel > 0, op, "kernel size must be at least 1, got ", kernel, " in ", axis);
+  require(stride > 0, op, "stride must be at least 1, got ", stride, " in ", axis);
+  require(dilation > 0, op, "dilation must be at least 1, got ", dilation, " in ", axis);
+  require(pad >= 0, op, "padding must be at least 0, got ", pad, " in ", axis);
+  require(output_pad >= 0 && output_pad < stride, op, "output_padding must be at least 0 and below stride or dilation, got ",
+          output_pad, " with stride ", stride, " and dilation ", dilation, " in ", axis);
+  const char* what = "output size";
+  int64_t out = checked_mul(size - 1, stride, op, what);
+  out = checked_add(out, checked_mul(dilation, kernel - 1, op, what), op, what);
+  out = checked_add(out, output_pad + 1, op, what) - checked_mul(2, pad, op, what);
+  require(out > 0, op, "output size must be at least 1, got ", out, " in ", axis);
+  return out;
+}
+
+// The convolution of which a transposed one is the grad_input: what goes into the latter is the output of the former.
+inline Conv2dGeometry conv_transpose2d_geometry(const char* op, int64_t N, int64_t K, int64_t P, int64_t Q,
+                                                int64_t weight_channels, int64_t C_per_group, int64_t R, int64_t S,
+                                                const Conv2dOptions& o, int64_t output_pad_h, int64_t output_pad_w,
+                                                Layout layout) {
+  require(o.groups > 0, op, "groups must be at least 1, got ", o.groups);
+  require(K > 0, op, "input must have at least 1 channel, got ", K);
+  require(K == weight_channels, op, "input channels must equal weight.shape[0], got ", K, " and ", weight_channels);
+  require(K % o.groups == 0, op, "input channels must be divisible by groups, got ", K, " channels and groups=", o.groups);
+  const int64_t H = transposed_output_size(op, "height", P, R, o.stride_h, o.pad_h, o.dilation_h, output_pad_h);
+  const int64_t W = transposed_output_size(op, "width", Q, S, o.stride_w, o.pad_w, o.dilation_w, output_pad_w);
+  const int64_t C = checked_mul(C_per_group, o.groups, op, "output channels");
+  require_numel_fits(op, "number of output bytes", N, C, H, W);
+  return conv2d_geometry(op, N, C, H, W, K, C_per_group, R, S, o, layout);
 }
 
 struct Pool2dGeometry {

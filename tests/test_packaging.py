@@ -94,6 +94,28 @@ def test_version_is_that_of_the_installed_package():
     assert importlib.metadata.version("torchcnn") == torchcnn.__version__
 
 
+def test_wheels_are_built_for_every_python_of_the_package():
+    """The classifiers, requires-python and cibuildwheel speak of the same ones, and of the oldest torch that setup.py takes."""
+    text = (ROOT / "pyproject.toml").read_text()
+    classified = re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', text)
+    built = re.findall(r'"cp3(\d+)-\*"', text)
+    assert built == classified and f'requires-python = ">=3.{built[0]}"' in text
+    assert "'torch==2.10.*'" in text and 'dependencies = ["torch>=2.10"' in text
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="reads ELF headers with readelf")
+def test_extension_needs_torch_and_the_c_libraries_alone():
+    """No path of the machine that built it, and of torch only what `import torch` has loaded."""
+    command = ["readelf", "--dynamic", "--wide", _C.__file__]
+    dynamic = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert not re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic)
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    c_libraries = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"}
+    assert "libtorch_cpu.so" in needed
+    rest = needed - c_libraries - {"libtorch_cpu.so", "libtorch_cuda.so"}
+    assert all(re.match(r"(ld-linux|libcudart\.so)", name) for name in rest), rest
+
+
 def test_pre_commit_has_the_pinned_versions():
     pins = set(re.findall(r"^(ruff|clang-format)==(\S+)", (ROOT / "requirements-dev.txt").read_text(), re.M))
     hooks = set(re.findall(r"\[(ruff|clang-format)==(\S+)\]", (ROOT / ".pre-commit-config.yaml").read_text()))

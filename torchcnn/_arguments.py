@@ -3,12 +3,32 @@
 The exception types are those of torch.nn.functional. Rules about sizes are checked in C++ (csrc/geometry.h).
 """
 
+import functools
 import operator
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
+
+Pair = int | Sequence[int]  # (height, width), or one value for both
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FLOATING_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 INTEGER_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def overridable(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` for every kind of argument: one whose type overrides torch's functions (a proxy of torch.fx, say) is asked."""
+
+    @functools.wraps(function)
+    def public(*args: P.args, **kwargs: P.kwargs) -> R:
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            return handle_torch_function(public, (*args, *kwargs.values()), *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return public
 
 
 def integer(op, name, value):
@@ -27,6 +47,8 @@ def pair(op, name, value):
         return value, value
     if isinstance(value, (tuple, list)):
         if len(value) == 2:
+            if type(value[0]) is type(value[1]) is int:
+                return tuple(value)
             return integer(op, name, value[0]), integer(op, name, value[1])
         if len(value) == 1:
             return (integer(op, name, value[0]),) * 2

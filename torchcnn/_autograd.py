@@ -4,13 +4,14 @@ An operator (``torch.ops.torchcnn.*``, C++) gets its derivatives from a rule: a 
 
     op                                  the operator
     setup_context(ctx, inputs, output)  what backward and jvp need later
-    backward(ctx, needs, *grad_outputs) gradients of the leading tensor arguments, None where ``needs[i]`` is False
+    backward(ctx, saved, needs, *grad_outputs)
+                                        gradients of the leading tensor arguments, None where ``needs[i]`` is False
     jvp(ctx, *tangents)                 forward-mode derivative
     vmap(info, in_dims, *args)          the operator over a batch of arguments
 
-`attach` registers the rule under the operator's Autograd dispatch key, so that the operator is right however it is reached:
-eager, torch.compile, torch.func, forward-mode AD, double backward. The function that it returns is the operator again, with
-shortcuts for plain eager calls.
+Rules call operators themselves, which are right however they are reached: eager, torch.compile, torch.func, forward-mode AD,
+double backward. `attach` makes them so: it registers the rule under the operator's Autograd dispatch key. The function that it
+returns is the operator again, with shortcuts for plain eager calls.
 """
 
 import torch
@@ -21,23 +22,34 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  (for summary.py)
 
 from torchcnn import _C as _kernels  # noqa: F401  (loading it registers the operators)
 
-LIBRARY = torch.library.Library("torchcnn", "FRAGMENT")
+LIBRARY: torch.library.Library = torch.library.Library("torchcnn", "FRAGMENT")
 
 _below_autograd = _C._AutoDispatchBelowAutograd
 _functorch_active = _C._are_functorch_transforms_active
 _autocast_enabled = _C._is_any_autocast_enabled
 _any_requires_grad = _C._any_requires_grad
-_has_torch_function = _C._has_torch_function_variadic
 _AFTER_AUTOGRAD = _C._after_autograd_keyset
+
+
+def _leading_tensors(op):
+    """How many of the first arguments are tensors; no later one is."""
+    is_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
+    return sum(is_tensor)
+
+
+def _is_plain_call():
+    """Whether nothing but autograd itself looks at a call: then it need not go through the dispatcher more than once."""
+    return not (is_compiling() or _functorch_active() or forward_ad._current_level >= 0 or _autocast_enabled())
 
 
 def attach(rule):
     """Register `rule` as the derivative of its operator and return the function that calls the operator."""
     op = rule.op
-    arguments = len(op._schema.arguments)
+    arguments, tensors = len(op._schema.arguments), _leading_tensors(op)
 
     class Node(_SingleLevelFunction):  # its `apply` is C, without the signature inspection of autograd.Function
         @staticmethod
@@ -58,7 +70,13 @@ def attach(rule):
 
         @staticmethod
         def backward(ctx, *grad_outputs):
-            grads = rule.backward(ctx, ctx.needs_input_grad[1:], *grad_outputs)
+            needs = ctx.needs_input_grad[1:]
+            saved = ctx.saved_tensors  # not below autograd: a checkpoint runs the forward pass again here
+            if not torch.is_grad_enabled() and _is_plain_call():
+                with _below_autograd():
+                    grads = rule.backward(ctx, saved, needs, *grad_outputs)
+            else:
+                grads = rule.backward(ctx, saved, needs, *grad_outputs)
             return (None, *grads, *(None,) * (arguments - len(grads)))
 
         @staticmethod
@@ -67,13 +85,13 @@ def attach(rule):
 
     # What grad_fn prints: Conv2dBackward, as torch has ConvolutionBackward0.
     Node._backward_cls.__name__ = rule.__name__.strip("_").removesuffix("Rule") + "Backward"
-    apply = Node.apply
+    apply = Node.apply  # type: ignore[attr-defined]
 
     def autograd_kernel(keys, *args):
         if _functorch_active():
             with enable_single_level_autograd_function():
                 return apply(keys, *args)
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args[:tensors])):
             return apply(keys, *args)
         with _below_autograd():
             return op.redispatch(keys & _AFTER_AUTOGRAD, *args)
@@ -82,20 +100,14 @@ def attach(rule):
     torch.library.register_vmap(op._name, rule.vmap, lib=LIBRARY)
 
     def call(*args):
-        if (
-            is_compiling()
-            or _functorch_active()
-            or forward_ad._current_level >= 0
-            or _autocast_enabled()
-            or _has_torch_function(*args)
-        ):
+        if not _is_plain_call():
             return op(*args)
-        if torch.is_grad_enabled() and _any_requires_grad(*args):
+        if torch.is_grad_enabled() and _any_requires_grad(*args[:tensors]):
             return apply(None, *args)
         with _below_autograd():
             return op(*args)
 
-    call.op = op
+    call.op = op  # type: ignore[attr-defined]
     return call
 
 
@@ -104,10 +116,11 @@ def attach_first(op, recorded):
 
     `recorded`, an operator that has a rule, also returns what backward needs: it is called only where a derivative is asked for.
     """
-    recorded_op = recorded.op
+    recorded_op, tensors = recorded.op, _leading_tensors(op)
 
     def autograd_kernel(keys, *args):
-        if _functorch_active() or forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
+        asked = torch.is_grad_enabled() and _any_requires_grad(*args[:tensors])
+        if asked or _functorch_active() or forward_ad._current_level >= 0:
             return recorded_op(*args)[0]
         with _below_autograd():
             return op.redispatch(keys & _AFTER_AUTOGRAD, *args)
@@ -120,15 +133,9 @@ def attach_first(op, recorded):
     torch.library.register_vmap(op._name, vmap, lib=LIBRARY)
 
     def call(*args):
-        if (
-            is_compiling()
-            or _functorch_active()
-            or forward_ad._current_level >= 0
-            or _autocast_enabled()
-            or _has_torch_function(*args)
-        ):
+        if not _is_plain_call():
             return op(*args)
-        if torch.is_grad_enabled() and _any_requires_grad(*args):
+        if torch.is_grad_enabled() and _any_requires_grad(*args[:tensors]):
             return recorded(*args)[0]
         with _below_autograd():
             return op(*args)
@@ -151,9 +158,19 @@ def autocast(op, key, dtype_of):
     LIBRARY.impl(op._opname, autocast_kernel, key, with_keyset=True)
 
 
+def has_kernel(op_name, key):
+    """Whether an operator, "torchcnn::conv2d" say, has a kernel of its own under a dispatch key."""
+    return _C._dispatch_has_kernel_for_dispatch_key(op_name, key)
+
+
 def is_channels_last(*tensors):
     """Whether any of the 4-D tensors has the strides that torch calls channels_last."""
-    return any(not tensor.is_contiguous() and suggest_memory_format(tensor) is torch.channels_last for tensor in tensors)
+    for tensor in tensors:
+        _, channel, _, column = tensor.stride()
+        # The whole rule is slow. A tensor of one channel is contiguous in both formats: its strides tell them apart.
+        if channel <= column and suggest_memory_format(tensor) is torch.channels_last:
+            return True
+    return False
 
 
 def empty_activation(like, sizes, channels_last, dtype=None):

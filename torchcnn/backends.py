@@ -11,24 +11,39 @@ import, of the whole process. An operator that needs more gives the rest back at
 """
 
 import contextlib
+import os
+import platform
 import sys
 import types
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
 
 from torchcnn import _C
-from torchcnn._arguments import integer, pair
+from torchcnn._arguments import Pair, integer, pair
+from torchcnn._autograd import has_kernel
 
 
-def isa():
+def isa() -> str:
     """Name of the row of CPU kernels in use; the environment variable TORCHCNN_ISA, read at import, forces one of `isas`."""
     return _C.isa()
 
 
-def isas():
+def isas() -> list[str]:
     """Names of the rows of CPU kernels that this machine can run, from the plainest to the best."""
     return _C.isas()
 
 
-def explain(input_size, weight_size, stride=1, padding=0, dilation=1, groups=1, channels_last=False):
+def explain(
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    channels_last: bool = False,
+) -> str:
     """Which algorithm a convolution takes in each direction, and why.
 
     Args:
@@ -59,8 +74,24 @@ def explain(input_size, weight_size, stride=1, padding=0, dilation=1, groups=1, 
     return "\n".join(f"{direction:11} {algorithm} ({isa()}): {reason}" for direction, algorithm, reason in rows)
 
 
+def show_config() -> str:
+    """What is installed and in use, as text: for a bug report. As ``torch.__config__.show()``."""
+    import torchcnn  # complete by now
+
+    forced = os.environ.get("TORCHCNN_ISA")
+    lines = (
+        f"torchcnn {torchcnn.__version__}",
+        f"torch {torch.__version__} (any from 2.10 on), Python {platform.python_version()}, {platform.machine()}",
+        f"CPU kernels: {isa()}{' (TORCHCNN_ISA)' if forced else ''}; this machine can run {', '.join(isas())}",
+        f"CUDA kernels: {'yes' if has_kernel('torchcnn::conv2d', 'CUDA') else 'no'}",
+        f"threads: {torch.get_num_threads()}",
+        f"allow_winograd: {_C.allow_winograd()}",
+    )
+    return "\n".join(lines)
+
+
 @contextlib.contextmanager
-def flags(allow_winograd):
+def flags(allow_winograd: bool) -> Iterator[None]:
     """Within it, `torchcnn.backends.allow_winograd` has the given value; then the former one again."""
     former = _C.allow_winograd()
     _C.set_allow_winograd(allow_winograd)
@@ -81,6 +112,10 @@ def release_workspaces():
 
 
 # A module has no properties of its own; its class may.
+if TYPE_CHECKING:
+    allow_winograd: bool
+
+
 class _Backends(types.ModuleType):
     @property
     def allow_winograd(self):

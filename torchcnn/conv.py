@@ -10,15 +10,20 @@ made of the other two: with input x, weight w and a gradient g of the output,
 so gradients of every order need no further kernel. The schemas stand in csrc/conv2d.cpp.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from torchcnn import _C
 from torchcnn._arguments import (
     FLOATING_DTYPES,
+    Pair,
     batched,
     check_dtype,
     check_tensors,
     integer,
+    overridable,
     pair,
     sliding_output_size,
 )
@@ -32,7 +37,10 @@ from torchcnn._autograd import (
     unfold_batch,
 )
 
-_ops = torch.ops.torchcnn
+_forward, _grad_input, _grad_weight, _grad_bias = (
+    getattr(torch.ops.torchcnn, name).default
+    for name in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight", "conv2d_grad_bias")
+)
 
 
 # --------------------------------------------------------------------------------------------------- shapes without data
@@ -85,7 +93,7 @@ def _through_relu(gradient, output=None):
 
 
 class _Conv2dRule:
-    op = _ops.conv2d.default
+    op = _forward
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,16 +105,16 @@ class _Conv2dRule:
         ctx.channels_last = is_channels_last(input, weight)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        input, weight, *output = ctx.saved_tensors
+    def backward(ctx, saved, needs, grad_output):
+        input, weight, *output = saved
         grad_output = _through_relu(grad_output, *output)
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
-            grad_input = _conv2d_grad_input(grad_output, weight, *input.shape[2:], *ctx.options, ctx.channels_last)
+            grad_input = _grad_input(grad_output, weight, *input.shape[2:], *ctx.options, ctx.channels_last)
         if needs[1]:
-            grad_weight = _conv2d_grad_weight(grad_output, input, *weight.shape[2:], *ctx.options, ctx.channels_last)
+            grad_weight = _grad_weight(grad_output, input, *weight.shape[2:], *ctx.options, ctx.channels_last)
         if needs[2]:
-            grad_bias = _conv2d_grad_bias(grad_output)
+            grad_bias = _grad_bias(grad_output)
         return grad_input, grad_weight, grad_bias
 
     @staticmethod
@@ -114,13 +122,13 @@ class _Conv2dRule:
         input, weight, *output = ctx.saved_tensors
         tangent = None
         if input_tangent is not None:
-            tangent = _conv2d(input_tangent, weight, None, *ctx.options, False)
+            tangent = _forward(input_tangent, weight, None, *ctx.options, False)
         if weight_tangent is not None:
-            tangent = _add(tangent, _conv2d(input, weight_tangent, None, *ctx.options, False))
+            tangent = _add(tangent, _forward(input, weight_tangent, None, *ctx.options, False))
         if bias_tangent is not None:
             bias_tangent = bias_tangent[:, None, None]
             if tangent is None:
-                tangent = bias_tangent.expand(_conv2d(input, weight, None, *ctx.options, False).shape)
+                tangent = bias_tangent.expand(_forward(input, weight, None, *ctx.options, False).shape)
             else:
                 tangent = tangent + bias_tangent
         return _through_relu(tangent, *output)
@@ -130,13 +138,13 @@ class _Conv2dRule:
         B = info.batch_size
         input_dim, weight_dim, bias_dim = in_dims[:3]
         if weight_dim is None and bias_dim is None:
-            return unfold_batch(_conv2d(fold_batch(input, input_dim, B), weight, bias, *options), B), 0
+            return unfold_batch(_forward(fold_batch(input, input_dim, B), weight, bias, *options), B), 0
         *window, groups, relu = options
         if input_dim is None and weight_dim is None:
-            output = _conv2d(input, weight, None, *window, groups, False).unsqueeze(1)
+            output = _forward(input, weight, None, *window, groups, False).unsqueeze(1)
         else:
             folded = _fold_channels(input, input_dim, B), fold_batch(weight, weight_dim, B)
-            output = _unfold_channels(_conv2d(*folded, None, *window, groups * B, False), B)
+            output = _unfold_channels(_forward(*folded, None, *window, groups * B, False), B)
         if bias is not None:
             bias = bias if bias_dim is None else bias.movedim(bias_dim, 0)
             output = output + bias[..., None, None]
@@ -144,7 +152,7 @@ class _Conv2dRule:
 
 
 class _Conv2dGradInputRule:
-    op = _ops.conv2d_grad_input.default
+    op = _grad_input
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -153,12 +161,12 @@ class _Conv2dGradInputRule:
         ctx.save_for_forward(grad_output, weight)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        grad_output, weight = ctx.saved_tensors
+    def backward(ctx, saved, needs, v):
+        grad_output, weight = saved
         _, _, *options, channels_last = ctx.options
         return (
-            _conv2d(v, weight, None, *options, False) if needs[0] else None,
-            _conv2d_grad_weight(grad_output, v, *weight.shape[2:], *options, channels_last) if needs[1] else None,
+            _forward(v, weight, None, *options, False) if needs[0] else None,
+            _grad_weight(grad_output, v, *weight.shape[2:], *options, channels_last) if needs[1] else None,
         )
 
     @staticmethod
@@ -166,18 +174,18 @@ class _Conv2dGradInputRule:
         grad_output, weight = ctx.saved_tensors
         tangent = None
         if grad_output_tangent is not None:
-            tangent = _conv2d_grad_input(grad_output_tangent, weight, *ctx.options)
+            tangent = _grad_input(grad_output_tangent, weight, *ctx.options)
         if weight_tangent is not None:
-            tangent = _add(tangent, _conv2d_grad_input(grad_output, weight_tangent, *ctx.options))
+            tangent = _add(tangent, _grad_input(grad_output, weight_tangent, *ctx.options))
         return tangent
 
     @staticmethod
     def vmap(info, in_dims, grad_output, weight, *options):
         B = info.batch_size
         if in_dims[1] is None:
-            return unfold_batch(_conv2d_grad_input(fold_batch(grad_output, in_dims[0], B), weight, *options), B), 0
+            return unfold_batch(_grad_input(fold_batch(grad_output, in_dims[0], B), weight, *options), B), 0
         *sizes, groups, channels_last = options
-        result = _conv2d_grad_input(
+        result = _grad_input(
             _fold_channels(grad_output, in_dims[0], B),
             fold_batch(weight, in_dims[1], B),
             *sizes,
@@ -188,7 +196,7 @@ class _Conv2dGradInputRule:
 
 
 class _Conv2dGradWeightRule:
-    op = _ops.conv2d_grad_weight.default
+    op = _grad_weight
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -197,12 +205,12 @@ class _Conv2dGradWeightRule:
         ctx.save_for_forward(grad_output, input)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        grad_output, input = ctx.saved_tensors
+    def backward(ctx, saved, needs, v):
+        grad_output, input = saved
         _, _, *options, channels_last = ctx.options
         return (
-            _conv2d(input, v, None, *options, False) if needs[0] else None,
-            _conv2d_grad_input(grad_output, v, *input.shape[2:], *options, channels_last) if needs[1] else None,
+            _forward(input, v, None, *options, False) if needs[0] else None,
+            _grad_input(grad_output, v, *input.shape[2:], *options, channels_last) if needs[1] else None,
         )
 
     @staticmethod
@@ -210,16 +218,16 @@ class _Conv2dGradWeightRule:
         grad_output, input = ctx.saved_tensors
         tangent = None
         if grad_output_tangent is not None:
-            tangent = _conv2d_grad_weight(grad_output_tangent, input, *ctx.options)
+            tangent = _grad_weight(grad_output_tangent, input, *ctx.options)
         if input_tangent is not None:
-            tangent = _add(tangent, _conv2d_grad_weight(grad_output, input_tangent, *ctx.options))
+            tangent = _add(tangent, _grad_weight(grad_output, input_tangent, *ctx.options))
         return tangent
 
     @staticmethod
     def vmap(info, in_dims, grad_output, input, *options):
         B = info.batch_size
         *sizes, groups, channels_last = options
-        result = _conv2d_grad_weight(
+        result = _grad_weight(
             _fold_channels(grad_output, in_dims[0], B),
             _fold_channels(input, in_dims[1], B),
             *sizes,
@@ -230,29 +238,29 @@ class _Conv2dGradWeightRule:
 
 
 class _Conv2dGradBiasRule:
-    op = _ops.conv2d_grad_bias.default
+    op = _grad_bias
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.shape = inputs[0].shape
 
     @staticmethod
-    def backward(ctx, needs, v):
+    def backward(ctx, saved, needs, v):
         return (v[:, None, None].expand(ctx.shape),)
 
     @staticmethod
     def jvp(ctx, grad_output_tangent):
-        return _conv2d_grad_bias(grad_output_tangent)
+        return _grad_bias(grad_output_tangent)
 
     @staticmethod
     def vmap(info, in_dims, grad_output):
         folded = _fold_channels(grad_output, in_dims[0], info.batch_size)
-        return _conv2d_grad_bias(folded).reshape(info.batch_size, -1), 0
+        return _grad_bias(folded).reshape(info.batch_size, -1), 0
 
 
-_conv2d, _conv2d_grad_input, _conv2d_grad_weight, _conv2d_grad_bias = map(
-    attach, (_Conv2dRule, _Conv2dGradInputRule, _Conv2dGradWeightRule, _Conv2dGradBiasRule)
-)
+_conv2d = attach(_Conv2dRule)
+for _rule in (_Conv2dGradInputRule, _Conv2dGradWeightRule, _Conv2dGradBiasRule):
+    attach(_rule)
 autocast(_Conv2dRule.op, "AutocastCPU", lambda: torch.get_autocast_dtype("cpu"))
 autocast(_Conv2dRule.op, "AutocastCUDA", lambda: torch.get_autocast_dtype("cuda"))
 
@@ -277,7 +285,7 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return (*_Conv2dRule.backward(ctx, ctx.needs_input_grad, grad_output), None, None, None, None)
+        return (*_Conv2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), None, None, None, None)
 
     @classmethod
     def apply(cls, input, weight, bias, stride, padding, dilation, groups):
@@ -295,7 +303,17 @@ def _is_relu(activation):
 # ---------------------------------------------------------------------------------------------------------- public functions
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):
+@overridable
+def conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> torch.Tensor:
     """2-D convolution (cross-correlation) of a batch of images with a bank of filters.
 
     Equivalent to: ``torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)``
@@ -359,7 +377,9 @@ def _named_padding(padding, input, weight, stride, dilation):
     return input, total_h // 2, total_w // 2
 
 
-def conv2d_output_size(input_size, kernel_size, stride=1, padding=0, dilation=1):
+def conv2d_output_size(
+    input_size: Pair, kernel_size: Pair, stride: Pair = 1, padding: Pair | str = 0, dilation: Pair = 1
+) -> tuple[int, int]:
     """Height and width (P, Q) of the output of `conv2d`.
 
     Equivalent to: ``tuple(torch.nn.functional.conv2d(input, weight, None, stride, padding, dilation).shape[2:])``
@@ -389,7 +409,7 @@ def conv2d_output_size(input_size, kernel_size, stride=1, padding=0, dilation=1)
     return _C.sliding_output_size(op, size, kernel, stride, pad, dilation, False, False)
 
 
-def conv2d_parameter_count(in_channels, out_channels, kernel_size, bias=True, groups=1):
+def conv2d_parameter_count(in_channels: int, out_channels: int, kernel_size: Pair, bias: bool = True, groups: int = 1) -> int:
     """Number of learnable parameters of a `Conv2d`: K (C / groups R S + 1), without the 1 if there is no bias.
 
     Equivalent to: the sum of ``p.numel()`` over the parameters of
@@ -433,9 +453,17 @@ class Conv2d(torch.nn.Conv2d):
         activation: "relu" to rectify the output in the same pass, or None.
     """
 
-    init = activation = None  # also for layers that did not come through the constructor
+    # Also for layers that did not come through the constructor.
+    init: str | Callable[[torch.Tensor], object] | None = None
+    activation: str | None = None
 
-    def __init__(self, *args, init=None, activation=None, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        init: str | Callable[[torch.Tensor], object] | None = None,
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if isinstance(init, str) and init not in _INITS:
             raise ValueError(f"Conv2d: init must be 'kaiming', 'xavier', a function or None, got {init!r}")
         if init is not None and not isinstance(init, str) and not callable(init):
@@ -446,7 +474,7 @@ class Conv2d(torch.nn.Conv2d):
         _is_relu(activation)
         self.activation = activation
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         if self.init is None:
             super().reset_parameters()
             return
@@ -455,14 +483,14 @@ class Conv2d(torch.nn.Conv2d):
             if self.bias is not None:
                 self.bias.zero_()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.init is not None:
             text += f", init={self.init if isinstance(self.init, str) else getattr(self.init, '__name__', repr(self.init))}"
         return text if self.activation is None else f"{text}, activation={self.activation}"
 
-    def _conv_forward(self, input, weight, bias):
-        padding = self.padding
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0

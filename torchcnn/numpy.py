@@ -5,11 +5,17 @@ what they mean in `torchcnn.functional`, which runs the same kernels: values and
 ValueError, arguments of the wrong kind TypeError.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from torchcnn import _C
-from torchcnn._arguments import integer, pair
+from torchcnn._arguments import Pair, integer, pair
 from torchcnn.backends import explain, isa, isas
+
+Array = NDArray[Any]
 
 __all__ = [
     "avg_pool2d",
@@ -40,7 +46,15 @@ def _optional_integer(op, name, value):
     return None if value is None else integer(op, name, value)
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Array:
     """2-D convolution: input (N, C, H, W), weight (K, C / groups, R, S), bias (K,) or None -> (N, K, P, Q).
 
     Equivalent to: ``torchcnn.functional.conv2d`` on tensors of the same data.
@@ -58,7 +72,15 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     )
 
 
-def conv2d_backward(grad_output, input, weight, stride=1, padding=0, dilation=1, groups=1):
+def conv2d_backward(
+    grad_output: Array,
+    input: Array,
+    weight: Array,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> tuple[Array, Array, Array]:
     """Gradients of `conv2d`: grad_output (N, K, P, Q) -> (grad_input, grad_weight, grad_bias).
 
     Equivalent to: ``torch.autograd.grad(conv2d(input, weight, bias, ...), (input, weight, bias), grad_output)``
@@ -75,7 +97,14 @@ def conv2d_backward(grad_output, input, weight, stride=1, padding=0, dilation=1,
     )
 
 
-def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+def max_pool2d(
+    input: Array,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> tuple[Array, Array]:
     """Largest value of each window, and its index h * W + w: input (N, C, H, W) -> (output, indices), both (N, C, P, Q).
 
     Equivalent to: ``torchcnn.functional.max_pool2d(..., return_indices=True)``
@@ -92,7 +121,11 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     )
 
 
-def max_pool2d_backward(grad_output, indices, input_size):
+def max_pool2d_backward(
+    grad_output: Array,
+    indices: Array,
+    input_size: Sequence[int],
+) -> Array:
     """Gradient of `max_pool2d`: grad_output and indices (N, C, P, Q), input_size (H, W) -> grad_input (N, C, H, W)."""
     op = "max_pool2d_backward"
     if not isinstance(indices, np.ndarray) or indices.dtype != np.int64:
@@ -101,7 +134,15 @@ def max_pool2d_backward(grad_output, indices, input_size):
     return kernels.max_pool2d_backward(grad_output, indices, pair(op, "input_size", input_size))
 
 
-def avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
+def avg_pool2d(
+    input: Array,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Array:
     """Mean of each window: input (N, C, H, W) -> (N, C, P, Q).
 
     Equivalent to: ``torchcnn.functional.avg_pool2d`` on a tensor of the same data.
@@ -120,15 +161,15 @@ def avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, coun
 
 
 def avg_pool2d_backward(
-    grad_output,
-    input_size,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
+    grad_output: Array,
+    input_size: Sequence[int],
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Array:
     """Gradient of `avg_pool2d`: grad_output (N, C, P, Q), input_size (H, W) -> grad_input (N, C, H, W)."""
     op = "avg_pool2d_backward"
     kernel = pair(op, "kernel_size", kernel_size)

@@ -15,16 +15,21 @@ Averages are linear: the derivative of ``avg_pool2d`` is ``avg_pool2d_grad_input
 schemas stand in csrc/pool2d.cpp.
 """
 
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
 import torch
 
 from torchcnn import _C
 from torchcnn._arguments import (
     FLOATING_DTYPES,
     INTEGER_DTYPES,
+    Pair,
     batched,
     check_dtype,
     check_tensors,
     integer,
+    overridable,
     pair,
     sliding_output_size,
 )
@@ -40,6 +45,8 @@ from torchcnn._autograd import (
 )
 
 _ops = torch.ops.torchcnn
+
+OutputSize = int | Sequence[int | None] | None  # None in a pair keeps the size of the input
 
 
 # --------------------------------------------------------------------------------------------------- shapes without data
@@ -158,6 +165,8 @@ def _(grad_output, H, W, channels_last):
 class _PositionsRule:
     """What the pools have in common that return positions beside their output."""
 
+    op: Any
+
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, *ctx.options = inputs
@@ -177,30 +186,30 @@ class _PositionsRule:
 
 class _OffsetsRule(_PositionsRule):
     @staticmethod
-    def backward(ctx, needs, grad_output, _grad_offsets):
+    def backward(ctx, saved, needs, grad_output, _grad_offsets):
         if grad_output is None:
             return (None,)
-        (offsets,) = ctx.saved_tensors
-        return (_offset_pool2d_grad_input(grad_output, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
+        (offsets,) = saved
+        return (_ops.offset_pool2d_grad_input.default(grad_output, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return _offset_pool2d(input_tangent, offsets, *ctx.options), None
+        return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options), None
 
 
 class _IndicesRule(_PositionsRule):
     @staticmethod
-    def backward(ctx, needs, grad_output, _grad_indices):
+    def backward(ctx, saved, needs, grad_output, _grad_indices):
         if grad_output is None:
             return (None,)
-        (indices,) = ctx.saved_tensors
-        return (_max_pool2d_grad_input(grad_output, indices, *ctx.size, ctx.channels_last),)
+        (indices,) = saved
+        return (_ops.max_pool2d_grad_input.default(grad_output, indices, *ctx.size, ctx.channels_last),)
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
         (indices,) = ctx.saved_tensors
-        return _max_unpool2d_grad_input(input_tangent, indices), None
+        return _ops.max_unpool2d_grad_input.default(input_tangent, indices), None
 
 
 class _MaxPool2dRule(_OffsetsRule):
@@ -239,19 +248,19 @@ class _OffsetPool2dRule:
         ctx.channels_last = is_channels_last(input)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        (offsets,) = ctx.saved_tensors
-        return (_offset_pool2d_grad_input(v, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
+    def backward(ctx, saved, needs, v):
+        (offsets,) = saved
+        return (_ops.offset_pool2d_grad_input.default(v, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return _offset_pool2d(input_tangent, offsets, *ctx.options)
+        return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options)
 
     @staticmethod
     def vmap(info, in_dims, input, offsets, *options):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, offsets), in_dims, strict=False))
-        return unfold_batch(_offset_pool2d(*folded, *options), info.batch_size), 0
+        return unfold_batch(_ops.offset_pool2d.default(*folded, *options), info.batch_size), 0
 
 
 class _OffsetPool2dGradInputRule:
@@ -264,19 +273,19 @@ class _OffsetPool2dGradInputRule:
         ctx.save_for_forward(offsets)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        (offsets,) = ctx.saved_tensors
-        return (_offset_pool2d(v, offsets, *ctx.options[2:-1]),)
+    def backward(ctx, saved, needs, v):
+        (offsets,) = saved
+        return (_ops.offset_pool2d.default(v, offsets, *ctx.options[2:-1]),)
 
     @staticmethod
     def jvp(ctx, grad_output_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return _offset_pool2d_grad_input(grad_output_tangent, offsets, *ctx.options)
+        return _ops.offset_pool2d_grad_input.default(grad_output_tangent, offsets, *ctx.options)
 
     @staticmethod
     def vmap(info, in_dims, grad_output, offsets, *options):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, offsets), in_dims, strict=False))
-        return unfold_batch(_offset_pool2d_grad_input(*folded, *options), info.batch_size), 0
+        return unfold_batch(_ops.offset_pool2d_grad_input.default(*folded, *options), info.batch_size), 0
 
 
 class _MaxPool2dGradInputRule:
@@ -289,19 +298,19 @@ class _MaxPool2dGradInputRule:
         ctx.save_for_forward(indices)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        (indices,) = ctx.saved_tensors
-        return (_max_unpool2d_grad_input(v, indices),)
+    def backward(ctx, saved, needs, v):
+        (indices,) = saved
+        return (_ops.max_unpool2d_grad_input.default(v, indices),)
 
     @staticmethod
     def jvp(ctx, grad_output_tangent, *_):
         (indices,) = ctx.saved_tensors
-        return _max_pool2d_grad_input(grad_output_tangent, indices, *ctx.options)
+        return _ops.max_pool2d_grad_input.default(grad_output_tangent, indices, *ctx.options)
 
     @staticmethod
     def vmap(info, in_dims, grad_output, indices, *options):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, indices), in_dims, strict=False))
-        return unfold_batch(_max_pool2d_grad_input(*folded, *options), info.batch_size), 0
+        return unfold_batch(_ops.max_pool2d_grad_input.default(*folded, *options), info.batch_size), 0
 
 
 class _MaxUnpool2dRule:
@@ -314,19 +323,19 @@ class _MaxUnpool2dRule:
         ctx.save_for_forward(indices)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        (indices,) = ctx.saved_tensors
-        return (_max_unpool2d_grad_input(grad_output, indices),)
+    def backward(ctx, saved, needs, grad_output):
+        (indices,) = saved
+        return (_ops.max_unpool2d_grad_input.default(grad_output, indices),)
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
         (indices,) = ctx.saved_tensors
-        return _max_unpool2d(input_tangent, indices, *ctx.size)
+        return _ops.max_unpool2d.default(input_tangent, indices, *ctx.size)
 
     @staticmethod
     def vmap(info, in_dims, input, indices, *size):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, indices), in_dims, strict=False))
-        return unfold_batch(_max_unpool2d(*folded, *size), info.batch_size), 0
+        return unfold_batch(_ops.max_unpool2d.default(*folded, *size), info.batch_size), 0
 
 
 class _MaxUnpool2dGradInputRule:
@@ -341,23 +350,25 @@ class _MaxUnpool2dGradInputRule:
         ctx.channels_last = is_channels_last(grad_output)
 
     @staticmethod
-    def backward(ctx, needs, v):
-        (indices,) = ctx.saved_tensors
-        return (_max_pool2d_grad_input(v, indices, *ctx.size, ctx.channels_last),)
+    def backward(ctx, saved, needs, v):
+        (indices,) = saved
+        return (_ops.max_pool2d_grad_input.default(v, indices, *ctx.size, ctx.channels_last),)
 
     @staticmethod
     def jvp(ctx, grad_output_tangent, *_):
         (indices,) = ctx.saved_tensors
-        return _max_unpool2d_grad_input(grad_output_tangent, indices)
+        return _ops.max_unpool2d_grad_input.default(grad_output_tangent, indices)
 
     @staticmethod
     def vmap(info, in_dims, grad_output, indices):
         folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, indices), in_dims, strict=True))
-        return unfold_batch(_max_unpool2d_grad_input(*folded), info.batch_size), 0
+        return unfold_batch(_ops.max_unpool2d_grad_input.default(*folded), info.batch_size), 0
 
 
 class _LinearPoolRule:
     """A pool that is linear in its input: jvp and vmap are the operator itself."""
+
+    op: Any
 
     @classmethod
     def jvp(cls, ctx, tangent, *_):
@@ -378,8 +389,8 @@ class _AvgPool2dRule(_LinearPoolRule):
         ctx.channels_last = is_channels_last(input)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        return (_avg_pool2d_grad_input(grad_output, *ctx.size, *ctx.options, ctx.channels_last),)
+    def backward(ctx, saved, needs, grad_output):
+        return (_ops.avg_pool2d_grad_input.default(grad_output, *ctx.size, *ctx.options, ctx.channels_last),)
 
 
 class _AvgPool2dGradInputRule(_LinearPoolRule):
@@ -390,8 +401,8 @@ class _AvgPool2dGradInputRule(_LinearPoolRule):
         _grad_output, *ctx.options = inputs
 
     @staticmethod
-    def backward(ctx, needs, v):
-        return (_avg_pool2d(v, *ctx.options[2:-1]),)
+    def backward(ctx, saved, needs, v):
+        return (_ops.avg_pool2d.default(v, *ctx.options[2:-1]),)
 
 
 class _AdaptiveAvgPool2dRule(_LinearPoolRule):
@@ -404,8 +415,8 @@ class _AdaptiveAvgPool2dRule(_LinearPoolRule):
         ctx.channels_last = is_channels_last(input)
 
     @staticmethod
-    def backward(ctx, needs, grad_output):
-        return (_adaptive_avg_pool2d_grad_input(grad_output, *ctx.size, ctx.channels_last),)
+    def backward(ctx, saved, needs, grad_output):
+        return (_ops.adaptive_avg_pool2d_grad_input.default(grad_output, *ctx.size, ctx.channels_last),)
 
 
 class _AdaptiveAvgPool2dGradInputRule(_LinearPoolRule):
@@ -417,8 +428,8 @@ class _AdaptiveAvgPool2dGradInputRule(_LinearPoolRule):
         ctx.output_size = grad_output.shape[2:]
 
     @staticmethod
-    def backward(ctx, needs, v):
-        return (_adaptive_avg_pool2d(v, *ctx.output_size),)
+    def backward(ctx, saved, needs, v):
+        return (_ops.adaptive_avg_pool2d.default(v, *ctx.output_size),)
 
 
 _max_pool2d_with_indices, _min_pool2d_with_indices, _adaptive_max_pool2d_with_indices = map(
@@ -428,13 +439,16 @@ _max_pool2d = attach_first(_ops.max_pool2d.default, attach(_MaxPool2dRule))
 _min_pool2d = attach_first(_ops.min_pool2d.default, attach(_MinPool2dRule))
 _relu_max_pool2d = attach_first(_ops.relu_max_pool2d.default, attach(_ReluMaxPool2dRule))
 _adaptive_max_pool2d = attach_first(_ops.adaptive_max_pool2d.default, _adaptive_max_pool2d_with_indices)
-_max_pool2d_grad_input = attach(_MaxPool2dGradInputRule)
-_offset_pool2d, _offset_pool2d_grad_input = map(attach, (_OffsetPool2dRule, _OffsetPool2dGradInputRule))
-_max_unpool2d, _max_unpool2d_grad_input = map(attach, (_MaxUnpool2dRule, _MaxUnpool2dGradInputRule))
-_avg_pool2d, _avg_pool2d_grad_input, _adaptive_avg_pool2d, _adaptive_avg_pool2d_grad_input = map(
-    attach,
-    (_AvgPool2dRule, _AvgPool2dGradInputRule, _AdaptiveAvgPool2dRule, _AdaptiveAvgPool2dGradInputRule),
-)
+_max_unpool2d, _avg_pool2d, _adaptive_avg_pool2d = map(attach, (_MaxUnpool2dRule, _AvgPool2dRule, _AdaptiveAvgPool2dRule))
+for _rule in (
+    _MaxPool2dGradInputRule,
+    _OffsetPool2dRule,
+    _OffsetPool2dGradInputRule,
+    _MaxUnpool2dGradInputRule,
+    _AvgPool2dGradInputRule,
+    _AdaptiveAvgPool2dGradInputRule,
+):
+    attach(_rule)
 autocast(_MaxUnpool2dRule.op, "AutocastCPU", lambda: torch.float32)  # as torch's own list has it
 
 
@@ -455,7 +469,10 @@ class MaxPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_indices):
-        return (*_MaxPool2dWithIndicesRule.backward(ctx, ctx.needs_input_grad, grad_output, grad_indices), *(None,) * 5)
+        return (
+            *_MaxPool2dWithIndicesRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output, grad_indices),
+            *(None,) * 5,
+        )
 
     @classmethod
     def apply(cls, input, kernel_size, stride, padding, dilation, ceil_mode):
@@ -482,7 +499,7 @@ class AvgPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return (*_AvgPool2dRule.backward(ctx, ctx.needs_input_grad, grad_output), *(None,) * 6)
+        return (*_AvgPool2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), *(None,) * 6)
 
     @classmethod
     def apply(cls, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
@@ -510,7 +527,47 @@ def _extremum(op, alone, with_indices, input, arguments, dtypes, return_indices)
     return (output.squeeze(0), indices.squeeze(0)) if unbatched else (output, indices)
 
 
-def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+@overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    *,
+    return_indices: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    return_indices: bool = ...,
+) -> Any: ...
+@overridable
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
     """Largest value of each window.
 
     Equivalent to: ``torch.nn.functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)``
@@ -550,7 +607,47 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     )
 
 
-def min_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+@overload
+def min_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def min_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    *,
+    return_indices: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def min_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = ...,
+    padding: Pair = ...,
+    dilation: Pair = ...,
+    ceil_mode: bool = ...,
+    return_indices: bool = ...,
+) -> Any: ...
+@overridable
+def min_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
     """Smallest value of each window.
 
     Equivalent to: ``-torch.nn.functional.max_pool2d(-input, ...)`` for floating-point input; integers compare as they are, so
@@ -570,7 +667,15 @@ def min_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     )
 
 
-def relu_max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+@overridable
+def relu_max_pool2d(
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> torch.Tensor:
     """The larger of 0 and the largest value of each window, in one pass over the input, and one backward.
 
     Equivalent to: ``torch.nn.functional.max_pool2d(torch.relu(input), kernel_size, stride, padding, dilation, ceil_mode)``
@@ -596,15 +701,16 @@ def relu_max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil
     return output.squeeze(0) if unbatched else output
 
 
+@overridable
 def avg_pool2d(
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
+    input: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> torch.Tensor:
     """Mean of each window.
 
     Equivalent to: ``torch.nn.functional.avg_pool2d`` with the same arguments.
@@ -653,7 +759,7 @@ def _adaptive_size(op, output_size, input):
     )
 
 
-def _sliding_window(size, output_size):
+def _sliding_window(size: tuple[int, ...], output_size: tuple[int, ...]) -> tuple[int, ...] | None:
     """The eight ints of the sliding windows that adaptive ones are, or None where these differ in size or distance.
 
     With H = P stride + rest all windows are stride apart and stride + rest long if rest is 0 or 1 (csrc/cpu/pool2d.h).
@@ -664,7 +770,8 @@ def _sliding_window(size, output_size):
     return H // P + H % P, W // Q + W % Q, H // P, W // Q, 0, 0, 1, 1
 
 
-def adaptive_avg_pool2d(input, output_size):
+@overridable
+def adaptive_avg_pool2d(input: torch.Tensor, output_size: OutputSize) -> torch.Tensor:
     """Mean of each of P x Q windows that together cover the input, whatever its size.
 
     Equivalent to: ``torch.nn.functional.adaptive_avg_pool2d(input, output_size)``
@@ -693,7 +800,16 @@ def adaptive_avg_pool2d(input, output_size):
     return output.squeeze(0) if unbatched else output
 
 
-def adaptive_max_pool2d(input, output_size, return_indices=False):
+@overload
+def adaptive_max_pool2d(input: torch.Tensor, output_size: OutputSize, return_indices: Literal[False] = ...) -> torch.Tensor: ...
+@overload
+def adaptive_max_pool2d(
+    input: torch.Tensor, output_size: OutputSize, return_indices: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def adaptive_max_pool2d(input: torch.Tensor, output_size: OutputSize, return_indices: bool = ...) -> Any: ...
+@overridable
+def adaptive_max_pool2d(input: torch.Tensor, output_size: OutputSize, return_indices: bool = False) -> Any:
     """Largest value of each of P x Q windows that together cover the input, whatever its size.
 
     Equivalent to: ``torch.nn.functional.adaptive_max_pool2d(input, output_size, return_indices)``
@@ -715,7 +831,8 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     return output.squeeze(0) if unbatched else output
 
 
-def global_avg_pool2d(input):
+@overridable
+def global_avg_pool2d(input: torch.Tensor) -> torch.Tensor:
     """Mean of each channel.
 
     Equivalent to: ``torch.nn.functional.adaptive_avg_pool2d(input, 1)``
@@ -728,7 +845,8 @@ def global_avg_pool2d(input):
     return adaptive_avg_pool2d(input, 1)
 
 
-def global_max_pool2d(input):
+@overridable
+def global_max_pool2d(input: torch.Tensor) -> torch.Tensor:
     """Largest value of each channel.
 
     Equivalent to: ``torch.nn.functional.adaptive_max_pool2d(input, 1)``
@@ -739,7 +857,15 @@ def global_max_pool2d(input):
     return adaptive_max_pool2d(input, 1)
 
 
-def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_size=None):
+@overridable
+def max_unpool2d(
+    input: torch.Tensor,
+    indices: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    output_size: Sequence[int] | None = None,
+) -> torch.Tensor:
     """The partial inverse of `max_pool2d`: values go back to where the maxima stood, zero elsewhere.
 
     Equivalent to: ``torch.nn.functional.max_unpool2d(input, indices, kernel_size, stride, padding, output_size)``
@@ -764,17 +890,17 @@ def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_siz
     check_tensors(op, input=input, indices=indices)
     check_dtype(op, input.dtype, FLOATING_DTYPES)
     kernel = pair(op, "kernel_size", kernel_size)
-    stride = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
+    strides = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
     pad = pair(op, "padding", padding)
     if indices.shape != input.shape:
         raise RuntimeError(f"{op}: indices must have the shape of input, got {list(indices.shape)} and {list(input.shape)}")
     input, unbatched = batched(op, "input", input)
-    if min(stride) < 1:
-        raise RuntimeError(f"{op}: stride must be at least 1, got {stride}")
+    if min(strides) < 1:
+        raise RuntimeError(f"{op}: stride must be at least 1, got {strides}")
     if min(input.shape[1:]) < 1:
         raise RuntimeError(f"{op}: input must have non-empty channels, height and width, got {list(input.shape)}")
-    default = tuple((size - 1) * s - 2 * p + k for size, s, p, k in zip(input.shape[2:], stride, pad, kernel, strict=True))
-    size = default if output_size is None else _unpool_size(op, output_size, default, stride)
+    default = tuple((size - 1) * s - 2 * p + k for size, s, p, k in zip(input.shape[2:], strides, pad, kernel, strict=True))
+    size = default if output_size is None else _unpool_size(op, output_size, default, strides)
     if min(size) < 1:
         raise RuntimeError(f"{op}: output size must be at least 1, got {size[0]} x {size[1]}")
     output = _max_unpool2d(input, indices.unsqueeze(0) if unbatched else indices, *size)
@@ -793,7 +919,14 @@ def _unpool_size(op, output_size, default, stride):
     return size
 
 
-def pool2d_output_size(input_size, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+def pool2d_output_size(
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> tuple[int, int]:
     """Height and width (P, Q) of the output of a pool.
 
     Equivalent to: ``tuple(torch.nn.functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode).shape[2:])``
@@ -818,7 +951,7 @@ def pool2d_output_size(input_size, kernel_size, stride=None, padding=0, dilation
 class MaxPool2d(torch.nn.MaxPool2d):
     """Max pooling layer; see `max_pool2d`. Equivalent to: ``torch.nn.MaxPool2d`` with the same arguments."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> Any:
         return max_pool2d(
             input,
             self.kernel_size,
@@ -833,7 +966,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
 class MinPool2d(torch.nn.modules.pooling._MaxPoolNd):
     """Min pooling layer; see `min_pool2d`. Arguments are those of ``torch.nn.MaxPool2d``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> Any:
         return min_pool2d(
             input,
             self.kernel_size,
@@ -848,7 +981,7 @@ class MinPool2d(torch.nn.modules.pooling._MaxPoolNd):
 class AvgPool2d(torch.nn.AvgPool2d):
     """Average pooling layer; see `avg_pool2d`. Equivalent to: ``torch.nn.AvgPool2d`` with the same arguments."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return avg_pool2d(
             input,
             self.kernel_size,
@@ -863,33 +996,33 @@ class AvgPool2d(torch.nn.AvgPool2d):
 class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     """Adaptive average pooling layer; see `adaptive_avg_pool2d`. Equivalent to: ``torch.nn.AdaptiveAvgPool2d``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return adaptive_avg_pool2d(input, self.output_size)
 
 
 class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     """Adaptive max pooling layer; see `adaptive_max_pool2d`. Equivalent to: ``torch.nn.AdaptiveMaxPool2d``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> Any:
         return adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
 class GlobalAvgPool2d(torch.nn.Module):
     """Mean of each channel; see `global_avg_pool2d`. Equivalent to: ``torch.nn.AdaptiveAvgPool2d(1)``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return global_avg_pool2d(input)
 
 
 class GlobalMaxPool2d(torch.nn.Module):
     """Largest value of each channel; see `global_max_pool2d`. Equivalent to: ``torch.nn.AdaptiveMaxPool2d(1)``."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return global_max_pool2d(input)
 
 
 class MaxUnpool2d(torch.nn.MaxUnpool2d):
     """Partial inverse of max pooling; see `max_unpool2d`. Equivalent to: ``torch.nn.MaxUnpool2d`` with the same arguments."""
 
-    def forward(self, input, indices, output_size=None):
+    def forward(self, input: torch.Tensor, indices: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
         return max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
