@@ -107,27 +107,39 @@ Vec<double> load_as_double(const T* from) {
   return __builtin_convertvector(v, Vec<double>);
 }
 
+// sum[lane] += v[lane]; doubles are stored so that each needs no order.
+template <class T>
+[[gnu::always_inline]] inline void add_in_double(Vec<T> v, double* sum) {
+  T lane[kLanes<T>];
+  store(lane, v);
+  for (int64_t l = 0; l < kLanes<T>; l += kLanes<double>) store(sum + l, load(sum + l) + load_as_double(lane + l));
+}
+
+// Four vectors, `stride` apart. They are added before the sum is taken to double, which costs more than the sum.
+template <class T>
+[[gnu::always_inline]] inline Vec<T> sum_of_four(const T* from, int64_t stride) {
+  return (load(from) + load(from + stride)) + (load(from + 2 * stride) + load(from + 3 * stride));
+}
+
 template <class T>
 double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64_t size) {
-  constexpr int64_t L = kLanes<double>;
-  Vec<double> sum[4] = {};
-  double tail = 0.0;
+  constexpr int64_t L = kLanes<T>;
+  double sum[L] = {}, total = 0.0;
   for (int64_t n = 0; n < planes; ++n, plane += plane_stride) {
     int64_t x = 0;
-    for (; x + 4 * L <= size; x += 4 * L)
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[v] += load_as_double(plane + x + v * L);
-    for (; x + L <= size; x += L) sum[0] += load_as_double(plane + x);
-    for (; x < size; ++x) tail += double(plane[x]);
+    for (; x + 4 * L <= size; x += 4 * L) add_in_double<T>(sum_of_four(plane + x, L), sum);
+    for (; x + L <= size; x += L) add_in_double<T>(load(plane + x), sum);
+    for (; x < size; ++x) total += double(plane[x]);
   }
-  return horizontal_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+  for (int64_t l = 0; l < L; ++l) total += sum[l];
+  return total;
 }
 
 // Sums over a whole batch of planes are in double: they are long, and the loop waits for memory anyway.
 template <class T>
 void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
   const Strides out = g.output_strides();
-  constexpr int64_t lanes = kLanes<double>;
+  constexpr int64_t lanes = kLanes<T>;
   if (g.layout == Layout::nchw) {
     parallel_for(g.K, g.N * g.P * g.Q / lanes, [&](int64_t k) {
       grad_bias[k] = static_cast<T>(sum_of_planes(grad_output + k * out.c, g.N, out.n, g.P * g.Q));
@@ -137,10 +149,18 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
   // channels_last: a thread owns 64 channels and adds whole rows of them.
   constexpr int64_t chunk = 64;
   parallel_for(ceil_div(g.K, chunk), g.N * g.P * g.Q * chunk / lanes, [&](int64_t task) {
-    const int64_t k_begin = task * chunk, channels = std::min(chunk, g.K - k_begin);
+    const int64_t k_begin = task * chunk, channels = std::min(chunk, g.K - k_begin), pixels = g.N * g.P * g.Q;
+    const int64_t whole = channels / lanes * lanes;
     double sum[chunk] = {};
-    for (int64_t x = 0; x < g.N * g.P * g.Q; ++x)
-      for (int64_t k = 0; k < channels; ++k) sum[k] += double(grad_output[x * g.K + k_begin + k]);
+    const T* from = grad_output + k_begin;
+    int64_t x = 0;
+    for (; x + 4 <= pixels; x += 4, from += 4 * g.K) {
+      for (int64_t k = 0; k < whole; k += lanes) add_in_double<T>(sum_of_four(from + k, g.K), sum + k);
+      for (int64_t k = whole; k < channels; ++k)
+        sum[k] += (double(from[k]) + double(from[k + g.K])) + (double(from[k + 2 * g.K]) + double(from[k + 3 * g.K]));
+    }
+    for (; x < pixels; ++x, from += g.K)
+      for (int64_t k = 0; k < channels; ++k) sum[k] += double(from[k]);
     for (int64_t k = 0; k < channels; ++k) grad_bias[k_begin + k] = static_cast<T>(sum[k]);
   });
 }

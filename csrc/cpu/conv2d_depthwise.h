@@ -9,38 +9,40 @@
 //                                                                  offset = (f + pad - r dilation) / stride
 //   grad_weight[t] = sum_{n,i,j} grad_output[i,j] input(i,j,t)     over the positions and taps of forward
 //
-// The kernels themselves: conv2d_depthwise_nchw.h (vectors along a row) and conv2d_depthwise_channels_last.h (vectors along the
-// channels). Every element is summed in an order that the geometry alone decides. 0 * inf never enters a sum: channels_last
-// leaves out taps outside the image; NCHW multiplies them by zero and repeats a sum without them where a number is not finite.
+// Vectors run along the channels (conv2d_depthwise_channels_last.h): no lane is lost where rows are short, and no tap is computed
+// that lies outside the image. NCHW planes, and channels_last tensors of fewer channels than lanes, are put into that order piece by
+// piece (conv2d_depthwise_nchw.h, conv2d_depthwise_transpose.h). Every element is summed in an order that the geometry alone
+// decides. 0 * inf never enters a sum: taps outside the image are left out, or read zeros where that does no harm.
 #pragma once
 
-#include "conv2d_depthwise_3x3.h"
 #include "conv2d_depthwise_channels_last.h"
 #include "conv2d_depthwise_nchw.h"
 
 namespace torchcnn::TORCHCNN_ISA::depthwise {
 
+// Whether a vector of channels can be read where it is.
+template <class T>
+bool wide(const Conv2dGeometry& g) {
+  return g.layout == Layout::channels_last && g.C >= kLanes<T>;
+}
+
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const Correlation<T> c{forward_axes(g), g.N, g.C, 1, g.K_per_group(), g.R, g.S, input, weight, epilogue, output};
-  if (g.layout == Layout::channels_last) return channels_last::correlate(c);
-  filter3x3::applies(g) ? filter3x3::conv2d_forward(c, g.stride_h) : nchw::correlate(c);
+  wide<T>(g) ? channels_last::correlate(c) : nchw::correlate(c, g.layout);
 }
 
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const Correlation<T> c{grad_input_axes(g), g.N,       g.C, g.K_per_group(), 1, g.R, g.S, grad_output, weight,
                          {nullptr, false},   grad_input};
-  if (g.layout == Layout::channels_last) return channels_last::correlate(c);
-  filter3x3::applies(g) && g.K == g.C ? filter3x3::conv2d_grad_input(c, g.stride_h) : nchw::correlate(c);
+  wide<T>(g) ? channels_last::correlate(c) : nchw::correlate(c, g.layout);
 }
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  if (g.layout == Layout::channels_last) return channels_last::conv2d_grad_weight(g, grad_output, input, grad_weight);
-  // With few channels the sums of one must be shared out among threads, which the general kernel does.
-  filter3x3::applies(g) && g.K >= 8 ? filter3x3::conv2d_grad_weight(g, grad_output, input, grad_weight)
-                                    : nchw::conv2d_grad_weight(g, grad_output, input, grad_weight);
+  wide<T>(g) ? channels_last::conv2d_grad_weight(g, grad_output, input, grad_weight)
+             : nchw::conv2d_grad_weight(g, grad_output, input, grad_weight);
 }
 
 #define TORCHCNN_INSTANTIATE(T)                                                                    \

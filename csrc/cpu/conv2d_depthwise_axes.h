@@ -22,25 +22,35 @@ template <int64_t count, class Body>
   unrolled(body, std::make_integer_sequence<int64_t, count>{});
 }
 
-// sum[v] += tap[s] * input for the outputs v and taps s with v step + s = d: how input d of a run enters a register tile.
-template <int64_t d, int64_t step, class V, size_t outputs, size_t taps>
-[[gnu::always_inline]] inline void spread(V input, const V (&tap)[taps], V (&sum)[outputs]) {
-  unrolled<outputs>([&](auto v) __attribute__((always_inline)) {
-    constexpr int64_t s = d - v * step;
-    if constexpr (s >= 0 && s < int64_t(taps)) sum[v] += tap[s] * input;
-  });
+// The same as load, but once: GCC would rather read memory again for every use.
+template <class T>
+[[gnu::always_inline]] inline Vec<T> load_once(const T* from) {
+  Vec<T> v = load(from);
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
 }
 
-// Filter row (or column) `index`, read at source position i step + offset.
-struct Tap {
-  int64_t index, offset;
+// at += distance, out of the compiler's sight: else it keeps a register, or memory, for every multiple of the distance.
+template <class T>
+[[gnu::always_inline]] inline void advance(T*& at, int64_t distance) {
+  at += distance;
+  asm("" : "+r"(at));
+}
+
+struct Range {
+  int64_t begin, end;
 };
 
-// The positions i of one phase of an axis, and the taps that reach them, by ascending offset.
+// The positions i of one phase of an axis. Tap a of those that reach them is the filter row (or column) index + a index_step and
+// is read at source position i step + offset + a offset_step; offset_step > 0.
 struct Phase {
-  int64_t positions;
-  const Tap* taps;
-  int64_t count;
+  int64_t positions, count, index, index_step, offset, offset_step;
+
+  int64_t last_offset() const { return offset + (count - 1) * offset_step; }
 };
 
 struct Axis {
@@ -49,10 +59,8 @@ struct Axis {
   int64_t first, last;  // the smallest and the largest offset of all taps
 
   int64_t span() const { return last - first; }
-  int64_t taps_before(int64_t f) const { return phase[f].taps - phase[0].taps; }
-  int64_t taps() const {
-    return taps_before(phases - 1) + phase[phases - 1].count;
-  }  // fewer than the filter's if outputs are few
+  // Source positions that the positions begin ... end - 1 read, whether or not there are such.
+  Range reads(int64_t begin, int64_t end) const { return {begin * step + first, (end - 1) * step + last + 1}; }
 };
 
 struct Axes {
@@ -72,10 +80,6 @@ struct Correlation {
 };
 
 // Positions of `phase` whose tap at `offset` lies inside the source.
-struct Range {
-  int64_t begin, end;
-};
-
 inline Range inside(const Axis& axis, const Phase& phase, int64_t offset) {
   const int64_t begin = offset >= 0 ? 0 : std::min(phase.positions, ceil_div(-offset, axis.step));
   const int64_t end = offset >= axis.source_size ? 0 : ceil_div(axis.source_size - offset, axis.step);
@@ -84,57 +88,68 @@ inline Range inside(const Axis& axis, const Phase& phase, int64_t offset) {
 
 // The taps of `phase` that lie inside the source at position i.
 inline Range taps_inside(const Axis& axis, const Phase& phase, int64_t i) {
-  Range taps{0, phase.count};
-  while (taps.begin < taps.end && i * axis.step + phase.taps[taps.begin].offset < 0) ++taps.begin;
-  while (taps.begin < taps.end && i * axis.step + phase.taps[taps.end - 1].offset >= axis.source_size) --taps.end;
-  return taps;
+  const int64_t first = i * axis.step + phase.offset, size = axis.source_size;
+  if (first >= 0 && first + (phase.count - 1) * phase.offset_step < size) return {0, phase.count};
+  const int64_t begin = first >= 0 ? 0 : std::min(phase.count, ceil_div(-first, phase.offset_step));
+  const int64_t end = first >= size ? 0 : std::min(phase.count, ceil_div(size - first, phase.offset_step));
+  return {begin, std::max(begin, end)};
 }
 
 struct AxisSizes {
   int64_t input, output, kernel, stride, pad, dilation;
 };
 
-inline Axis forward_axis(const AxisSizes& a, Phase* phase, Tap* taps) {
-  for (int64_t r = 0; r < a.kernel; ++r) taps[r] = {r, r * a.dilation - a.pad};
-  phase[0] = {a.output, taps, a.kernel};
-  return {a.input, a.output, a.stride, 1, phase, taps[0].offset, taps[a.kernel - 1].offset};
+inline Axis forward_axis(const AxisSizes& a, Phase* phase) {
+  phase[0] = {a.output, a.kernel, 0, 1, -a.pad, a.dilation};
+  return {a.input, a.output, a.stride, 1, phase, phase->offset, phase->last_offset()};
 }
 
-inline Axis grad_input_axis(const AxisSizes& a, Phase* phase, Tap* taps) {
+inline Axis grad_input_axis(const AxisSizes& a, Phase* phase) {
   Axis axis{a.output, a.input, 1, std::min(a.stride, a.input), phase, INT64_MAX, INT64_MIN};
   for (int64_t f = 0; f < axis.phases; ++f) {
-    Tap* const begin = taps;
+    Phase& to = phase[f];
+    to = {ceil_div(a.input - f, a.stride), 0, 0, 1, 0, 1};
     for (int64_t r = a.kernel - 1; r >= 0; --r) {
       const int64_t position = f + a.pad - r * a.dilation;
-      if (position % a.stride == 0) *taps++ = {r, position / a.stride};
+      if (position % a.stride != 0) continue;
+      if (to.count == 0) to.index = r, to.offset = position / a.stride;
+      if (to.count == 1) to.index_step = r - to.index, to.offset_step = position / a.stride - to.offset;
+      ++to.count;
     }
-    phase[f] = {ceil_div(a.input - f, a.stride), begin, taps - begin};
-    if (taps == begin) continue;
-    axis.first = std::min(axis.first, begin->offset);
-    axis.last = std::max(axis.last, (taps - 1)->offset);
+    if (to.count == 0) continue;
+    axis.first = std::min(axis.first, to.offset);
+    axis.last = std::max(axis.last, to.last_offset());
   }
   if (axis.first > axis.last) axis.first = axis.last = 0;  // no tap reaches any input
   return axis;
 }
 
+template <class T>
+void fill_vectors(T* to, int64_t count) {
+  for (int64_t v = 0; v < count; ++v) store(to + v * kLanes<T>, Vec<T>{});
+}
+
+template <class T>
+bool all_finite(const T* values, int64_t count) {
+  Vec<T> sum{};  // of zeros, or NaN
+  T rest = 0;
+  int64_t x = 0;
+  for (; x + kLanes<T> <= count; x += kLanes<T>) sum += load(values + x) - load(values + x);
+  for (; x < count; ++x) rest += values[x] - values[x];
+  return horizontal_sum<T>(sum) + rest == T(0);
+}
+
 template <class AxisOf>
 Axes make_axes(const Conv2dGeometry& g, int64_t phases_h, int64_t phases_w, AxisOf axis_of) {
-  char* memory = workspace<char>(Slot::tables, (g.R + g.S) * sizeof(Tap) + (phases_h + phases_w) * sizeof(Phase));
-  Phase* phases = reinterpret_cast<Phase*>(memory);
-  Tap* taps = reinterpret_cast<Tap*>(phases + phases_h + phases_w);
-  return {axis_of(AxisSizes{g.H, g.P, g.R, g.stride_h, g.pad_h, g.dilation_h}, phases, taps),
-          axis_of(AxisSizes{g.W, g.Q, g.S, g.stride_w, g.pad_w, g.dilation_w}, phases + phases_h, taps + g.R)};
+  Phase* phases = workspace<Phase>(Slot::phases, phases_h + phases_w);
+  return {axis_of(AxisSizes{g.H, g.P, g.R, g.stride_h, g.pad_h, g.dilation_h}, phases),
+          axis_of(AxisSizes{g.W, g.Q, g.S, g.stride_w, g.pad_w, g.dilation_w}, phases + phases_h)};
 }
 
 inline Axes forward_axes(const Conv2dGeometry& g) { return make_axes(g, 1, 1, forward_axis); }
 
 inline Axes grad_input_axes(const Conv2dGeometry& g) {
   return make_axes(g, std::min(g.stride_h, g.H), std::min(g.stride_w, g.W), grad_input_axis);
-}
-
-// Whether the taps are `count` consecutive source positions.
-inline bool consecutive(const Phase& phase, int64_t count) {
-  return phase.count == count && phase.taps[count - 1].offset - phase.taps[0].offset == count - 1;
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::depthwise

@@ -1,10 +1,11 @@
-// Depthwise convolution of channels_last tensors: vectors run along the channels, a register tile is a run of output pixels of
-// one row. Taps outside the image are left out: rows for a whole output row, columns for the few pixels near an edge, which go
-// one by one. Weights lie as
+// Depthwise convolution where vectors run along the channels: of channels_last tensors, and of NCHW tensors whose planes were put
+// into that order (conv2d_depthwise_nchw.h). A register tile is a run of output pixels of one row. Taps outside the image are left
+// out: rows for a whole output row, columns for the tiles near an edge. Weights lie as
 //
 //   packed_weight[r S + s][channel]
 //
-// so that one load gives a tap's weights for a vector of channels.
+// so that one load gives a tap's weights for a vector of channels. There are at least kLanes channels; the last vector overlaps the
+// one before it.
 #pragma once
 
 #include <algorithm>
@@ -12,362 +13,381 @@
 
 #include "../geometry.h"
 #include "conv2d_depthwise_axes.h"
+#include "conv2d_depthwise_transpose.h"
 #include "runtime.h"
 #include "simd.h"
 
 namespace torchcnn::TORCHCNN_ISA::depthwise::channels_last {
 
-// Channels worked on at a time: their weights (or sums of grad_weight) should take at most half of the 32 KiB of L1. A multiple
-// of 64 elements, whole cache lines.
-template <class T>
-int64_t channel_chunk(int64_t channels, int64_t filter) {
-  constexpr int64_t cached = 16 * 1024 / sizeof(T);
-  return std::min(channels, std::max<int64_t>(64, cached / filter / 64 * 64));
-}
+// Output pixels in a register tile: 8 accumulators, enough to hide the latency of a multiply-add, + at most 7 weights of a filter
+// row + 1 of 16 registers.
+inline constexpr int64_t tile_pixels = 8;
 
+// The vectors of `channels` channels.
 template <class T>
-inline Vec<T> load_channels(const T* from, int64_t count) {
-  return count >= kLanes<T> ? load(from) : load_partial(from, count);
-}
-
-template <class T>
-inline void store_channels(T* to, Vec<T> v, int64_t count) {
-  if (count >= kLanes<T>)
-    store(to, v);
-  else
-    store_partial(to, v, count);
-}
-
-// Pixels in a register tile: 8 accumulators + at most 7 weights of a filter row + 1 of 16 registers.
-inline constexpr int64_t wide = 8, narrow = 4;
-
-// One output row and phase: where its pixels are, and the taps that reach them.
-template <class T>
-struct Row {
-  const T* source;                                               // column 0 of source row i step
-  const T* weight;                                               // packed_weight
-  const T* bias;                                                 // or null
-  T* output;                                                     // position 0 of the row
-  int64_t source_row, source_column, output_column, weight_tap;  // distances in elements
-  int64_t S;
-  const Axis& axis;
-  const Phase& phase;  // of columns
-  const Tap* taps;     // of rows: those from tap_begin on, up to tap_end, lie inside the source
-  int64_t tap_begin, tap_end;
-  bool relu;
+struct Vectors {
+  int64_t channels;
+  int64_t count() const { return ceil_div(channels, kLanes<T>); }
+  int64_t first_channel(int64_t v) const { return std::min(v * kLanes<T>, channels - kLanes<T>); }
 };
 
-// The pixels from j on, for whole vectors of channels, by `taps` consecutive columns at a known step. clipped: some of the input
-// columns that the pixels span lie outside the source.
-template <class T, int64_t pixels, int64_t taps, int64_t step, bool clipped>
-void correlate_pixels(const Row<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
-  constexpr int64_t columns = (pixels - 1) * step + taps;
-  const int64_t first = j * step + row.phase.taps[0].offset;
-  const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, row.axis.source_size - first);
-  const int64_t source_row = row.source_row, source_column = row.source_column, output_column = row.output_column;
-  const int64_t tap_begin = row.tap_begin, tap_end = row.tap_end, weight_row = row.S * row.weight_tap;
-  const Tap* const tap = row.taps;
-  const T* const source = row.source + first * source_column;
-  const T* const bias = row.bias;
-  T* const output = row.output + j * output_column;
-  const bool relu = row.relu;
-  const T* weights[taps];
-  unrolled<taps>([&](auto s)
-                     __attribute__((always_inline)) { weights[s] = row.weight + row.phase.taps[s].index * row.weight_tap; });
-  for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
-    Vec<T> sum[pixels];
-    const Vec<T> start = bias == nullptr ? Vec<T>{} : load(bias + c);
-    unrolled<pixels>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
-    for (int64_t a = tap_begin; a < tap_end; ++a) {
-      const T* from = source + tap[a].offset * source_row + c;
-      const int64_t weight_at = tap[a].index * weight_row + c;
-      Vec<T> w[taps];
-      unrolled<taps>([&](auto s) __attribute__((always_inline)) { w[s] = load(weights[s] + weight_at); });
-      unrolled<columns>([&](auto d) __attribute__((always_inline)) {
-        if (!clipped || (d >= begin && d < end)) spread<d, step>(load(from + d * source_column), w, sum);
-      });
-    }
-    unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-      store(output + v * output_column + c, relu ? rectified<T>(sum[v]) : sum[v]);
-    });
-  }
-}
-
-// Any taps, all of them inside the source for every pixel, or one pixel with those that are. The last vector of channels may be
-// partial for one pixel.
-template <class T, int64_t pixels>
-void correlate_any_taps(const Row<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
-  const int64_t source_step = row.axis.step * row.source_column;
-  const Range columns = pixels == 1 ? taps_inside(row.axis, row.phase, j) : Range{0, row.phase.count};
-  const auto load_source = [&](const T* from, int64_t count)
-                               __attribute__((always_inline)) { return pixels > 1 ? load(from) : load_channels(from, count); };
-  for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
-    const int64_t count = c_end - c;
-    Vec<T> sum[pixels];
-    const Vec<T> start = row.bias == nullptr ? Vec<T>{} : load_source(row.bias + c, count);
-    unrolled<pixels>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
-    for (int64_t a = row.tap_begin; a < row.tap_end; ++a) {
-      const T* from = row.source + j * source_step + row.taps[a].offset * row.source_row + c;
-      for (int64_t b = columns.begin; b < columns.end; ++b) {
-        const Tap& tap = row.phase.taps[b];
-        const Vec<T> w = load(row.weight + (row.taps[a].index * row.S + tap.index) * row.weight_tap + c);
-        unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-          sum[v] += w * load_source(from + tap.offset * row.source_column + v * source_step, count);
-        });
-      }
-    }
-    unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-      const Vec<T> result = row.relu ? rectified<T>(sum[v]) : sum[v];
-      T* to = row.output + (j + v) * row.output_column + c;
-      if (pixels > 1)
-        store(to, result);
-      else
-        store_channels(to, result, count);
-    });
-  }
-}
-
-template <class T, int64_t taps, int64_t step>
-void correlate_row(const Row<T>& row, int64_t c_begin, int64_t c_end) {
-  const Phase& phase = row.phase;
-  const int64_t positions = phase.positions;
-  Range interior{0, positions};
-  if (phase.count > 0) {
-    interior.begin = inside(row.axis, phase, phase.taps[0].offset).begin;
-    interior.end = std::max(interior.begin, inside(row.axis, phase, phase.taps[phase.count - 1].offset).end);
-  }
-  if constexpr (taps > 0) {
-    const auto tile = [&]<int64_t pixels>(std::integral_constant<int64_t, pixels>, int64_t j) {
-      j >= interior.begin&& j + pixels <= interior.end ? correlate_pixels<T, pixels, taps, step, false>(row, j, c_begin, c_end)
-                                                       : correlate_pixels<T, pixels, taps, step, true>(row, j, c_begin, c_end);
-    };
-    // The last tile overlaps the one before it.
-    int64_t j = 0;
-    for (; j + wide <= positions; j += wide) tile(std::integral_constant<int64_t, wide>{}, j);
-    if (positions - j > narrow && positions >= wide) return tile(std::integral_constant<int64_t, wide>{}, positions - wide);
-    if (positions < narrow) {
-      for (; j < positions; ++j) tile(std::integral_constant<int64_t, 1>{}, j);
-      return;
-    }
-    for (; j < positions; j += narrow) tile(std::integral_constant<int64_t, narrow>{}, std::min(j, positions - narrow));
-  } else {
-    int64_t j = 0;
-    for (; j < interior.begin; ++j) correlate_any_taps<T, 1>(row, j, c_begin, c_end);
-    for (; j + narrow <= interior.end; j += narrow) correlate_any_taps<T, narrow>(row, j, c_begin, c_end);
-    for (; j < positions; ++j) correlate_any_taps<T, 1>(row, j, c_begin, c_end);
-  }
+// Vectors of channels that are worked on at a time: their weights (or sums of grad_weight) should take at most half of L1.
+template <class T>
+int64_t vectors_at_once(int64_t channels, int64_t filter) {
+  constexpr int64_t cached = 16 * 1024 / TORCHCNN_VECTOR_BYTES;
+  return std::min(Vectors<T>{channels}.count(), std::max<int64_t>(1, cached / filter));
 }
 
 // body<taps, step>() for consecutive columns that there is a kernel for, else body<0, 0>().
 template <class Body>
 void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
-  if (phase.count > 0 && consecutive(phase, phase.count)) {
-    if (axis.step == 1) {
-      switch (phase.count) {
-        case 1: return body.template operator()<1, 1>();
-        case 2: return body.template operator()<2, 1>();
-        case 3: return body.template operator()<3, 1>();
-        case 4: return body.template operator()<4, 1>();
-        case 5: return body.template operator()<5, 1>();
-        case 7: return body.template operator()<7, 1>();
-      }
+  if (phase.offset_step == 1 && axis.step == 1) {
+    switch (phase.count) {
+      case 1: return body.template operator()<1, 1>();
+      case 2: return body.template operator()<2, 1>();
+      case 3: return body.template operator()<3, 1>();
+      case 4: return body.template operator()<4, 1>();
+      case 5: return body.template operator()<5, 1>();
+      case 7: return body.template operator()<7, 1>();
     }
-    if (axis.step == 2) {
-      switch (phase.count) {
-        case 3: return body.template operator()<3, 2>();
-        case 5: return body.template operator()<5, 2>();
-        case 7: return body.template operator()<7, 2>();
-      }
+  }
+  if (phase.offset_step == 1 && axis.step == 2) {
+    switch (phase.count) {
+      case 3: return body.template operator()<3, 2>();
+      case 5: return body.template operator()<5, 2>();
+      case 7: return body.template operator()<7, 2>();
     }
   }
   body.template operator()<0, 0>();
 }
 
-// to[t][c] = from[c][t]; rows of `to` are `pitch` long and end in zeros.
+// An image in the order of this file, or a part of it. Pointers are to row 0 and column 0, distances in elements.
 template <class T>
-void transpose_filters(const T* from, int64_t channels, int64_t filter, int64_t pitch, T* to) {
-  parallel_for(ceil_div(pitch, 64), 64 * filter, [&](int64_t task) {
-    const int64_t end = std::min(pitch, (task + 1) * 64);
-    for (int64_t t = 0; t < filter; ++t)
-      for (int64_t c = task * 64; c < end; ++c) to[t * pitch + c] = c < channels ? from[c * filter + t] : T(0);
+struct Image {
+  const T* source;
+  T* output;
+  const T* weight;  // packed
+  const T* bias;    // or null
+  int64_t channels, source_row, output_row, weight_pitch;
+  bool padded;  // the columns that taps reach outside the source, and those of a last tile, can be read, and are harmless
+  bool accumulate, relu;
+};
+
+// Row positions `i` of phase fh, column positions `j` of phase fw and vectors v of channels. known_column: the number of channels,
+// or 0 if that is known only when this runs.
+template <class T, int64_t taps, int64_t step, int64_t known_column>
+[[gnu::noinline]] void correlate_rows(const Axes& axes, int64_t S, const Image<T>& image, int64_t fh, int64_t fw,
+                                      const Range& i_range, const Range& j_range, const Range& v_range) {
+  constexpr int64_t columns = (tile_pixels - 1) * step + taps;
+  const Axis &h = axes.h, &w = axes.w;
+  const Phase phase_h = h.phase[fh], phase_w = w.phase[fw];
+  const int64_t column = known_column > 0 ? known_column : image.channels, column_step = taps > 0 ? step : w.step;
+  const int64_t output_column = w.phases * column, width = w.source_size;
+  const int64_t source_tap = phase_h.offset_step * image.source_row;
+  const int64_t weight_row = phase_h.index_step * S * image.weight_pitch, weight_column = phase_w.index_step * image.weight_pitch;
+  const T* const bias = image.bias;
+  const bool accumulate = image.accumulate, relu = image.relu, padded = image.padded;
+  const Vectors<T> vectors{image.channels};
+  const int64_t ahead = ceil_div(4096, column * int64_t(sizeof(T))) * column;
+
+  for (int64_t i = i_range.begin; i < i_range.end; ++i) {
+    const Range range = taps_inside(h, phase_h, i);
+    const T* const source = image.source + (i * h.step + phase_h.offset + range.begin * phase_h.offset_step) * image.source_row +
+                            phase_w.offset * column;
+    const T* const weights =
+        image.weight + ((phase_h.index + range.begin * phase_h.index_step) * S + phase_w.index) * image.weight_pitch;
+    T* const outputs = image.output + (i * h.phases + fh) * image.output_row + fw * column;
+    for (int64_t j = j_range.begin; j < j_range.end; j += tile_pixels) {
+      const int64_t first = j * column_step + phase_w.offset, count = std::min(tile_pixels, j_range.end - j);
+      const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, width - first);
+      const auto tile = [&](int64_t c, auto clipped) __attribute__((always_inline)) {
+        T* const output = outputs + j * output_column + c;
+        Vec<T> sum[tile_pixels];
+        const Vec<T> start = bias == nullptr ? Vec<T>{} : load(bias + c);
+        unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
+        if (accumulate)
+          unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
+            if (v < count) sum[v] = load(output + v * output_column);
+          });
+        const T* from = source + j * column_step * column + c;
+        const T* weight = weights + c;
+        for (int64_t a = range.begin; a < range.end; ++a, from += source_tap, weight += weight_row) {
+          if constexpr (taps > 0) {
+            Vec<T> tap[taps];
+            const T* at = weight;
+            unrolled<taps>([&](auto s) __attribute__((always_inline)) { tap[s] = load(at), advance(at, weight_column); });
+            at = from;
+            if (known_column == 0 && a + h.step >= range.end)
+              unrolled<tile_pixels * step>([&](auto d)
+                                               __attribute__((always_inline)) { __builtin_prefetch(at + d * column + ahead); });
+            unrolled<columns>([&](auto d) __attribute__((always_inline)) {
+              if (!clipped || (d >= begin && d < end)) {
+                const Vec<T> input = load_once(at);
+                unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
+                  constexpr int64_t s = d - v * step;
+                  if constexpr (s >= 0 && s < taps) sum[v] += tap[s] * input;
+                });
+              }
+              known_column > 0 ? void(at += column) : advance(at, column);
+            });
+          } else {
+            for (int64_t b = 0; b < phase_w.count; ++b) {
+              const Range valid =
+                  padded ? Range{j, j + tile_pixels} : inside(w, phase_w, phase_w.offset + b * phase_w.offset_step);
+              const T* at = from + b * phase_w.offset_step * column;
+              const Vec<T> tap = load(weight + b * weight_column);
+              const auto add = [&](auto v)
+                                   __attribute__((always_inline)) { sum[v] += tap * load(at + v * column_step * column); };
+              if (valid.begin <= j && j + tile_pixels <= valid.end)
+                unrolled<tile_pixels>(add);
+              else
+                unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
+                  if (j + v >= valid.begin && j + v < std::min(valid.end, j + count)) add(v);
+                });
+            }
+          }
+        }
+        unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
+          if (v < count) {
+            store(output + v * output_column, relu ? rectified<T>(sum[v]) : sum[v]);
+            if (known_column == 0) __builtin_prefetch(output + v * output_column + ahead, 1);
+          }
+        });
+      };
+      const bool whole = taps > 0 && (padded || (begin == 0 && end == columns && count == tile_pixels));
+      if constexpr (known_column == kLanes<T>) {
+        whole ? tile(0, std::false_type{}) : tile(0, std::true_type{});
+      } else if (whole) {
+        for (int64_t v = v_range.begin; v < v_range.end; ++v) tile(vectors.first_channel(v), std::false_type{});
+      } else {
+        for (int64_t v = v_range.begin; v < v_range.end; ++v) tile(vectors.first_channel(v), std::true_type{});
+      }
+    }
+  }
+}
+
+// to[t][x] = from[x / repeated mod channels][t] for x < pitch, `from` with filters channel_stride apart.
+template <class T>
+void pack_filters(const T* from, int64_t channels, int64_t repeated, int64_t channel_stride, int64_t filter, int64_t pitch,
+                  T* to) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t blocks = repeated == 1 ? channels / lanes : 0;
+  parallel_for(blocks, lanes * filter, [&](int64_t task) {
+    const int64_t x = task * lanes;
+    pack_planes<T>({from + x * channel_stride, channel_stride, lanes}, filter, [&](int64_t t) { return to + t * pitch + x; });
   });
+  for (int64_t x = blocks * lanes; x < pitch; ++x)
+    for (int64_t t = 0; t < filter; ++t) to[t * pitch + x] = from[x / repeated % channels * channel_stride + t];
 }
 
 template <class T>
 void correlate(const Correlation<T>& c) {
-  constexpr int64_t lanes = kLanes<T>;
   const Axis &h = c.axes.h, &w = c.axes.w;
-  const int64_t C = c.C, filter = c.R * c.S, pitch = ceil_div(C, lanes) * lanes, chunk = channel_chunk<T>(C, filter);
-  T* packed_weight = workspace<T>(Slot::packed_weight, filter * pitch);
-  transpose_filters(c.weight, C, filter, pitch, packed_weight);
-  const int64_t whole_channels = C / lanes * lanes;
-
-  const int64_t task_cost = w.output_size * C * filter / (h.phases * w.phases) / lanes;
+  const int64_t C = c.C, filter = c.R * c.S, chunk = vectors_at_once<T>(C, filter), vectors = Vectors<T>{C}.count();
+  T* packed_weight = workspace<T>(Slot::packed_weight, filter * C);
+  pack_filters(c.weight, C, 1, filter, filter, C, packed_weight);
+  const int64_t task_cost = w.output_size * vectors * filter / (h.phases * w.phases);
   parallel_for(c.N * h.output_size, task_cost, [&](int64_t task) {
     const int64_t n = task / h.output_size, p = task % h.output_size, i = p / h.phases;
-    const Phase& phase_h = h.phase[p % h.phases];
-    const Range taps = taps_inside(h, phase_h, i);
-    for (int64_t c_begin = 0; c_begin < C; c_begin += chunk) {
-      const int64_t c_end = std::min(C, c_begin + chunk), whole_end = std::min(whole_channels, c_end);
-      for (int64_t fw = 0; fw < w.phases; ++fw) {
-        const Phase& phase = w.phase[fw];
-        const Row<T> row{c.source + (n * h.source_size + i * h.step) * w.source_size * C,
+    const Image<T> image{c.source + n * h.source_size * w.source_size * C,
+                         c.output + n * h.output_size * w.output_size * C,
                          packed_weight,
                          c.epilogue.bias,
-                         c.output + ((n * h.output_size + p) * w.output_size + fw) * C,
-                         w.source_size * C,
                          C,
-                         w.phases * C,
-                         pitch,
-                         c.S,
-                         w,
-                         phase,
-                         phase_h.taps,
-                         taps.begin,
-                         taps.end,
+                         w.source_size * C,
+                         w.output_size * C,
+                         C,
+                         false,
+                         false,
                          c.epilogue.relu};
-        for_known_taps(w, phase, [&]<int64_t known_taps, int64_t step>() {
-          if (c_begin < whole_end) correlate_row<T, known_taps, step>(row, c_begin, whole_end);
+    for (int64_t v = 0; v < vectors; v += chunk)
+      for (int64_t f = 0; f < w.phases; ++f)
+        for_known_taps(w, w.phase[f], [&]<int64_t taps, int64_t step>() {
+          correlate_rows<T, taps, step, 0>(c.axes, c.S, image, p % h.phases, f, {i, i + 1}, {0, w.phase[f].positions},
+                                           {v, std::min(v + chunk, vectors)});
         });
-        if (whole_end < c_end)
-          for (int64_t j = 0; j < phase.positions; ++j) correlate_any_taps<T, 1>(row, j, whole_end, c_end);
+  });
+}
+
+// Pixels of grad_output in a register tile of grad_weight: 3 x 3 sums + 4 pixels + 1 of 16 registers.
+inline constexpr int64_t dot_pixels = 4;
+
+// Rows of grad_output and the source for grad_weight, as Image.
+template <class T>
+struct Pair {
+  const T* gradient;
+  const T* source;
+  T* sum;  // [row tap][column tap][vector]
+  int64_t channels, gradient_row, source_row, sum_tap;
+  bool padded;  // rows of grad_output end in zeros up to a whole tile, and source columns outside can be read
+};
+
+// sum += grad_output * source for tap rows a ... a + tap_rows - 1, whose source rows are inside for all row positions of `i_range`.
+template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_column>
+[[gnu::noinline]] void dot_rows(const Axes& axes, const Pair<T>& pair, int64_t a, const Range& i_range, const Range& j_range,
+                                const Range& v_range) {
+  const Axis &h = axes.h, &w = axes.w;
+  const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
+  const int64_t column = known_column > 0 ? known_column : pair.channels, offset = phase_w.offset, width = w.source_size;
+  const int64_t source_tap = phase_h.offset_step * pair.source_row, sum_tap = pair.sum_tap;
+  Range tiles{j_range.begin, j_range.begin + ceil_div(j_range.end - j_range.begin, dot_pixels) * dot_pixels};
+  if (!pair.padded) {
+    tiles.begin = std::clamp(inside(w, phase_w, offset).begin, j_range.begin, j_range.end);
+    tiles.end = std::clamp(inside(w, phase_w, phase_w.last_offset()).end, tiles.begin, j_range.end);
+  }
+  for (int64_t v = v_range.begin; v < v_range.end; ++v) {
+    const int64_t c = Vectors<T>{pair.channels}.first_channel(v);
+    T* const to = pair.sum + a * taps * sum_tap + (v - v_range.begin) * kLanes<T>;
+    Vec<T> sum[tap_rows][taps];
+    unrolled<tap_rows>([&](auto r) __attribute__((always_inline)) {
+      unrolled<taps>([&](auto s) __attribute__((always_inline)) { sum[r][s] = load(to + (r * taps + s) * sum_tap); });
+    });
+    for (int64_t i = i_range.begin; i < i_range.end; ++i) {
+      const T* const gradient = pair.gradient + i * pair.gradient_row + c;
+      const T* const source =
+          pair.source + (i * h.step + phase_h.offset + a * phase_h.offset_step) * pair.source_row + offset * column + c;
+      const auto tile = [&](int64_t j, auto pixels) __attribute__((always_inline)) {
+        constexpr int64_t columns = (pixels - 1) * step + taps;
+        const int64_t begin = -j * step - offset, end = begin + width;
+        Vec<T> g[pixels];
+        unrolled<pixels>([&](auto x) __attribute__((always_inline)) { g[x] = load(gradient + (j + x) * column); });
+        const T* from = source + j * step * column;
+        unrolled<tap_rows>([&](auto r) __attribute__((always_inline)) {
+          const T* at = from + r * source_tap;
+          unrolled<columns>([&](auto d) __attribute__((always_inline)) {
+            if (pixels > 1 || (d >= begin && d < end)) {
+              const Vec<T> input = load_once(at);
+              unrolled<pixels>([&](auto x) __attribute__((always_inline)) {
+                constexpr int64_t s = d - x * step;
+                if constexpr (s >= 0 && s < taps) sum[r][s] += g[x] * input;
+              });
+            }
+            known_column > 0 ? void(at += column) : advance(at, column);
+          });
+        });
+      };
+      const std::integral_constant<int64_t, 1> one;
+      int64_t j = j_range.begin;
+      for (; j < tiles.begin; ++j) tile(j, one);
+      for (; j + dot_pixels <= tiles.end; j += dot_pixels) tile(j, std::integral_constant<int64_t, dot_pixels>{});
+      for (; j < j_range.end; ++j) tile(j, one);
+    }
+    unrolled<tap_rows>([&](auto r) __attribute__((always_inline)) {
+      unrolled<taps>([&](auto s) __attribute__((always_inline)) { store(to + (r * taps + s) * sum_tap, sum[r][s]); });
+    });
+  }
+}
+
+// The same for any one tap.
+template <class T>
+void dot_any(const Axes& axes, const Pair<T>& pair, int64_t a, const Range& i_range, const Range& j_range, const Range& v_range) {
+  const Axis &h = axes.h, &w = axes.w;
+  const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
+  for (int64_t b = 0; b < phase_w.count; ++b) {
+    const int64_t offset = phase_w.offset + b * phase_w.offset_step;
+    const Range valid = inside(w, phase_w, offset);
+    for (int64_t v = v_range.begin; v < v_range.end; ++v) {
+      const int64_t c = Vectors<T>{pair.channels}.first_channel(v);
+      T* const to = pair.sum + (a * phase_w.count + b) * pair.sum_tap + (v - v_range.begin) * kLanes<T>;
+      Vec<T> sum = load(to);
+      for (int64_t i = i_range.begin; i < i_range.end; ++i) {
+        const T* gradient = pair.gradient + i * pair.gradient_row + c;
+        const T* source =
+            pair.source + (i * h.step + phase_h.offset + a * phase_h.offset_step) * pair.source_row + offset * pair.channels + c;
+        for (int64_t j = std::max(valid.begin, j_range.begin); j < std::min(valid.end, j_range.end); ++j)
+          sum += load(gradient + j * pair.channels) * load(source + j * w.step * pair.channels);
+      }
+      store(to, sum);
+    }
+  }
+}
+
+// All taps, for row positions of `rows`.
+template <class T, int64_t known_column>
+void dot(const Axes& axes, const Pair<T>& pair, const Range& rows, const Range& positions, const Range& v_range) {
+  const Axis &h = axes.h, &w = axes.w;
+  const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
+  const auto rows_of = [&](int64_t a) {
+    const Range valid = inside(h, phase_h, phase_h.offset + a * phase_h.offset_step);
+    const int64_t begin = std::clamp(valid.begin, rows.begin, rows.end);
+    return Range{begin, std::clamp(valid.end, begin, rows.end)};
+  };
+  for_known_taps(w, phase_w, [&]<int64_t taps, int64_t step>() {
+    if constexpr (taps == 0) {
+      for (int64_t a = 0; a < phase_h.count; ++a) dot_any(axes, pair, a, rows_of(a), positions, v_range);
+    } else {
+      // Pixels that stay in L1 while the vectors of their channels pass.
+      const int64_t cached = 8 * 1024 / (pair.channels * int64_t(sizeof(T))) / dot_pixels * dot_pixels;
+      const int64_t span = known_column > 0 ? positions.end : std::max(4 * dot_pixels, cached);
+      for (int64_t j = positions.begin; j < positions.end; j += span) {
+        const Range j_range{j, std::min(j + span, positions.end)};
+        const auto one_row = [&](int64_t a, int64_t begin, int64_t end) {
+          if (begin < end) dot_rows<T, 1, taps, step, known_column>(axes, pair, a, {begin, end}, j_range, v_range);
+        };
+        int64_t a = 0;
+        if constexpr (taps == 3) {
+          for (; a + 3 <= phase_h.count; a += 3) {
+            const Range top = rows_of(a), bottom = rows_of(a + 2);
+            const Range all{top.begin, std::max(top.begin, bottom.end)};
+            if (all.begin < all.end) dot_rows<T, 3, taps, step, known_column>(axes, pair, a, all, j_range, v_range);
+            for (int64_t r = a; r < a + 3; ++r) {
+              const Range valid = rows_of(r);
+              one_row(r, valid.begin, std::min(valid.end, all.begin));
+              one_row(r, std::max(valid.begin, all.end), valid.end);
+            }
+          }
+        }
+        for (; a < phase_h.count; ++a) one_row(a, rows_of(a).begin, rows_of(a).end);
       }
     }
   });
 }
 
-// Where the pixels of a row of grad_output meet the source.
 template <class T>
-struct DotRow {
-  const T* gradient;  // position 0
-  const T* source;    // column 0 of source row i step
-  T* sum;             // [row tap][column tap][chunk]
-  int64_t C, source_row, chunk;
-  const Axis& axis;
-  const Phase& phase;  // of columns
-  const Tap* taps;     // of rows: those inside the source
-  Range tap_range;
-};
-
-// sum += grad_output * input over the pixels from j on, for channels c_begin ... c_end - 1 of the chunk; as correlate_pixels.
-template <class T, int64_t pixels, int64_t taps, int64_t step, bool clipped>
-void dot_pixels(const DotRow<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
-  constexpr int64_t columns = (pixels - 1) * step + taps;
-  const int64_t first = j * step + row.phase.taps[0].offset, C = row.C, chunk = row.chunk, source_row = row.source_row;
-  const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, row.axis.source_size - first);
-  const T *const gradient = row.gradient + j * C, *const source = row.source + first * C;
-  T* const sum = row.sum;
-  const Tap* const tap = row.taps;
-  const Range range = row.tap_range;
-  for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
-    Vec<T> g[pixels];
-    unrolled<pixels>([&](auto v) __attribute__((always_inline)) { g[v] = load(gradient + v * C + c); });
-    for (int64_t a = range.begin; a < range.end; ++a) {
-      const T* from = source + tap[a].offset * source_row + c;
-      T* to = sum + a * taps * chunk + c;
-      Vec<T> total[taps];
-      unrolled<taps>([&](auto s) __attribute__((always_inline)) { total[s] = load(to + s * chunk); });
-      unrolled<columns>([&](auto d) __attribute__((always_inline)) {
-        if (clipped && (d < begin || d >= end)) return;
-        const Vec<T> input = load(from + d * C);
-        unrolled<pixels>([&](auto v) __attribute__((always_inline)) {
-          constexpr int64_t s = d - v * step;
-          if constexpr (s >= 0 && s < taps) total[s] += g[v] * input;
-        });
-      });
-      unrolled<taps>([&](auto s) __attribute__((always_inline)) { store(to + s * chunk, total[s]); });
-    }
-  }
-}
-
-// One pixel and any taps; the last vector of channels may be partial.
-template <class T>
-void dot_any_taps(const DotRow<T>& row, int64_t j, int64_t c_begin, int64_t c_end) {
-  const Range columns = taps_inside(row.axis, row.phase, j);
-  for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {
-    const int64_t count = c_end - c;
-    const Vec<T> g = load_channels(row.gradient + j * row.C + c, count);
-    for (int64_t a = row.tap_range.begin; a < row.tap_range.end; ++a) {
-      const T* from = row.source + j * row.axis.step * row.C + row.taps[a].offset * row.source_row + c;
-      for (int64_t b = columns.begin; b < columns.end; ++b) {
-        T* to = row.sum + (a * row.phase.count + b) * row.chunk + c;
-        store(to, load(to) + g * load_channels(from + row.phase.taps[b].offset * row.C, count));
-      }
-    }
-  }
-}
-
-template <class T, int64_t taps, int64_t step>
-void dot_row(const DotRow<T>& row, int64_t positions, const Range& interior, int64_t c_end) {
-  int64_t j = 0;
-  if constexpr (taps > 0) {
-    const auto tiles = [&]<int64_t pixels>(std::integral_constant<int64_t, pixels>) {
-      for (; j + pixels <= positions; j += pixels) {
-        j >= interior.begin&& j + pixels <= interior.end ? dot_pixels<T, pixels, taps, step, false>(row, j, 0, c_end)
-                                                         : dot_pixels<T, pixels, taps, step, true>(row, j, 0, c_end);
-      }
-    };
-    tiles(std::integral_constant<int64_t, wide>{});
-    tiles(std::integral_constant<int64_t, narrow>{});
-    tiles(std::integral_constant<int64_t, 2>{});
-    tiles(std::integral_constant<int64_t, 1>{});
-  } else {
-    for (; j < positions; ++j) dot_any_taps(row, j, 0, c_end);
-  }
+void add_to(T* total, const T* sum, int64_t count) {
+  for (int64_t x = 0; x < count; x += kLanes<T>) store(total + x, load(total + x) + load(sum + x));
 }
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   const Axes axes = forward_axes(g);
   constexpr int64_t lanes = kLanes<T>;
-  const Axis &h = axes.h, &w = axes.w;
-  const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
-  const int64_t C = g.C, filter = g.R * g.S, chunk = ceil_div(channel_chunk<T>(C, filter), lanes) * lanes;
-  const int64_t chunks = ceil_div(C, chunk), rows = g.N * g.P;
+  const int64_t C = g.C, filter = g.R * g.S, rows = g.N * g.P;
+  const Vectors<T> vectors{C};
+  const int64_t chunk = vectors_at_once<T>(C, filter), chunks = ceil_div(vectors.count(), chunk);
   // A chunk of channels and a slice of the rows of all images are a task; slices are added in order at the end.
-  const int64_t slices = std::min(rows, ceil_div(16, chunks));
+  const int64_t slices = std::min(rows, ceil_div(16, chunks)), size = filter * chunk * lanes;
   const int64_t flush = ceil_div(128, g.Q);  // rows that are summed on their own first, which keeps rounding errors small
-  T* partial = workspace<T>(Slot::partial_sums, chunks * slices * filter * chunk);
-  const Range interior{inside(w, phase_w, phase_w.taps[0].offset).begin,
-                       inside(w, phase_w, phase_w.taps[phase_w.count - 1].offset).end};
+  T* partial = workspace<T>(Slot::partial_sums, chunks * slices * size);
 
-  parallel_for(chunks * slices, rows / slices * g.Q * filter * chunk / lanes, [&](int64_t task) {
-    const int64_t slice = task % slices, c_begin = task / slices * chunk, channels = std::min(chunk, C - c_begin);
-    const int64_t whole = channels / lanes * lanes;
-    T* total = partial + task * filter * chunk;
-    T* sum = workspace<T>(Slot::tile, filter * chunk);
-    fill(total, filter * chunk, T(0));
+  parallel_for(chunks * slices, rows / slices * g.Q * filter * chunk, [&](int64_t task) {
+    const int64_t slice = task % slices, v_begin = task / slices * chunk, v_end = std::min(v_begin + chunk, vectors.count());
+    T* total = partial + task * size;
+    T* sum = workspace<T>(Slot::tile, size);
+    fill(total, size, T(0));
     const int64_t row_end = (slice + 1) * rows / slices;
     for (int64_t row_begin = slice * rows / slices; row_begin < row_end; row_begin += flush) {
-      fill(sum, filter * chunk, T(0));
+      fill(sum, size, T(0));
       for (int64_t row = row_begin; row < std::min(row_end, row_begin + flush); ++row) {
         const int64_t n = row / g.P, i = row % g.P;
-        const Range taps = taps_inside(h, phase_h, i);
-        const DotRow<T> dot{grad_output + row * g.Q * C + c_begin,
-                            input + (n * g.H + i * h.step) * g.W * C + c_begin,
-                            sum,
-                            C,
-                            g.W * C,
-                            chunk,
-                            w,
-                            phase_w,
-                            phase_h.taps,
-                            taps};
-        for_known_taps(w, phase_w,
-                       [&]<int64_t known_taps, int64_t step>() { dot_row<T, known_taps, step>(dot, g.Q, interior, whole); });
-        if (whole < channels)
-          for (int64_t j = 0; j < g.Q; ++j) dot_any_taps(dot, j, whole, channels);
+        const Pair<T> pair{
+            grad_output + n * g.P * g.Q * C, input + n * g.H * g.W * C, sum, C, g.Q * C, g.W * C, chunk * lanes, false};
+        dot<T, 0>(axes, pair, {i, i + 1}, {0, g.Q}, {v_begin, v_end});
       }
-      for (int64_t x = 0; x < filter * chunk; x += lanes) store(total + x, load(total + x) + load(sum + x));
+      add_to(total, sum, size);
     }
   });
-  parallel_for(chunks, chunk * filter * slices, [&](int64_t task) {
-    const T* first = partial + task * slices * filter * chunk;
-    for (int64_t c = 0; c < std::min(chunk, C - task * chunk); ++c) {
-      for (int64_t t = 0; t < filter; ++t) {
-        T sum = first[t * chunk + c];
-        for (int64_t slice = 1; slice < slices; ++slice) sum += first[(slice * filter + t) * chunk + c];
-        grad_weight[(task * chunk + c) * filter + t] = sum;
+  parallel_for(chunks, chunk * lanes * filter * slices, [&](int64_t task) {
+    const T* first = partial + task * slices * size;
+    for (int64_t v = task * chunk; v < std::min((task + 1) * chunk, vectors.count()); ++v) {
+      const int64_t c = vectors.first_channel(v);
+      for (int64_t lane = v * lanes - c; lane < lanes; ++lane) {
+        for (int64_t t = 0; t < filter; ++t) {
+          T sum = 0;
+          for (int64_t slice = 0; slice < slices; ++slice)
+            sum += first[slice * size + (t * chunk + v - task * chunk) * lanes + lane];
+          grad_weight[(c + lane) * filter + t] = sum;
+        }
       }
     }
   });
