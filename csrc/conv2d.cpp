@@ -202,21 +202,20 @@ Tensor conv_transpose2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
             " for weight of shape ", Shape{weight}, " and groups=", groups);
     require_same_kind(op, "input", input, "bias", *bias);
   }
-  if (is_low_precision(input)) {
+  if (bias && is_low_precision(input)) {  // rounded once, after the bias
     const ScalarType wide = ScalarType::Float;
-    std::optional<Tensor> wide_bias;
-    if (bias) wide_bias = to_dtype(*bias, wide);
-    return to_dtype(conv_transpose2d(to_dtype(input, wide), to_dtype(weight, wide), wide_bias, stride_h, stride_w, pad_h, pad_w,
-                                     dilation_h, dilation_w, groups, output_pad_h, output_pad_w),
+    return to_dtype(conv_transpose2d(to_dtype(input, wide), to_dtype(weight, wide), to_dtype(*bias, wide), stride_h, stride_w,
+                                     pad_h, pad_w, dilation_h, dilation_w, groups, output_pad_h, output_pad_w),
                     input.scalar_type());
   }
-  Tensor output = conv2d_grad_input(input, weight, g.H, g.W, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups,
-                                    layout == Layout::channels_last);
+  const Tensor output = conv2d_grad_input(input, weight, g.H, g.W, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+                                          groups, layout == Layout::channels_last);
   if (!bias || output.numel() == 0) return output;
-  for_floating_type(op, input.scalar_type(), [&]<class T>(T) {
-    const Tensor b = torch::stable::contiguous(*bias);
-    add_bias(g, b.const_data_ptr<T>(), output.mutable_data_ptr<T>());
-  });
+  const Tensor b = torch::stable::contiguous(*bias);
+  if (input.scalar_type() == ScalarType::Float)
+    add_bias(g, data_of<float>(b), mutable_data_of<float>(output));
+  else
+    add_bias(g, data_of<double>(b), mutable_data_of<double>(output));
   return output;
 }
 
