@@ -710,7 +710,9 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     if return_indices:
         output, indices = _adaptive_max_pool2d_with_indices(input, *size)
         return (output.squeeze(0), indices.squeeze(0)) if unbatched else (output, indices)
-    window = None if torch.compiler.is_compiling() else _sliding_window(input.shape[2:], size)
+    # The operator for adaptive windows itself refuses input without channels, so that the message names it.
+    plain = input.shape[1] != 0 and not torch.compiler.is_compiling()
+    window = _sliding_window(input.shape[2:], size) if plain else None
     output = _adaptive_max_pool2d(input, *size) if window is None else _max_pool2d(input, *window, False)
     return output.squeeze(0) if unbatched else output
 
