@@ -311,10 +311,10 @@ def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(3, 16, 9, 10, 18, 3, (1, 1)),
+        Case(3, 24, 9, 10, 22, 3, (1, 1)),
         Case(2, 32, 8, 8, 32, 5, (2, 2), groups=2),
-        Case(2, 18, 24, 16, 17, 3, (1, 1), stride=2),
-        Case(2, 16, 20, 18, 19, 3, (2, 2), dilation=(2, 2)),
+        Case(2, 24, 24, 16, 25, 3, (1, 1), stride=2),
+        Case(2, 24, 20, 18, 21, 3, (2, 2), dilation=(2, 2)),
     ],
     ids=str,
 )
