@@ -66,9 +66,11 @@ struct Vectors {
 // result[target[v] + m result_row ...] (+)= sum_d weight[d][m] pixels[source[v] + offset[d] ...], a vector each, for as many of
 // the `count` vectors as make whole tiles.
 template <class T, int rows, int vectors>
-[[gnu::noinline]] void tile_products(int64_t count, int64_t depth, const T* weight, const int64_t* offset, const Vectors<T>& at,
-                                     const Ends<T>& ends) {
+[[gnu::noinline]] void tile_products(int64_t count, int64_t depth, const T* weight, const int64_t* offset,
+                                     const Vectors<T>& where, const Ends<T>& how) {
   constexpr int64_t L = kLanes<T>;
+  const Vectors<T> at = where;  // copies: for all the compiler knows, the stores below could change the originals
+  const Ends<T> ends = how;
   T total[rows * vectors * L] = {};
   const int64_t run_length = ceil_div(depth, std::max<int64_t>(1, ceil_div(depth, max_run)));
   for (int64_t first = 0; first + vectors <= count; first += vectors) {
@@ -127,11 +129,14 @@ template <class T, int rows, int vectors>
           for (int v = 0; v < vectors; ++v) store(total + (m * vectors + v) * L, sum[m][v]);
         continue;
       }
+      T* to[vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) to[v] = at.result + at.target[first + v];
       if (ends.add) {
 #pragma GCC unroll 12
         for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) sum[m][v] += load(at.result + at.target[first + v] + m * at.result_row);
+          for (int v = 0; v < vectors; ++v) sum[m][v] += load(to[v] + m * at.result_row);
       }
       if (ends.relu) {
 #pragma GCC unroll 12
@@ -142,7 +147,7 @@ template <class T, int rows, int vectors>
 #pragma GCC unroll 12
       for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) store(at.result + at.target[first + v] + m * at.result_row, sum[m][v]);
+        for (int v = 0; v < vectors; ++v) store(to[v] + m * at.result_row, sum[m][v]);
     } while (again);
   }
 }
