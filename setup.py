@@ -118,7 +118,9 @@ def extension():
 
     module = Extension(
         "torchcnn._C",
-        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + glob("csrc/cpu/isa/*.cpp") + (glob("csrc/cuda/*.cu") if cuda else [])),
+        sorted(
+            glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + glob("csrc/cpu/isa/*.cpp") + (glob("csrc/cuda/*.cu") if cuda else [])
+        ),
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         include_dirs=[os.path.abspath("csrc")],
         library_dirs=library_paths("cuda" if cuda else "cpu"),
