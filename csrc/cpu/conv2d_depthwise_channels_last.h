@@ -61,6 +61,12 @@ void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
   body.template operator()<0, 0>();
 }
 
+// How far ahead of use rows of channels_last tensors are prefetched: 4 KiB, about what arrives while a tile is computed.
+template <class T>
+int64_t prefetched_pixels(int64_t channels) {
+  return ceil_div(4096, channels * int64_t(sizeof(T)));
+}
+
 // An image in the order of this file, or a part of it. Pointers are to row 0 and column 0, distances in elements.
 template <class T>
 struct Image {
@@ -88,7 +94,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column>
   const T* const bias = image.bias;
   const bool accumulate = image.accumulate, relu = image.relu, padded = image.padded;
   const Vectors<T> vectors{image.channels};
-  const int64_t ahead = ceil_div(4096, column * int64_t(sizeof(T))) * column;
+  const int64_t ahead = prefetched_pixels<T>(column) * column;
 
   for (int64_t i = i_range.begin; i < i_range.end; ++i) {
     const Range range = taps_inside(h, phase_h, i);
@@ -230,6 +236,7 @@ template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_c
   const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
   const int64_t column = known_column > 0 ? known_column : pair.channels, offset = phase_w.offset, width = w.source_size;
   const int64_t source_tap = phase_h.offset_step * pair.source_row, sum_tap = pair.sum_tap;
+  const int64_t ahead = prefetched_pixels<T>(column) * column;
   Range tiles{j_range.begin, j_range.begin + ceil_div(j_range.end - j_range.begin, dot_pixels) * dot_pixels};
   if (!pair.padded) {
     tiles.begin = std::clamp(inside(w, phase_w, offset).begin, j_range.begin, j_range.end);
@@ -252,6 +259,14 @@ template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_c
         Vec<T> g[pixels];
         unrolled<pixels>([&](auto x) __attribute__((always_inline)) { g[x] = load(gradient + (j + x) * column); });
         const T* from = source + j * step * column;
+        if constexpr (known_column == 0 && pixels > 1) {
+          unrolled<pixels>([&](auto x)
+                               __attribute__((always_inline)) { __builtin_prefetch(gradient + (j + x) * column + ahead); });
+          unrolled<pixels * step>([&](auto x) __attribute__((always_inline)) {
+            __builtin_prefetch(from + (tap_rows - 1) * source_tap + x * column + ahead);
+            if (step == 2 && tap_rows > 1) __builtin_prefetch(from + (tap_rows - 2) * source_tap + x * column + ahead);
+          });
+        }
         unrolled<tap_rows>([&](auto r) __attribute__((always_inline)) {
           const T* at = from + r * source_tap;
           unrolled<columns>([&](auto d) __attribute__((always_inline)) {
@@ -316,8 +331,8 @@ void dot(const Axes& axes, const Pair<T>& pair, const Range& rows, const Range& 
     if constexpr (taps == 0) {
       for (int64_t a = 0; a < phase_h.count; ++a) dot_any(axes, pair, a, rows_of(a), positions, v_range);
     } else {
-      // Pixels that stay in L1 while the vectors of their channels pass.
-      const int64_t cached = 8 * 1024 / (pair.channels * int64_t(sizeof(T))) / dot_pixels * dot_pixels;
+      // Pixels that stay in cache while the vectors of their channels pass.
+      const int64_t cached = 32 * 1024 / (pair.channels * int64_t(sizeof(T))) / dot_pixels * dot_pixels;
       const int64_t span = known_column > 0 ? positions.end : std::max(4 * dot_pixels, cached);
       for (int64_t j = positions.begin; j < positions.end; j += span) {
         const Range j_range{j, std::min(j + span, positions.end)};

@@ -300,6 +300,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t gradient_pitch = ceil_div(cut.window, dot_pixels) * dot_pixels;
   const int32_t* gradient_place = cut.windows > 1 ? nullptr : Cut<T>::place_of(Slot::positions, cut.block, g.Q, gradient_pitch);
   const int64_t units = g.N * cut.strips * cut.windows, slices = std::min(units, ceil_div(16, groups));
+  const int64_t flush = ceil_div(32, cut.window);  // rows that are summed on their own first, which keeps rounding errors small
   T* const partial = workspace<T>(Slot::partial_sums, groups * slices * size);
   parallel_for(groups * slices, units * cut.strip * cut.window * M * filter / slices, [&](int64_t task) {
     const int64_t slice = task % slices, group = task / slices;
@@ -307,7 +308,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     const int64_t source_size = cut.source_rows * cut.pitch, slack = tile_pixels * w.step;
     T* const source = workspace<T>(Slot::patches, (source_size + slack) * lanes);
     T* const gradient = workspace<T>(Slot::gradient, cut.block * gradient_pitch * lanes);
-    T* const sum = workspace<T>(Slot::tile, size);
+    T* const sum = workspace<T>(Slot::tile, filter * lanes);
     fill_vectors(total, M * filter);
     fill_vectors(source + source_size * lanes, slack);
     for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
@@ -323,20 +324,22 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         pack_rows<T>(source_lanes(group, n), g.W, {ready, needed}, x_begin, cut.pitch, cut.place,
                      source + (ready - rows.begin) * cut.pitch * lanes);
         ready = needed;
-        fill_vectors(sum, M * filter);
         for (int64_t m = 0; m < M; ++m) {
           pack_rows<T>(gradient_lanes(group, n, m), g.Q, block, j_begin, gradient_pitch, gradient_place, gradient);
           const channels_last::Pair<T> pair{gradient - (i * gradient_pitch + j_begin) * lanes,
                                             source - (rows.begin * cut.pitch + x_begin) * lanes,
-                                            sum + m * filter * lanes,
+                                            sum,
                                             lanes,
                                             gradient_pitch * lanes,
                                             cut.pitch * lanes,
                                             lanes,
                                             true};
-          channels_last::dot<T, lanes>(axes, pair, block, {j_begin, j_end}, {0, 1});
+          for (int64_t row = block.begin; row < block.end; row += flush) {
+            fill_vectors(sum, filter);
+            channels_last::dot<T, lanes>(axes, pair, {row, std::min(row + flush, block.end)}, {j_begin, j_end}, {0, 1});
+            channels_last::add_to(total + m * filter * lanes, sum, filter * lanes);
+          }
         }
-        channels_last::add_to(total, sum, size);
       }
     }
   });
