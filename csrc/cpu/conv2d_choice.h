@@ -76,6 +76,7 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   const int64_t rows = back ? g.H : g.P, columns = back ? g.W : g.Q;
   const int64_t direct = rows * columns * g.R * g.S / (back ? g.stride_h * g.stride_w : 1);
   if (g.R == 3 && g.stride_h == 2 && !dilated) {
+    if (std::min(g.C_per_group(), g.K_per_group()) < 32) return none;  // the transforms would cost more than they save
     const auto products = [&](int64_t m, int64_t points) {
       return back ? winograd_products(rows, columns, g, 2 * m, points, 1 - g.pad_h % 2, 1 - g.pad_w % 2)
                   : winograd_products(rows, columns, g, m, points);
