@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 
 CSRC := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 
-.PHONY: help setup train test test-full test-models bench lint docs cuda-check sanitize clean FORCE
+.PHONY: help setup train test test-full test-models bench lint docs cuda-check cross-check sanitize clean FORCE
 
 help: ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -67,8 +67,26 @@ docs: ## check the documentation (not there yet)
 cuda-check: ## run the CUDA kernels on the CPU (not there yet)
 	@echo 'make cuda-check: there are no CUDA kernels yet.' >&2; exit 1
 
-sanitize: ## run the tests under sanitizers (not there yet)
-	@echo 'make sanitize: there is no sanitizer run yet.' >&2; exit 1
+# One row of the kernel table against the reference row, without PyTorch (tests/cross/compare_rows.cpp).
+ROW_FLAGS = -std=c++20 -Icsrc -DNDEBUG -ffp-contract=fast -fno-math-errno -Wall -Wextra
+ROW_SOURCES = $(wildcard csrc/cpu/isa/$(ROW)_*.cpp) csrc/cpu/isa/reference.cpp
+
+cross-check: ROW = neon
+cross-check: ## run the NEON kernels in an emulator: needs aarch64-linux-gnu-g++ and qemu-aarch64
+	@mkdir -p build/cross
+	printf '%s\n' $(ROW_SOURCES) | xargs -P 4 -I{} sh -c 'aarch64-linux-gnu-g++ $(ROW_FLAGS) -O2 -c {} -o build/cross/$$(basename {} .cpp).o'
+	aarch64-linux-gnu-g++ $(ROW_FLAGS) -DROW=$(ROW) -static tests/cross/compare_rows.cpp build/cross/*.o -o build/cross/compare_rows
+	qemu-aarch64 build/cross/compare_rows $(ARGS)
+
+sanitize: ROW = avx2
+sanitize: ## run the kernels of ROW=avx2|avx512|scalar under the address and undefined-behaviour sanitizers; some minutes
+	@mkdir -p build/sanitize-$(ROW)
+	printf '%s\n' $(ROW_SOURCES) | xargs -P 2 -I{} sh -c '$(or $(CXX),g++) $(ROW_FLAGS) $(SANITIZERS) -c {} -o build/sanitize-$(ROW)/$$(basename {} .cpp).o'
+	$(or $(CXX),g++) $(ROW_FLAGS) $(SANITIZERS) -DROW=$(ROW) tests/cross/compare_rows.cpp build/sanitize-$(ROW)/*.o -o build/sanitize-$(ROW)/compare_rows
+	build/sanitize-$(ROW)/compare_rows $(ARGS)
+
+# Vectors are loaded from any address, and bits shifted out of negative numbers, on purpose.
+SANITIZERS = -O1 -g -fsanitize=address,undefined -fno-sanitize=shift,alignment -fno-sanitize-recover=all
 
 clean: ## remove what was built and cached; .venv and runs/ stay
 	rm -rf build dist torchcnn.egg-info torchcnn/_C.*.so .venv/built

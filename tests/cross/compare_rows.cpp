@@ -1,0 +1,166 @@
+// Compares one row of the kernel table with the reference row, without PyTorch and on one thread: for processors that are at hand
+// as a cross compiler and an emulator only. Built and run by `make cross-check`; ROW is the row's name.
+//
+// The tensors hold small integers, so that the sums are exact and one wrong index shows; Winograd rounds on its way, by far less
+// than the 1/4 that is allowed here, and every other algorithm not at all.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/conv2d_choice.h"
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/runtime.h"
+
+namespace torchcnn {
+
+// What dispatch.cpp and runtime.cpp define on PyTorch's threads.
+bool allow_winograd() { return true; }
+int64_t thread_count() { return 1; }
+void parallel_ranges(int64_t tasks, int64_t, void (*run)(void*, int64_t, int64_t), void* context) { run(context, 0, tasks); }
+void* workspace_bytes(Slot slot, size_t bytes) {
+  static std::unique_ptr<char[]> slots[static_cast<size_t>(Slot::count)];
+  auto& memory = slots[static_cast<size_t>(slot)];
+  memory.reset(new char[bytes + 64]);
+  return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+}
+WorkspaceUse::WorkspaceUse() {}
+WorkspaceUse::~WorkspaceUse() {}
+
+namespace {
+
+std::mt19937 random_bits(0);
+int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+
+template <class T>
+std::vector<T> integers(int64_t count) {
+  std::vector<T> values(count);
+  for (T& value : values) value = T(between(-3, 3));
+  return values;
+}
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  for (size_t i = 0; i < a.size(); ++i)
+    if (!(std::abs(double(a[i]) - double(b[i])) < 0.25)) return false;
+  return true;
+}
+
+bool check(bool holds, const char* what, const char* algorithm, const Conv2dGeometry& g) {
+  if (!holds)
+    std::printf("%s by %s differs: N %ld C %ld %ldx%ld K %ld %ldx%ld stride %ld %ld pad %ld %ld dilation %ld %ld groups %ld %s\n",
+                what, algorithm, long(g.N), long(g.C), long(g.H), long(g.W), long(g.K), long(g.R), long(g.S), long(g.stride_h),
+                long(g.stride_w), long(g.pad_h), long(g.pad_w), long(g.dilation_h), long(g.dilation_w), long(g.G),
+                g.layout == Layout::nchw ? "nchw" : "channels_last");
+  return holds;
+}
+
+template <class T>
+bool compare_conv2d(const Conv2dGeometry& g, const Conv2dKernels<T>& row, const Conv2dKernels<T>& reference) {
+  const auto x = integers<T>(g.N * g.C * g.H * g.W), w = integers<T>(g.K * g.C_per_group() * g.R * g.S), b = integers<T>(g.K);
+  const auto dy = integers<T>(g.N * g.K * g.P * g.Q);
+  bool good = true;
+  for (const bool relu : {false, true}) {
+    std::vector<T> actual(dy.size()), expected(dy.size());
+    row.forward(g, x.data(), w.data(), {b.data(), relu}, actual.data());
+    reference.forward(g, x.data(), w.data(), {b.data(), relu}, expected.data());
+    good &= check(same(actual, expected), "forward", name_of(choose_conv2d(g, Direction::forward).algorithm), g);
+  }
+  std::vector<T> actual(x.size()), expected(x.size());
+  row.grad_input(g, dy.data(), w.data(), actual.data());
+  reference.grad_input(g, dy.data(), w.data(), expected.data());
+  good &= check(same(actual, expected), "grad_input", name_of(choose_conv2d(g, Direction::grad_input).algorithm), g);
+  actual.assign(w.size(), 0), expected.assign(w.size(), 0);
+  row.grad_weight(g, dy.data(), x.data(), actual.data());
+  reference.grad_weight(g, dy.data(), x.data(), expected.data());
+  good &= check(same(actual, expected), "grad_weight", name_of(choose_conv2d(g, Direction::grad_weight).algorithm), g);
+  actual.assign(b.size(), 0), expected.assign(b.size(), 0);
+  row.grad_bias(g, dy.data(), actual.data());
+  reference.grad_bias(g, dy.data(), expected.data());
+  return check(same(actual, expected), "grad_bias", "sums", g) && good;
+}
+
+template <class T>
+bool compare_pool2d(const Pool2dGeometry& g, const Pool2dKernels<T>& row, const Pool2dKernels<T>& reference) {
+  const auto x = integers<T>(g.N * g.C * g.H * g.W), dy = integers<T>(g.N * g.C * g.P * g.Q);
+  bool good = true;
+  for (const bool minimum : {false, true}) {
+    std::vector<T> actual(dy.size()), expected(dy.size());
+    std::vector<int64_t> at(dy.size()), expected_at(dy.size());
+    row.extremum_forward(g, {minimum, false}, x.data(), actual.data(), {PositionKind::indices, at.data()});
+    reference.extremum_forward(g, {minimum, false}, x.data(), expected.data(), {PositionKind::indices, expected_at.data()});
+    good &= actual == expected && at == expected_at;
+    std::vector<uint8_t> offsets(dy.size());
+    std::vector<T> gradient(x.size()), expected_gradient(x.size());
+    row.extremum_forward(g, {minimum, false}, x.data(), actual.data(), {PositionKind::byte_offsets, offsets.data()});
+    row.offset_grad_input(g, dy.data(), {PositionKind::byte_offsets, offsets.data()}, gradient.data());
+    reference.offset_grad_input(g, dy.data(), {PositionKind::byte_offsets, offsets.data()}, expected_gradient.data());
+    good &= gradient == expected_gradient;
+  }
+  const Divisor divisor{true, 1};  // the sums themselves, which are exact
+  std::vector<T> actual(dy.size()), expected(dy.size()), gradient(x.size()), expected_gradient(x.size());
+  row.avg_forward(g, divisor, x.data(), actual.data());
+  reference.avg_forward(g, divisor, x.data(), expected.data());
+  row.avg_grad_input(g, divisor, dy.data(), gradient.data());
+  reference.avg_grad_input(g, divisor, dy.data(), expected_gradient.data());
+  good &= actual == expected && gradient == expected_gradient;
+  if (!good)
+    std::printf("a pool differs: N %ld C %ld %ldx%ld window %ldx%ld stride %ld %ld pad %ld %ld %s\n", long(g.N), long(g.C),
+                long(g.H), long(g.W), long(g.R), long(g.S), long(g.stride_h), long(g.stride_w), long(g.pad_h), long(g.pad_w),
+                g.layout == Layout::nchw ? "nchw" : "channels_last");
+  return good;
+}
+
+Conv2dGeometry random_conv2d(Layout layout) {
+  for (;;) {
+    const bool depthwise = between(0, 4) == 0, wide = between(0, 2) == 0;
+    const int64_t groups = depthwise ? between(1, 20) : between(1, 3);
+    const int64_t C = depthwise ? 1
+                      : wide    ? between(16, 40)
+                                : between(1, 12),
+                  K = depthwise ? between(1, 2)
+                      : wide    ? between(16, 40)
+                                : between(1, 20);
+    const int64_t R = between(1, 5), S = between(0, 1) ? R : between(1, 5), stride = between(1, 3), dilation = between(1, 2);
+    try {
+      return conv2d_geometry(
+          "compare", between(1, 3), C * groups, between(1, 20), between(1, 24), K * groups, C, R, S,
+          {stride, between(0, 3) ? stride : between(1, 3), between(0, 3), between(0, 3), dilation, dilation, groups}, layout);
+    } catch (const Error&) {  // the filter does not fit
+    }
+  }
+}
+
+Pool2dGeometry random_pool2d(Layout layout) {
+  for (;;) {
+    const int64_t R = between(1, 4), S = between(1, 4), H = between(1, 20), W = between(1, 40), stride_h = between(1, 3),
+                  stride_w = between(1, 3);
+    const int64_t pad_h = between(0, R / 2), pad_w = between(0, S / 2);
+    const int64_t P = (H + 2 * pad_h - R) / stride_h + 1, Q = (W + 2 * pad_w - S) / stride_w + 1;
+    if (H + 2 * pad_h >= R && W + 2 * pad_w >= S)
+      return {between(1, 3), between(1, 20), H, W, R, S, P, Q, stride_h, stride_w, pad_h, pad_w, 1, 1, false, layout};
+  }
+}
+
+}  // namespace
+}  // namespace torchcnn
+
+int main(int argc, char** argv) {
+  using namespace torchcnn;
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 200;
+  int failures = 0;
+  for (int round = 0; round < rounds; ++round) {
+    for (const Layout layout : {Layout::nchw, Layout::channels_last}) {
+      const Conv2dGeometry conv = random_conv2d(layout);
+      failures += !compare_conv2d<float>(conv, ROW::conv2d_f32, reference::conv2d_f32);
+      failures += !compare_conv2d<double>(conv, ROW::conv2d_f64, reference::conv2d_f64);
+      const Pool2dGeometry pool = random_pool2d(layout);
+      failures += !compare_pool2d<float>(pool, ROW::pool2d_f32, reference::pool2d_f32);
+      failures += !compare_pool2d<double>(pool, ROW::pool2d_f64, reference::pool2d_f64);
+    }
+  }
+  std::printf("%d comparisons, %d failed\n", 8 * rounds, failures);
+  return failures != 0;
+}
