@@ -6,8 +6,8 @@ fewer multiplications, and
 an error bounded by the largest input near an output instead of the inputs that the output is made of, so that outputs beside a
 much larger value lose relative accuracy. Where it is False, they are direct sums, as in torch's own error bound.
 
-`torchcnn.backends.workspace_limit` is the number of bytes of scratch memory that each thread may keep between operators, 64 MiB at
-import, of the whole process. An operator that needs more gives the rest back at its end.
+`torchcnn.backends.workspace_limit` is the number of bytes of scratch memory that each thread may keep between operators, 64 MiB
+at import, of the whole process. An operator that needs more gives the rest back at its end.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def workspace_size():
 
 
 def release_workspaces():
-    """Give back the scratch memory of the calling thread and of the threads that work for it; the next operators ask for it anew."""
+    """Give back the scratch memory of the calling thread and of the threads that work for it; it comes back as needed."""
     _C.release_workspaces()
 
 
