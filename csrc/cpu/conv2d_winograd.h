@@ -484,7 +484,8 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 }
 
 // grad_weight: sums run over `block` tiles in registers, then from block to block in U.
-inline constexpr int64_t block = 96;
+inline constexpr int64_t block = 48;
+inline constexpr int64_t slices_bytes = int64_t(10) << 20;  // of the sums of all slices: four times 128 x 128 filters
 inline constexpr int64_t part_channels = 16 * mr;
 inline constexpr int64_t sum_bytes = int64_t(40) << 20;  // of U: more is computed in parts of the filters
 
@@ -501,6 +502,79 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   const int64_t tiles = g.N * tiling.per_image(), panels = ceil_div(K, nr<T>);
   const int64_t V_row = padded_stride<T>(C), D_row = padded_stride<T>(panels * nr<T>);
 
+  // U of channels c_begin ... c_end - 1 and panels panel_begin ... panel_end - 1: U + xi position + ((panel - panel_begin) rows +
+  // (c - c_begin)) nr.
+  struct Part {
+    int64_t c_begin, c_end, panel_begin, panel_end, rows, position;
+  };
+  const auto multiply = [&](const Part& part, const T* V, int64_t V_position, const T* D, int64_t D_position, int64_t count,
+                            bool accumulate, T* U) {
+    for (int64_t xi = 0; xi < positions; ++xi)
+      for (int64_t tile = 0; tile < count; tile += block)
+        for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel)
+          for (int64_t c = part.c_begin; c < part.c_end; c += mr)
+            multiply_rows<false>(
+                std::min(mr, part.c_end - c), std::min(block, count - tile), V + xi * V_position + tile * V_row + c, V_row,
+                D + xi * D_position + tile * D_row + panel * nr<T>, D_row, accumulate || tile > 0,
+                U + xi * part.position + ((panel - part.panel_begin) * part.rows + (c - part.c_begin)) * nr<T>, nr<T>);
+  };
+  unsigned char not_finite = 0;
+  const auto finish = [&](const Part& part, const T* U) {
+    constexpr int64_t L = kLanes<T>, row = together_row<T, F::r * F::r>;
+    alignas(64) T together[L * row];
+    bool finite = true;
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+      for (int64_t k = panel * nr<T>; k < std::min(K, (panel + 1) * nr<T>); k += L) {
+        Vec<T> zero{};
+        for (int64_t c = part.c_begin; c < part.c_end; c += channels_together) {
+          const int64_t channels = std::min(channels_together, part.c_end - c);
+          for (int64_t i = 0; i < channels; ++i)
+            transform_grad_weight_tile<F>(
+                U + ((panel - part.panel_begin) * part.rows + (c + i - part.c_begin)) * nr<T> + (k - panel * nr<T>),
+                part.position, together + i * taps, row, zero);
+          for (int64_t lane = 0; lane < std::min(L, K - k); ++lane)
+            implicit_gemm::copy_row(together + lane * row, channels * taps, grad_weight + ((first_k + k + lane) * C + c) * taps);
+        }
+        for (int64_t lane = 0; lane < std::min(L, K - k); ++lane) finite &= zero[lane] == T(0);
+      }
+    }
+    if (!finite) __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
+  };
+
+  // A small U: slices of the tiles, each with a U of its own, so that a thread uses the tiles that it transformed itself, from its
+  // own caches. How many is decided by the sizes alone; they are added in order.
+  const int64_t all_rows = ceil_div(C, mr) * mr, U_size = positions * (panels * all_rows * nr<T> + 16);
+  const int64_t slices = std::min({int64_t(8), tiles / (2 * block), slices_bytes / (U_size * int64_t(sizeof(T)))});
+  if (slices > 1) {
+    const Part whole{0, C, 0, panels, all_rows, U_size / positions};
+    T* partial = workspace<T>(Slot::partial_sums, slices * U_size);
+    parallel_for(slices, tiles / slices * positions * C * panels, [&](int64_t slice) {
+      const int64_t begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
+      for (int64_t tile = begin; tile < end; tile += block) {
+        const int64_t count = std::min(block, end - tile), V_position = count * V_row + 16, D_position = count * D_row + 16;
+        T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
+        T* D = V + positions * V_position;
+        transform_inputs<F>(x, tiling, C, tile, tile + count, V, V_row, V_position);
+        transform_grad_outputs<F>(dy, tiling, K, tile, tile + count, D, D_row, D_position);
+        multiply(whole, V, V_position, D, D_position, count, tile > begin, partial + slice * U_size);
+      }
+    });
+    constexpr int64_t some = 4 * channels_together;
+    const int64_t c_parts = ceil_div(C, some);
+    parallel_for(panels * c_parts, some * nr<T> * positions * slices / kLanes<T>, [&](int64_t part) {
+      const int64_t panel = part / c_parts, c = part % c_parts * some, channels = std::min(some, C - c);
+      T* U = partial + (panel * all_rows + c) * nr<T>;
+      for (int64_t xi = 0; xi < positions; ++xi) {
+        T* sum = U + xi * whole.position;
+        for (int64_t slice = 1; slice < slices; ++slice)
+          for (int64_t e = 0; e < channels * nr<T>; e += kLanes<T>)
+            store(sum + e, load(sum + e) + load(sum + slice * U_size + e));
+      }
+      finish({c, c + channels, panel, panel + 1, all_rows, whole.position}, U);
+    });
+    return not_finite == 0;
+  }
+
   // All of V and D where they are small; else a chunk at a time, with U of all parts kept in between.
   const int64_t tile_bytes = positions * (V_row + D_row) * int64_t(sizeof(T));
   const int64_t chunk =
@@ -512,7 +586,6 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   const int64_t c_part = ceil_div(ceil_div(C, mr), c_parts) * mr, k_part = ceil_div(panels, k_parts);
   const int64_t U_position = k_part * c_part * nr<T> + 16, U_part = positions * U_position;
   T* kept = keep ? workspace<T>(Slot::partial_sums, parts * U_part) : nullptr;
-  unsigned char not_finite = 0;
 
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
     const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), count = chunk_end - chunk_begin;
@@ -526,43 +599,13 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
       transform_grad_outputs<F>(dy, tiling, K, chunk_begin + begin, chunk_begin + end, D + begin * D_row, D_row, D_position);
     });
 
-    parallel_for(parts, count * positions * c_part * k_part, [&](int64_t part) {
-      const int64_t c_begin = part % c_parts * c_part, c_end = std::min(C, c_begin + c_part);
-      const int64_t panel_begin = part / c_parts * k_part, panel_end = std::min(panels, panel_begin + k_part);
-      if (c_begin >= c_end || panel_begin >= panel_end) return;
-      T* U = keep ? kept + part * U_part : workspace<T>(Slot::packed_weight, U_part);
-      for (int64_t xi = 0; xi < positions; ++xi) {
-        for (int64_t tile = 0; tile < count; tile += block) {
-          for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-            for (int64_t c = c_begin; c < c_end; c += mr) {
-              multiply_rows<false>(std::min(mr, c_end - c), std::min(block, count - tile), V + xi * V_position + tile * V_row + c,
-                                   V_row, D + xi * D_position + tile * D_row + panel * nr<T>, D_row, chunk_begin + tile > 0,
-                                   U + xi * U_position + ((panel - panel_begin) * c_part + (c - c_begin)) * nr<T>, nr<T>);
-            }
-          }
-        }
-      }
-      if (chunk_end < tiles) return;
-      constexpr int64_t L = kLanes<T>, row = together_row<T, F::r * F::r>;
-      alignas(64) T together[L * row];
-      bool finite = true;
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        for (int64_t k = panel * nr<T>; k < std::min(K, (panel + 1) * nr<T>); k += L) {
-          Vec<T> zero{};
-          for (int64_t c = c_begin; c < c_end; c += channels_together) {
-            const int64_t channels = std::min(channels_together, c_end - c);
-            for (int64_t i = 0; i < channels; ++i)
-              transform_grad_weight_tile<F>(
-                  U + ((panel - panel_begin) * c_part + (c + i - c_begin)) * nr<T> + (k - panel * nr<T>), U_position,
-                  together + i * taps, row, zero);
-            for (int64_t lane = 0; lane < std::min(L, K - k); ++lane)
-              implicit_gemm::copy_row(together + lane * row, channels * taps,
-                                      grad_weight + ((first_k + k + lane) * C + c) * taps);
-          }
-          for (int64_t lane = 0; lane < std::min(L, K - k); ++lane) finite &= zero[lane] == T(0);
-        }
-      }
-      if (!finite) __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
+    parallel_for(parts, count * positions * c_part * k_part, [&](int64_t index) {
+      const int64_t c = index % c_parts * c_part, panel = index / c_parts * k_part;
+      const Part part{c, std::min(C, c + c_part), panel, std::min(panels, panel + k_part), c_part, U_position};
+      if (part.c_begin >= part.c_end || part.panel_begin >= part.panel_end) return;
+      T* U = keep ? kept + index * U_part : workspace<T>(Slot::packed_weight, U_part);
+      multiply(part, V, V_position, D, D_position, count, chunk_begin > 0, U);
+      if (chunk_end == tiles) finish(part, U);
     });
   }
   return not_finite == 0;
