@@ -27,23 +27,23 @@ COLORS = {
 
 
 def read(folder):
-    """Rows by (table, layout, threads) and then (class, direction); of two rows for one case the later file's counts."""
+    """Rows by (table, layout, threads, instruction sets) and then (class, direction); of two for one case the later file's counts."""
     cases = {}
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.rglob("*.csv")):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 table = next(name for name, classes in TABLES.items() if row["class"] in classes)
-                setting = table, row["layout"], int(row["threads"])
+                setting = table, row["layout"], int(row["threads"]), f"{row['isa']} beside torch's {row['torch_isa']}"
                 cases[(*setting, row["class"], row["direction"], row["layer"])] = row
     tables, layouts = list(TABLES), ["nchw", "channels_last"]
     settings = {}
 
     def place(key):
-        table, layout, threads, group, *_ = key
-        return tables.index(table), threads, layouts.index(layout), list(TABLES[table]).index(group)
+        table, layout, threads, isa, group, *_ = key
+        return isa, tables.index(table), threads, layouts.index(layout), list(TABLES[table]).index(group)
 
     for key in sorted(cases, key=place):
-        settings.setdefault(key[:3], {}).setdefault(key[3:5], []).append(cases[key])
+        settings.setdefault(key[:4], {}).setdefault(key[4:6], []).append(cases[key])
     return settings
 
 
@@ -55,9 +55,9 @@ def ratios(rows):
 
 
 def title(setting):
-    table, layout, threads = setting
+    table, layout, threads, isa = setting
     tensors = "channels_last tensors" if layout == "channels_last" else "NCHW tensors"
-    return f"{TITLES[table]}, {tensors}, {'one thread' if threads == 1 else f'{threads} threads'}"
+    return f"{TITLES[table]}, {tensors}, {'one thread' if threads == 1 else f'{threads} threads'}, {isa}"
 
 
 def markdown(settings):
@@ -144,7 +144,7 @@ def draw(settings, folder):
     os.environ.setdefault("MPLBACKEND", "agg")
     import matplotlib.pyplot as plt
 
-    shown = {s: members for s, members in settings.items() if s[1:] == ("nchw", 1)} or settings
+    shown = {s: members for s, members in settings.items() if s[1:3] == ("nchw", 1)} or settings
     figure, axes = plt.subplots(len(shown), figsize=(11, 3.4 * len(shown)), squeeze=False, layout="constrained")
     for axis, (setting, members) in zip(axes[:, 0], shown.items(), strict=True):
         draw_setting(axis, setting, members)
