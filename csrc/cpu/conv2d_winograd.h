@@ -483,8 +483,9 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   }
 }
 
-// grad_weight: sums run over `block` tiles in registers, then from block to block in U.
-inline constexpr int64_t block = 48;
+// grad_weight: sums run over `block` tiles in registers, then from block to block in U; in slices over half as many, whose V and D
+// stay in L2.
+inline constexpr int64_t block = 96, slice_block = 48;
 inline constexpr int64_t slices_bytes = int64_t(10) << 20;  // of the sums of all slices: four times 128 x 128 filters
 inline constexpr int64_t part_channels = 16 * mr;
 inline constexpr int64_t sum_bytes = int64_t(40) << 20;  // of U: more is computed in parts of the filters
@@ -544,14 +545,14 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   // A small U: slices of the tiles, each with a U of its own, so that a thread uses the tiles that it transformed itself, from its
   // own caches. How many is decided by the sizes alone; they are added in order.
   const int64_t all_rows = ceil_div(C, mr) * mr, U_size = positions * (panels * all_rows * nr<T> + 16);
-  const int64_t slices = std::min({int64_t(8), tiles / (2 * block), slices_bytes / (U_size * int64_t(sizeof(T)))});
+  const int64_t slices = std::min({int64_t(8), tiles / block, slices_bytes / (U_size * int64_t(sizeof(T)))});
   if (slices > 1) {
     const Part whole{0, C, 0, panels, all_rows, U_size / positions};
     T* partial = workspace<T>(Slot::partial_sums, slices * U_size);
     parallel_for(slices, tiles / slices * positions * C * panels, [&](int64_t slice) {
       const int64_t begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
-      for (int64_t tile = begin; tile < end; tile += block) {
-        const int64_t count = std::min(block, end - tile), V_position = count * V_row + 16, D_position = count * D_row + 16;
+      for (int64_t tile = begin; tile < end; tile += slice_block) {
+        const int64_t count = std::min(slice_block, end - tile), V_position = count * V_row + 16, D_position = count * D_row + 16;
         T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
         T* D = V + positions * V_position;
         transform_inputs<F>(x, tiling, C, tile, tile + count, V, V_row, V_position);
