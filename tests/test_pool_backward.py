@@ -83,3 +83,17 @@ def test_fused_relu_gradients(window):
     input.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: torchcnn.functional.relu_max_pool2d(x, **window), input, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda x: torchcnn.functional.relu_max_pool2d(x, **window), input)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("C", [1, 32, 33, 65])
+def test_indices_of_channels_last_planes(C, dtype):
+    """The last channels of a channels_last tensor may be a single one, whose elements are nevertheless C apart."""
+    input = torch.randn(2, C, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    gradients = []
+    for function in (torchcnn.functional.max_pool2d, torch.nn.functional.max_pool2d):
+        leaf = input.clone(memory_format=torch.preserve_format).requires_grad_()
+        output, _ = function(leaf, 2, return_indices=True)
+        weights = torch.arange(output.numel()).remainder(7).reshape(output.shape).to(dtype)
+        gradients.append(torch.autograd.grad((output * weights).sum(), leaf)[0])
+    assert torch.equal(*gradients)

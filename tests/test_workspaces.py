@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import torchcnn
 from torchcnn import backends
@@ -45,6 +46,38 @@ def test_limit_and_release(winograd):
         backends.workspace_limit = 1 << 20
         output, _ = layer()
         assert backends.workspace_size() <= others + (torch.get_num_threads() << 20)
+
+
+@needs_workspaces
+def test_pools_keep_what_their_threads_read():
+    """With nothing kept between operators, tables must outlast the threads that read them."""
+    x = torch.randn(64, 64, 37, 37, requires_grad=True)
+    expected = F.adaptive_avg_pool2d(x, 7)
+    expected_grad = torch.autograd.grad(expected.sum(), x)[0]
+    backends.workspace_limit = 0
+    for _ in range(20):
+        output = torchcnn.functional.adaptive_avg_pool2d(x, 7)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(torch.autograd.grad(output.sum(), x)[0], expected_grad)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected_grad = torch.autograd.grad(F.max_pool2d(last, 3, 2).sum(), last)[0]
+    for _ in range(20):
+        assert torch.equal(torch.autograd.grad(torchcnn.functional.max_pool2d(last, 3, 2).sum(), last)[0], expected_grad)
+
+
+@needs_workspaces
+def test_bits_do_not_depend_on_what_scratch_memory_held():
+    x, dy = torch.randn(2, 64, 57, 57), torch.randn(2, 64, 57, 57)
+
+    def grad_weight():
+        return torch.ops.torchcnn.conv2d_grad_weight(dy, x, 3, 3, 1, 1, 1, 1, 1, 1, 64, False)
+
+    backends.release_workspaces()
+    expected = grad_weight()
+    with backends.flags(allow_winograd=True):
+        nan = torch.full((8, 64, 57, 57), torch.nan)
+        torchcnn.functional.conv2d(nan, torch.randn(64, 64, 3, 3), padding=1)  # leaves NaN in scratch memory
+    assert torch.equal(grad_weight(), expected)
 
 
 def test_errors():

@@ -310,7 +310,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     T* const gradient = workspace<T>(Slot::gradient, cut.block * gradient_pitch * lanes);
     T* const sum = workspace<T>(Slot::tile, filter * lanes);
     fill_vectors(total, M * filter);
-    fill_vectors(source + source_size * lanes, slack);
+    // Tiles read past the last row that is packed, where a number left by others could be one that 0 does not silence.
+    fill_vectors(source, source_size + slack);
     for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
       const int64_t n = unit / cut.strips / cut.windows;
       const int64_t i_begin = unit % cut.strips * cut.strip, i_end = std::min(i_begin + cut.strip, rows_h);

@@ -43,6 +43,7 @@ inline Pool2dGeometry simplified(Pool2dGeometry g) {
 template <class T>
 void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, const T* input, T* output, Positions positions) {
   using A = Arithmetic<T>;
+  const WorkspaceUse use;
   const Pool2dGeometry g = simplified(geometry);
   if (g.H > std::numeric_limits<IndexOf<A>>::max() / 2 / g.W)
     return reference::extremum_pool2d_forward(geometry, extremum, input, output, positions);
@@ -54,6 +55,7 @@ void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, 
 
 template <class T, class Offset>
 void offset_pool2d_grad_input(const Pool2dGeometry& geometry, const T* grad_output, const Offset* offsets, T* grad_input) {
+  const WorkspaceUse use;
   const Pool2dGeometry g = simplified(geometry);
   constexpr int64_t most_gathered_taps = 16;
   const bool dense = g.dilation_h == 1 && g.dilation_w == 1;
@@ -75,6 +77,7 @@ void offset_pool2d_grad_input(const Pool2dGeometry& g, const T* grad_output, Pos
 
 template <class T>
 void avg_pool2d_forward(const Pool2dGeometry& geometry, Divisor divisor, const T* input, T* output) {
+  const WorkspaceUse use;
   const Pool2dGeometry g = simplified(geometry);
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last(g, divisor, input, output);
   if (!suits_planes<Arithmetic<T>>(g) && can_be_staged<Arithmetic<T>>(g)) return avg_pool2d_sliding(g, divisor, input, output);
@@ -83,6 +86,7 @@ void avg_pool2d_forward(const Pool2dGeometry& geometry, Divisor divisor, const T
 
 template <class T>
 void avg_pool2d_grad_input(const Pool2dGeometry& geometry, Divisor divisor, const T* grad_output, T* grad_input) {
+  const WorkspaceUse use;
   const Pool2dGeometry g = simplified(geometry);
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last_grad_input(g, divisor, grad_output, grad_input);
   if (is_global(g)) return avg_pool2d_global_grad_input(g, divisor, grad_output, grad_input);

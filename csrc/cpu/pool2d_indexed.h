@@ -91,13 +91,14 @@ struct OwnedPlanes {
 // Whether every index lay in the plane.
 template <class T>
 bool pool2d_scatter_add(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input) {
+  const WorkspaceUse use;
   std::atomic<bool> inside = true;
   const uint64_t plane = static_cast<uint64_t>(g.H * g.W);
   const int64_t windows = g.P * g.Q;
   for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
     const OwnedPlanes<T> planes(g, grad_input, n, c_begin, channels);
     bool all_inside = true;
-    if (planes.step == 1) {
+    if (planes.step == 1 && (g.layout == Layout::nchw || g.C == 1)) {
       Arithmetic<T>* to = planes.sums;
       const int64_t begin = (n * g.C + c_begin) * windows;
       for (int64_t i = begin; i < begin + windows; ++i) {
@@ -181,6 +182,7 @@ inline int64_t index_of_offset(const Pool2dGeometry& g, const Tap* taps, int64_t
 
 template <class T, class Offset>
 void pool2d_scatter_offsets(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
+  const WorkspaceUse use;
   const Tap* taps = taps_of(g);
   for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
     const OwnedPlanes<T> planes(g, grad_input, n, c_begin, channels);
@@ -194,6 +196,7 @@ void pool2d_scatter_offsets(const Pool2dGeometry& g, const T* grad_output, const
 
 template <class T, class Offset>
 void pool2d_gather_offsets(const Pool2dGeometry& g, const T* source, const Offset* offsets, T* output) {
+  const WorkspaceUse use;
   const Tap* taps = taps_of(g);
   const Strides in = g.input_strides();
   const int64_t step = g.layout == Layout::nchw ? 1 : g.C;
