@@ -27,7 +27,7 @@ COLORS = {
 
 
 def read(folder):
-    """Rows by (table, layout, threads, instruction sets) and then (class, direction); of two for one case the later file's counts."""
+    """Rows by (table, layout, threads, instruction sets) and then (class, direction); of two for a case the later counts."""
     cases = {}
     for path in sorted(folder.rglob("*.csv")):
         with open(path, newline="") as file:
