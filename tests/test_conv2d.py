@@ -57,7 +57,8 @@ def check_exact(case, dtype, layout, device):
 def check_rounding(case, dtype, layout, device, against_torch=True):
     tensors = move(make_tensors(case, torch.randn), layout, dtype, device)
     results = directions(torchcnn.functional.conv2d, tensors, case)
-    torchs = directions(F.conv2d, tensors, case)
+    # Not for random geometries: on some of them torch's own float32 kernel reads where it must not.
+    torchs = directions(F.conv2d, tensors, case) if against_torch else (None,) * len(results)
     doubles = tuple(None if tensor is None else tensor.cpu().double() for tensor in tensors)
     truths = directions(F.conv2d, doubles, case)
     magnitudes = directions(F.conv2d, [None if tensor is None else tensor.abs() for tensor in doubles], case)
