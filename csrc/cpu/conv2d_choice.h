@@ -56,7 +56,7 @@ struct Choice {
 bool allow_winograd();
 void set_allow_winograd(bool allow);
 
-// Products by Winograd's algorithm for size x size results of one channel and filter, from tiles of out x out results and
+// Products by Winograd's algorithm for rows x columns results of one channel and filter, from tiles of out x out results and
 // points x points products; tiles at the edge are computed whole. `extra`: what is computed before the first result.
 inline int64_t winograd_products(int64_t rows, int64_t columns, const Conv2dGeometry& g, int64_t out, int64_t points,
                                  int64_t extra_h = 0, int64_t extra_w = 0) {
