@@ -6,6 +6,7 @@
 // that keeps the copies of the kernels apart.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
