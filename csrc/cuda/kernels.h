@@ -1,0 +1,45 @@
+// The CUDA kernels as the operators see them: raw device pointers, a geometry, a stream. No CUDA header is needed to call them,
+// and no PyTorch header to compile them.
+//
+// T is float, double, Float16 or BFloat16. Where a function needs scratch memory, `..._workspace` says how many bytes, 16-byte
+// aligned; its contents need not be initialised. Nothing is allocated, nothing waits, so that a CUDA graph can record every call.
+// Sums have an order that the geometry alone decides: results are the same bits every time.
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/element.h"
+#include "../geometry.h"
+
+namespace torchcnn::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// Whether float32 convolutions may round their factors to TF32 (10 bits of mantissa) for the tensor cores.
+enum class Float32Precision { ieee, tf32 };
+
+template <class T>
+int64_t conv2d_forward_workspace(const Conv2dGeometry&);
+template <class T>
+void conv2d_forward(const Conv2dGeometry&, const T* input, const T* weight, const Epilogue<T>&, T* output, Float32Precision,
+                    void* workspace, Stream);
+
+template <class T>
+int64_t conv2d_grad_input_workspace(const Conv2dGeometry&);
+// The epilogue serves conv_transpose2d, whose forward this is.
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry&, const T* grad_output, const T* weight, const Epilogue<T>&, T* grad_input,
+                       Float32Precision, void* workspace, Stream);
+
+template <class T>
+int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&);
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight, Float32Precision,
+                        void* workspace, Stream);
+
+template <class T>
+int64_t conv2d_grad_bias_workspace(const Conv2dGeometry&);
+template <class T>
+void conv2d_grad_bias(const Conv2dGeometry&, const T* grad_output, T* grad_bias, void* workspace, Stream);
+
+}  // namespace torchcnn::cuda
