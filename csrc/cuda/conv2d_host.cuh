@@ -51,8 +51,13 @@ inline unsigned blocks_for(int64_t count, int threads) {
   return unsigned(std::min(enough, ceil_div(count, threads)));
 }
 
-// Of the largest GPUs: two blocks on each of 132 multiprocessors. A constant, so that results do not depend on the GPU.
+// Of the largest GPUs: two blocks on each of 132 multiprocessors. A constant, so that results do not depend on the GPU. The emulator
+// takes few, so that sizes which it can compute take every kernel.
+#ifdef TORCHCNN_CUDA_EMULATOR
+constexpr int64_t kBlocksThatFillAGpu = 3;
+#else
 constexpr int64_t kBlocksThatFillAGpu = 264;
+#endif
 
 // mma.sync with 16 deep steps, cp.async and TF32 came with sm_80.
 inline bool has_tensor_cores() {
