@@ -15,6 +15,10 @@
 #include "cpu/element.h"
 #include "geometry.h"
 
+#ifdef TORCHCNN_CUDA_EMULATOR
+#include "emulator.h"
+#endif
+
 namespace torchcnn {
 
 using torch::headeronly::ScalarType;
@@ -117,13 +121,27 @@ inline bool is_low_precision(const Tensor& tensor) {
 
 inline Tensor to_dtype(const Tensor& tensor, ScalarType dtype) { return torch::stable::to(tensor, dtype); }
 
+#ifdef TORCHCNN_CUDA_EMULATOR
+// Kernels may touch what is handed out, up to the tensor's last element.
+inline void declare_to_emulator(const Tensor& tensor, bool initialised) {
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  const size_t bytes = tensor.numel() == 0 ? 0 : static_cast<size_t>((last + 1) * tensor.element_size());
+  emulator::declare_memory(tensor.const_data_ptr(), bytes, initialised);
+}
+#else
+inline void declare_to_emulator(const Tensor&, bool) {}
+#endif
+
 template <class T>
 const T* data_of(const Tensor& tensor) {
+  declare_to_emulator(tensor, true);
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 template <class T>
 T* mutable_data_of(const Tensor& tensor) {
+  declare_to_emulator(tensor, false);
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 

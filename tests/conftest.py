@@ -32,6 +32,14 @@ def cuda_device():
 
 
 @pytest.fixture(autouse=True)
+def cpu_kernels(request):
+    """Skips what is marked cpu_kernels(reason) where CPU tensors run the CUDA kernels."""
+    mark = request.node.get_closest_marker("cpu_kernels")
+    if mark and cuda_device() == "cpu":
+        pytest.skip(f"only the CPU kernels: {mark.args[0]}")
+
+
+@pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 

@@ -46,15 +46,16 @@ def test_tf32_bound(name, layout, tf32):
     doubles = [tensor.cpu().double() for tensor in tensors]
     truths = directions(torch.nn.functional.conv2d, doubles, case)
     magnitudes = directions(torch.nn.functional.conv2d, [tensor.abs() for tensor in doubles], case)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    ieee = directions(torchcnn.functional.conv2d, tensors, case)
     eps = torch.finfo(torch.float32).eps
-    for direction, actual, truth, magnitude, length in zip(
-        DIRECTIONS, results, truths, magnitudes, lengths(case, truths[0]), strict=True
+    for direction, actual, truth, magnitude, length, unrounded in zip(
+        DIRECTIONS, results, truths, magnitudes, lengths(case, truths[0]), ieee, strict=True
     ):
         rounding = 0 if direction == "grad_bias" else 2 * 2**-11 + 2**-22
         error = (actual.cpu().double() - truth).abs()
         assert (error <= (rounding + eps * length) * magnitude).all(), direction
-        if direction != "grad_bias" and "depthwise" not in name:
-            assert (error > eps * length * magnitude).any(), f"{direction} is as exact as float32: TF32 was not used"
+        assert torch.equal(actual, unrounded) == (direction == "grad_bias"), f"{direction}: TF32 makes no difference"
 
 
 def test_ieee_is_obeyed(layout):

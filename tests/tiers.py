@@ -16,6 +16,8 @@ search through random geometries would find the unlucky one.
 
 import torch
 
+import torchcnn
+
 C = 1
 
 
@@ -45,8 +47,8 @@ def assert_bound(actual, truth, magnitude, length, what=""):
 
 
 def assert_no_worse_than_torch(actual, torchs, truth, what=""):
-    """Tier 3."""
-    if truth.numel() == 0:
+    """Tier 3, where torch's kernels for the same device are there: the CUDA kernels in an emulator have none beside them."""
+    if truth.numel() == 0 or "cuda-emulator" in torchcnn.__file__:
         return
     eps = torch.finfo(actual.dtype).eps
     error, torch_error = ((result.double() - truth).abs().max() for result in (actual, torchs))

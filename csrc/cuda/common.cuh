@@ -43,6 +43,10 @@ __device__ T to_arithmetic(T x) {
   return x;
 }
 
+// What products of T are added up in.
+template <class T>
+using SumOf = std::conditional_t<sizeof(T) == 8, double, float>;
+
 // Rounds to nearest, ties to even.
 template <class T, class A>
 __device__ T from_arithmetic(A x) {

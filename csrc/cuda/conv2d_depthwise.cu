@@ -12,9 +12,6 @@
 
 namespace torchcnn::cuda::depthwise {
 
-template <class T>
-using SumOf = std::conditional_t<sizeof(T) == 8, double, float>;
-
 struct Problem {
   Axis h, w;  // forward
   int images, C, K, multiplier;

@@ -53,7 +53,7 @@ __global__ void conv2d_pack_weight(const GatherProblem<T> problem, bool transpos
     const int r = first_h + i * h.period, s = first_w + j * w.period;
     const int64_t k = int64_t(group) * K_per_group + (transposed ? read : written);
     const int c = transposed ? written : read;
-    packed[at] = r < h.kernel ? weight[((k * C_per_group + c) * h.kernel + r) * w.kernel + s] : T(0.0f);
+    packed[at] = r < h.kernel ? weight[((k * C_per_group + c) * h.kernel + r) * w.kernel + s] : from_arithmetic<T>(SumOf<T>(0));
   }
 }
 

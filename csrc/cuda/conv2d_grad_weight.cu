@@ -20,8 +20,8 @@ struct GradWeightProblem {
   int images, groups, K_per_group;
   int columns;  // R S C/G
   Activation<T> gradient, input;
-  std::conditional_t<sizeof(T) == 8, double, float>* parts;  // [part][group][output channel][column]
-  int64_t part_pixels;                                       // a multiple of block_k
+  SumOf<T>* parts;      // [part][group][output channel][column]
+  int64_t part_pixels;  // a multiple of block_k
   int tiles_m, tiles_n;
 };
 
@@ -157,9 +157,6 @@ __global__ void __launch_bounds__(256)
 }
 
 namespace {
-
-template <class T>
-using SumOf = std::conditional_t<sizeof(T) == 8, double, float>;
 
 // How the sum over pixels is cut: into parts of at least 16 tiles, and no more than fill a GPU twice.
 struct Parts {

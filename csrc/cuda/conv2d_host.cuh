@@ -68,7 +68,7 @@ inline bool has_tensor_cores() {
 }
 
 // A group of one input channel and few output channels is no matrix product.
-inline bool suits_depthwise(const Conv2dGeometry& g) { return g.C_per_group() == 1 && g.K_per_group() <= 4 && g.G > 1; }
+inline bool suits_depthwise(const Conv2dGeometry& g) { return g.C_per_group() == 1 && g.K_per_group() <= 4; }
 
 namespace depthwise {
 template <class T>

@@ -30,7 +30,7 @@ constexpr int kVectorSize = kVectorBytes / int(sizeof(T));
 template <class Element, int block, Storage storage_>
 struct TileShape {
   using T = Element;
-  using Sum = std::conditional_t<sizeof(T) == 8, double, float>;
+  using Sum = SumOf<T>;
   static constexpr Storage storage = storage_;
   static constexpr int block_m = block, block_n = block, block_k = kTileDepthBytes / int(sizeof(T));
   static constexpr int warps_m = 2, warps_n = block / 32, threads = 32 * warps_m * warps_n;
