@@ -12,7 +12,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/runtime.h"
-#include "tensor.h"
+#include "device.h"
 
 namespace torchcnn {
 namespace {
@@ -139,9 +139,23 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
     if (g.N == 0) return;
     const Tensor in = in_layout(input, layout), w = in_layout(weight, Layout::nchw);
     const Tensor b = bias ? torch::stable::contiguous(*bias) : w;
-    Run<T>::forward(g, data_of<T>(in), data_of<T>(w), bias ? data_of<T>(b) : nullptr, relu, mutable_data_of<T>(output));
+    const T* bias_data = bias ? data_of<T>(b) : nullptr;
+    on_device_of(input, [&] { Run<T>::forward(g, data_of<T>(in), data_of<T>(w), bias_data, relu, mutable_data_of<T>(output)); },
+                 [&](cuda::Stream stream) {
+      const Tensor workspace = empty_bytes(input, cuda::conv2d_forward_workspace<T>(g));
+      cuda::conv2d_forward<T>(g, data_of<T>(in), data_of<T>(w), {bias_data, relu}, mutable_data_of<T>(output),
+                              float32_precision<T>(), mutable_data_of<void>(workspace), stream);
+    });
   });
   return output;
+}
+
+template <class T>
+void grad_input_on_cuda(const Conv2dGeometry& g, const Tensor& grad_output, const Tensor& weight, const T* bias,
+                        const Tensor& grad_input, cuda::Stream stream) {
+  const Tensor workspace = empty_bytes(grad_output, cuda::conv2d_grad_input_workspace<T>(g));
+  cuda::conv2d_grad_input<T>(g, data_of<T>(grad_output), data_of<T>(weight), {bias, false}, mutable_data_of<T>(grad_input),
+                             float32_precision<T>(), mutable_data_of<void>(workspace), stream);
 }
 
 Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W, int64_t stride_h, int64_t stride_w,
@@ -162,7 +176,8 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W
     grad_input = empty_activation(grad_output, g.N, g.C, g.H, g.W, layout);
     if (g.N == 0 || g.C == 0) return;
     const Tensor gradient = in_layout(grad_output, layout), w = in_layout(weight, Layout::nchw);
-    Run<T>::grad_input(g, data_of<T>(gradient), data_of<T>(w), mutable_data_of<T>(grad_input));
+    on_device_of(grad_output, [&] { Run<T>::grad_input(g, data_of<T>(gradient), data_of<T>(w), mutable_data_of<T>(grad_input)); },
+                 [&](cuda::Stream stream) { grad_input_on_cuda<T>(g, gradient, w, nullptr, grad_input, stream); });
   });
   return grad_input;
 }
@@ -202,6 +217,16 @@ Tensor conv_transpose2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
             " for weight of shape ", Shape{weight}, " and groups=", groups);
     require_same_kind(op, "input", input, "bias", *bias);
   }
+  if (kHasCuda && bias && runs_on_cuda(input)) {  // the bias is added in the kernel
+    Tensor output;
+    for_float_type(op, input.scalar_type(), [&]<class T>(T) {
+      output = empty_activation(input, g.N, g.C, g.H, g.W, layout);
+      if (output.numel() == 0) return;
+      const Tensor in = in_layout(input, layout), w = in_layout(weight, Layout::nchw), b = torch::stable::contiguous(*bias);
+      on_device_of(input, [] {}, [&](cuda::Stream stream) { grad_input_on_cuda<T>(g, in, w, data_of<T>(b), output, stream); });
+    });
+    return output;
+  }
   if (bias && is_low_precision(input)) {  // rounded once, after the bias
     const ScalarType wide = ScalarType::Float;
     return to_dtype(conv_transpose2d(to_dtype(input, wide), to_dtype(weight, wide), to_dtype(*bias, wide), stride_h, stride_w,
@@ -239,11 +264,15 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
     if (g.C == 0) return;
     T* to = mutable_data_of<T>(grad_weight);
     if (g.N == 0) {
-      std::fill(to, to + grad_weight.numel(), T{});
+      torch::stable::zero_(grad_weight);
       return;
     }
     const Tensor gradient = in_layout(grad_output, layout), in = in_layout(input, layout);
-    Run<T>::grad_weight(g, data_of<T>(gradient), data_of<T>(in), to);
+    on_device_of(input, [&] { Run<T>::grad_weight(g, data_of<T>(gradient), data_of<T>(in), to); }, [&](cuda::Stream stream) {
+      const Tensor workspace = empty_bytes(input, cuda::conv2d_grad_weight_workspace<T>(g));
+      cuda::conv2d_grad_weight<T>(g, data_of<T>(gradient), data_of<T>(in), to, float32_precision<T>(),
+                                  mutable_data_of<void>(workspace), stream);
+    });
   });
   return in_layout(grad_weight, layout_from(channels_last));
 }
@@ -259,7 +288,15 @@ Tensor conv2d_grad_bias(Tensor grad_output) {
     const Conv2dGeometry g{
         grad_output.size(0), 0, 0, 0, K, 0, 0, grad_output.size(2), grad_output.size(3), 1, 1, 1, 0, 0, 1, 1, layout};
     const Tensor gradient = in_layout(grad_output, layout);
-    Run<T>::grad_bias(g, data_of<T>(gradient), mutable_data_of<T>(grad_bias));
+    on_device_of(grad_output, [&] { Run<T>::grad_bias(g, data_of<T>(gradient), mutable_data_of<T>(grad_bias)); },
+                 [&](cuda::Stream stream) {
+      if (grad_output.numel() == 0) {
+        torch::stable::zero_(grad_bias);
+        return;
+      }
+      const Tensor workspace = empty_bytes(grad_output, cuda::conv2d_grad_bias_workspace<T>(g));
+      cuda::conv2d_grad_bias<T>(g, data_of<T>(gradient), mutable_data_of<T>(grad_bias), mutable_data_of<void>(workspace), stream);
+    });
   });
   return grad_bias;
 }
@@ -280,10 +317,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
         ", SymInt output_pad_h, SymInt output_pad_w) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) {
+static void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("conv2d", TORCH_BOX(&torchcnn::conv2d));
   m.impl("conv2d_grad_input", TORCH_BOX(&torchcnn::conv2d_grad_input));
   m.impl("conv2d_grad_weight", TORCH_BOX(&torchcnn::conv2d_grad_weight));
   m.impl("conv2d_grad_bias", TORCH_BOX(&torchcnn::conv2d_grad_bias));
   m.impl("conv_transpose2d", TORCH_BOX(&torchcnn::conv_transpose2d));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) { register_kernels(m); }
+#ifdef TORCHCNN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(torchcnn, CUDA, m) { register_kernels(m); }
+#endif

@@ -62,4 +62,13 @@ void on_device_of(const Tensor& tensor, OnCpu on_cpu, [[maybe_unused]] OnCuda on
 // Uninitialised bytes on the device of `like`, from torch's allocator; null where none are needed.
 inline Tensor empty_bytes(const Tensor& like, int64_t bytes) { return torch::stable::new_empty(like, {bytes}, ScalarType::Byte); }
 
+// Whether torch's switches allow TF32 in a float32 convolution: torch.backends.cudnn.conv.fp32_precision (numpy.cpp asks Python).
+bool tf32_is_allowed();
+
+template <class T>
+cuda::Float32Precision float32_precision() {
+  const bool tf32 = std::is_same_v<T, float> && tf32_is_allowed();
+  return tf32 ? cuda::Float32Precision::tf32 : cuda::Float32Precision::ieee;
+}
+
 }  // namespace torchcnn

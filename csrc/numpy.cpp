@@ -249,6 +249,18 @@ py::dict all_winograd_matrices() {
 }
 
 }  // namespace
+
+// Asked by CUDA operators (device.h): torch's switches are Python's. A thread without Python's lock waits for it.
+bool tf32_is_allowed() {
+  if (!Py_IsInitialized()) return false;
+  const py::gil_scoped_acquire lock;
+  try {
+    return py::module_::import("torchcnn.backends").attr("_tf32_is_allowed")().cast<bool>();
+  } catch (const py::error_already_set& error) {
+    throw Error(error.what());
+  }
+}
+
 }  // namespace torchcnn
 
 PYBIND11_MODULE(_C, m) {

@@ -92,6 +92,15 @@ CONV2D_CASES = [
         dilation=(2, 3),
         groups=2,
     ),
+    Conv2dCase(
+        "stride_shares_dilation",
+        "stride and dilation have a common factor: some rows of the input meet no tap, others share theirs",
+        (2, 3, 19, 23),
+        (4, 3, 4),
+        stride=(4, 6),
+        padding=(1, 2),
+        dilation=(2, 4),
+    ),
     # Groups
     Conv2dCase("groups_2", "grouped", (2, 6, 8, 8), (4, 3, 3), padding=1, groups=2),
     Conv2dCase("groups_more_filters", "three filters a group", (1, 6, 7, 7), (9, 3, 3), groups=3),
@@ -120,6 +129,9 @@ CONV2D_CASES = [
     Conv2dCase("many_images", "the batch is the long dimension", (33, 2, 5, 5), (3, 3, 3), padding=1),
     Conv2dCase("wide_row", "one row longer than any block of pixels", (1, 2, 2, 1100), (6, 2, 3), padding=(0, 1)),
     Conv2dCase("large", "several blocks in every direction", (2, 32, 40, 41), (40, 3, 3), padding=1),
+    # Thread blocks of a GPU (tiles of 64 or 128 pixels and channels; 16-byte vectors of channels)
+    Conv2dCase("block_136_filters", "a large tile and a rest, in every direction", (2, 72, 12, 13), (136, 3, 3), padding=1),
+    Conv2dCase("block_groups_of_8", "a group is one vector of 16-bit channels", (2, 24, 9, 10), (24, 3, 3), stride=2, groups=3),
     Conv2dCase("large_grouped", "the same in groups", (2, 32, 24, 24), (48, 3, 3), padding=1, groups=4),
 ]
 

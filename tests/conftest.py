@@ -24,6 +24,13 @@ def has_cuda():
     return torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("torchcnn::conv2d", "CUDA")
 
 
+def cuda_device():
+    """Where the CUDA kernels run: on a GPU, or as CPU tensors in the build of tests/cuda_emulator; None: nowhere."""
+    if "cuda-emulator" in torchcnn.__file__:
+        return "cpu"
+    return "cuda" if has_cuda() else None
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -32,6 +39,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def direct_sums():
     """Tiers 1 and 3 hold for direct sums; test_winograd.py turns Winograd on and has its bound."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # on a GPU; test_cuda.py allows TF32
     with torchcnn.backends.flags(allow_winograd=False):
         yield
 

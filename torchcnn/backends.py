@@ -8,6 +8,8 @@ much larger value lose relative accuracy. Where it is False, they are direct sum
 
 `torchcnn.backends.workspace_limit` is the number of bytes of scratch memory that each thread may keep between operators, 64 MiB
 at import, of the whole process. An operator that needs more gives the rest back at its end.
+
+On a GPU, float32 convolutions use TF32 where torch's own switch `torch.backends.cudnn.conv.fp32_precision` says "tf32".
 """
 
 import contextlib
@@ -109,6 +111,11 @@ def workspace_size():
 def release_workspaces():
     """Give back the scratch memory of the calling thread and of the threads that work for it; it comes back as needed."""
     _C.release_workspaces()
+
+
+def _tf32_is_allowed() -> bool:
+    """Whether a float32 convolution on a GPU may round its factors to TF32; as torch has it, that is so unless switched off."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 # A module has no properties of its own; its class may.

@@ -1,0 +1,84 @@
+// What the launchers of the convolution kernels share: from a checked geometry to the numbers that kernels take, and the rules that
+// choose a kernel. Kernels keep sizes of single axes in 32 bits and offsets in 64; what does not fit is an error here.
+#pragma once
+
+#include <numeric>
+
+#include "conv2d_patches.cuh"
+
+namespace torchcnn::cuda {
+
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline int as_int(const char* op, const char* what, int64_t value) {
+  constexpr int64_t limit = int64_t(1) << 30;  // sums of two stay below 2^31
+  require(value < limit, op, what, " must be below ", limit, " on a GPU, got ", value);
+  return int(value);
+}
+
+// In forward the input is read and the output written; in grad_input (transposed) the output's gradient is read.
+inline Axis axis_of(const char* op, const char* name, int64_t input, int64_t output, int64_t kernel, int64_t stride, int64_t pad,
+                    int64_t dilation, bool transposed) {
+  as_int(op, name, input + 2 * pad);
+  as_int(op, name, output);
+  const int64_t period = transposed ? stride / std::gcd(stride, dilation) : 1;
+  return {int(transposed ? output : input),
+          int(transposed ? input : output),
+          as_int(op, name, kernel),
+          as_int(op, name, stride),
+          as_int(op, name, pad),
+          as_int(op, name, dilation),
+          transposed,
+          int(period)};
+}
+
+template <class T>
+Activation<T> activation(const T* data, const Strides& s, int channels) {
+  constexpr int size = kVectorSize<T>;
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
+  const bool in_vectors = aligned && s.c == 1 && channels % size == 0 && s.w % size == 0 && s.h % size == 0 && s.n % size == 0;
+  return {data, s.n, s.h, s.w, s.c, channels, in_vectors};
+}
+
+inline unsigned block_count(const char* op, int64_t blocks) {
+  require(blocks <= INT32_MAX, op, "a launch has at most ", INT32_MAX, " thread blocks, but needs ", blocks);
+  return unsigned(blocks);
+}
+
+// For kernels whose threads stride over a count.
+inline unsigned blocks_for(int64_t count, int threads) {
+  constexpr int64_t enough = 1 << 16;
+  return unsigned(std::min(enough, ceil_div(count, threads)));
+}
+
+// Of the largest GPUs: two blocks on each of 132 multiprocessors. A constant, so that results do not depend on the GPU. The emulator
+// takes few, so that sizes which it can compute take every kernel.
+#ifdef TORCHCNN_CUDA_EMULATOR
+constexpr int64_t kBlocksThatFillAGpu = 3;
+#else
+constexpr int64_t kBlocksThatFillAGpu = 264;
+#endif
+
+// mma.sync with 16 deep steps, cp.async and TF32 came with sm_80.
+inline bool has_tensor_cores() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  return major >= 8;
+}
+
+// A group of one input channel and few output channels is no matrix product.
+inline bool suits_depthwise(const Conv2dGeometry& g) { return g.C_per_group() == 1 && g.K_per_group() <= 4 && g.G > 1; }
+
+namespace depthwise {
+template <class T>
+void conv2d_forward(const Conv2dGeometry&, const T* input, const T* weight, const Epilogue<T>&, T* output, Stream);
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry&, const T* grad_output, const T* weight, const Epilogue<T>&, T* grad_input, Stream);
+template <class T>
+int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&);
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight, void* workspace, Stream);
+}  // namespace depthwise
+
+}  // namespace torchcnn::cuda
