@@ -4,6 +4,7 @@
     python examples/train_mnist.py --dataset mnist --data-dir DIR      # the complete database
     python examples/train_mnist.py --resume runs/lenet                 # goes on after Ctrl-C
     torchrun --nproc-per-node=2 examples/train_mnist.py                # processes that share every batch
+    python examples/train_mnist.py --device cuda                       # on a GPU; with torchrun, on one each
 
 Network: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998,
 section II.B, with ReLU, max pooling and a linear output layer. A run is the same to the last bit for a seed,
@@ -120,7 +121,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input):
-        if torch.compiler.is_compiling():  # threads are nothing that a compiled graph could set
+        if input.is_cuda or torch.compiler.is_compiling():  # no threads, or none that a compiled graph could set
             return super().forward(input)
         return LinearFunction.apply(input, self.weight, self.bias)
 
@@ -134,13 +135,14 @@ class Processes:
     All have the same state, draw the same random numbers and know the statistics of the whole batch; the first one writes.
     """
 
-    def __init__(self, batch_size):
+    def __init__(self, batch_size, device="cpu"):
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         if batch_size % self.count:
             raise RunError(f"--batch-size {batch_size} cannot be divided among {self.count} processes")
         self.rank = int(os.environ.get("RANK", 0))
+        self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
         if self.count > 1:
-            distributed.init_process_group("gloo")
+            distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
             if self.rank > 0:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
 
@@ -181,8 +183,8 @@ class Training:
 
     def __init__(self, args, layers, steps_per_epoch, processes=None):
         torch.manual_seed(args.seed)
-        self.model = lenet5(layers)
         self.processes = processes or Processes(args.batch_size)
+        self.model = lenet5(layers).to(self.processes.device)
         self.forward = self.processes.parallel(self.model)
         if args.compile:
             self.forward = torch.compile(self.forward)
@@ -223,15 +225,16 @@ class Training:
 
     def step(self, images, labels):
         """One step of the optimizer on a batch, of which this process computes its part; return the loss of the whole."""
-        part = self.processes.part_of(labels)
+        part, device = self.processes.part_of(labels), self.processes.device
+        images, labels_of_part = images[part].to(device), labels[part].to(device)
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", self.amp_dtype, enabled=self.amp_dtype is not None):
-            logits = self.forward(images[part])
-            loss = F.cross_entropy(logits.float(), labels[part])
+        with torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits = self.forward(images)
+            loss = F.cross_entropy(logits.float(), labels_of_part)
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
-        right = (logits.argmax(1) == labels[part]).double().mean()
+        right = (logits.argmax(1) == labels_of_part).double().mean()
         loss, right = self.processes.mean(loss.item(), right.item())
         self.epoch["seen"] += len(labels)
         self.epoch["correct"] += round(right * len(labels))
@@ -311,9 +314,10 @@ def finish_epoch(training, validation):
 @torch.no_grad()
 def evaluate(model, digits, batch_size=1000):
     """Return mean loss, accuracy, and the confusion matrix: row the true digit, column the prediction."""
+    device = next(model.parameters()).device
     loss_sum, confusion = 0.0, torch.zeros(10, 10, dtype=torch.int64)
     for images, labels in zip(digits.images.split(batch_size), digits.labels.split(batch_size), strict=True):
-        logits = model(images)
+        logits = model(images.to(device)).cpu()
         loss_sum += F.cross_entropy(logits.double(), labels, reduction="sum").item()
         confusion += torch.bincount(labels * 10 + logits.argmax(1), minlength=100).view(10, 10)
     return loss_sum / len(digits), confusion.trace().item() / len(digits), confusion
@@ -386,6 +390,7 @@ def save_history(history, run_dir):
 
 
 def save_results(training, test, results, confusion, run_dir):
+    training.model.cpu()
     with replaced(run_dir / "model.safetensors") as path:
         path.write_bytes(safetensors.torch.save(training.model.state_dict(), metadata={"model": "LeNet-5"}))
     mnist_plots.save_curves(training.history, run_dir / "curves.png")
@@ -449,6 +454,7 @@ def argument_parser():
     add("--compile", action="store_true", help="let torch.compile write the code around the layers")
     add("--amp", choices=("bf16",), help="layers in bfloat16, weights and loss in float32")
     add("--augment", action="store_true", help="shift and rotate the training digits a little, at random")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--seed", type=seed, default=0, help="default: %(default)s")
     add("--threads", type=positive(int), help="changes the time, not the numbers (default: torch's choice)")
     return parser
@@ -475,7 +481,9 @@ def run(parser, args):
     if args.threads:
         torch.set_num_threads(args.threads)
     layers = backend_layers(args.backend)
-    processes = Processes(args.batch_size)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: torch finds no GPU")
+    processes = Processes(args.batch_size, args.device)
     if processes.rank > 0:
         processes.wait()  # the first one may have to download
     digits, validation, test = mnist_data.load_digits(args.dataset, args.data_dir, args.download, args.validation, args.seed)
