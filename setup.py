@@ -65,14 +65,19 @@ def choose_compiler():
     os.environ["CXX"] = cxx
 
 
+def find_toolkit():
+    """The folder of the CUDA toolkit, whether or not nvcc is in it; "" where there is none."""
+    guesses = [os.path.realpath(shutil.which("nvcc") or "").removesuffix("/bin/nvcc"), "/usr/local/cuda"]
+    guess = next((folder for folder in guesses if os.path.exists(f"{folder}/include/cuda_runtime.h")), "")
+    return os.environ.get("CUDA_HOME") or guess
+
+
 def choose_cuda(torch):
     """The folder of the CUDA toolkit to build with; None: without CUDA."""
     choice = os.environ.get("TORCHCNN_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         fail(f"TORCHCNN_CUDA is {choice!r}: set it to 0, 1 or auto.")
-    guesses = [os.path.realpath(shutil.which("nvcc") or "").removesuffix("/bin/nvcc"), "/usr/local/cuda"]
-    guess = next((folder for folder in guesses if os.path.exists(f"{folder}/include/cuda_runtime.h")), "")
-    home = os.environ.get("CUDA_HOME") or guess
+    home = find_toolkit()
     release = re.search(r"release (\d+)", output_of(f"{home}/bin/nvcc", "--version"))
     cuda_of_torch = torch.version.cuda
     obstacle = None
@@ -109,6 +114,10 @@ def architecture_flags(home):
     return flags
 
 
+def in_ninja(words):
+    return shlex.join(words).replace("$", "$$")
+
+
 class BuildExt(build_ext):
     """Compiles with ninja, which recompiles what has changed, and links with setuptools."""
 
@@ -123,22 +132,21 @@ class BuildExt(build_ext):
         includes = [f"-I{folder}" for folder in [*extension.include_dirs, *self.include_dirs]]
         cxx = shlex.split(os.environ["CXX"])
         compiler = [word for word in cxx if not word.startswith("-")][-1]  # of "ccache g++ -m64" say
-        commands = {"cpu": [*cxx, *self.compiler.compiler_so[1:], *extension.extra_compile_args, *includes]}
-        # Only the operators are compiled otherwise where there are CUDA kernels; the CPU kernels serve both builds.
-        commands["operator"] = commands["cpu"] + (["-DTORCHCNN_CUDA"] if self.nvcc else [])
-        if self.nvcc:
-            commands["cuda"] = [*self.nvcc, "-ccbin", compiler, *shlex.split(os.environ.get("NVCC_FLAGS", ""))]
-        lines, objects = [f"builddir = {self.build_temp}"], []
-        for rule, command in commands.items():
-            text = shlex.join(command).replace("$", "$$")
-            lines += [f"rule {rule}", f"  command = {text} -MD -MF $out.d -c $in -o $out", "  description = $in"]
+        nvcc = [*self.nvcc, "-ccbin", compiler, *shlex.split(os.environ.get("NVCC_FLAGS", ""))] if self.nvcc else []
+        lines = [f"builddir = {self.build_temp}", f"nvcc = {in_ninja(nvcc)}", f"cxx = {in_ninja(cxx)}"]
+        lines += [f"cflags = {in_ninja([*self.compiler.compiler_so[1:], *includes])}"]
+        lines += [f"post_cflags = {in_ninja(extension.extra_compile_args)}"]
+        for rule, command in {"compile": "$cxx $cflags $post_cflags $define", "cuda_compile": "$nvcc"}.items():
+            lines += [f"rule {rule}", f"  command = {command} -MD -MF $out.d -c $in -o $out", "  description = $in"]
             lines += ["  depfile = $out.d", "  deps = gcc"]
+        objects = []
         for source in extension.sources:
-            folder = os.path.dirname(source)
-            rule = {"csrc": "operator", "csrc/cuda": "cuda"}.get(folder, "cpu")
-            flavour = "cuda" if self.nvcc and rule != "cpu" else "cpu"
-            objects.append(f"{self.build_temp}/{flavour}/{os.path.splitext(source)[0]}.o")
-            lines.append(f"build {objects[-1]}: {rule} {source}")
+            base, suffix = os.path.splitext(source)
+            # Only the operators are compiled otherwise where there are CUDA kernels: both builds share the CPU kernels' objects.
+            knows_cuda = self.nvcc and not source.startswith("csrc/cpu/")
+            objects.append(f"{self.build_temp}/{'cuda' if knows_cuda else 'cpu'}/{base}.o")
+            lines.append(f"build {objects[-1]}: {'cuda_compile' if suffix == '.cu' else 'compile'} {source}")
+            lines.append(f"  define = {'-DTORCHCNN_CUDA' if knows_cuda else ''}")
         os.makedirs(self.build_temp, exist_ok=True)
         with open(f"{self.build_temp}/build.ninja", "w") as file:
             file.write("\n".join(lines) + "\n")
@@ -183,4 +191,5 @@ def extension():
 
 # An sdist, and the egg_info that goes before everything, need neither torch nor a compiler.
 BUILDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
-setup(**(extension() if BUILDS & set(sys.argv) else {}))
+if __name__ == "__main__":
+    setup(**(extension() if BUILDS & set(sys.argv) else {}))
