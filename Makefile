@@ -19,16 +19,16 @@ export OMP_WAIT_POLICY ?= passive
 
 CSRC := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 
-.PHONY: help setup train test test-full test-models bench lint docs cuda-check cross-check sanitize clean FORCE
+.PHONY: help setup train test test-full test-models bench lint docs cuda-check cuda-check-full cuda-docs cross-check sanitize clean FORCE
 
 help: ## show this list (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'PYTHON=python3.12        the interpreter that .venv is created with (>= 3.10)'
 	@echo 'TORCH_INDEX_URL=URL      the package index that torch comes from (for a CPU-only torch, say)'
 	@echo 'USE_CURRENT_ENV=1        no .venv: the active environment, with its own torch >= 2.10'
 	@echo 'ARGS="..."               options for train, test, test-full, test-models, bench'
-	@echo 'TORCHCNN_CUDA=0|1|auto, CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX, CFLAGS, MAX_JOBS   the build'
+	@echo 'TORCHCNN_CUDA=0|1|auto, CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_FLAGS, CXX, CFLAGS, MAX_JOBS   the build'
 
 setup: $(STAMPS)/built ## create .venv, install the requirements, build and install torchcnn (editable)
 
@@ -64,8 +64,15 @@ lint: $(STAMPS)/required ## check style and types: ruff, clang-format, mypy
 docs: ## check the documentation (not there yet)
 	@echo 'make docs: there is no documentation to check yet.' >&2; exit 1
 
-cuda-check: ## run the CUDA kernels on the CPU (not there yet)
-	@echo 'make cuda-check: there are no CUDA kernels yet.' >&2; exit 1
+cuda-check: $(STAMPS)/built ## check the CUDA kernels without a GPU: compile, link, read, emulate; what is missing is skipped
+	$(PY) tests/cuda_check.py $(ARGS)
+
+cuda-check-full: $(STAMPS)/built ## the same for every architecture and with every test; up to 40 minutes
+	$(PY) tests/cuda_check.py --full $(ARGS)
+
+cuda-docs: $(STAMPS)/built ## write the table of docs/cuda_kernels.md anew, after a change to csrc/cuda
+	$(PY) tests/cuda_check.py --only build
+	$(PY) tests/cuda_sass.py --docs docs/cuda_kernels.md > /dev/null
 
 # One row of the kernel table against the reference row, without PyTorch (tests/cross/compare_rows.cpp).
 ROW_FLAGS = -std=c++20 -Icsrc -DNDEBUG -ffp-contract=fast -fno-math-errno -Wall -Wextra

@@ -42,7 +42,7 @@ inline int64_t checked_add(int64_t a, int64_t b, const char* op, const char* wha
   return sum;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }  // b > 0; a + b - 1 could overflow
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }  // b > 0; a + b - 1 could overflow
 
 // How an activation (input, output and their gradients) lies in memory. Weights are always K C/G R S.
 enum class Layout { nchw, channels_last };
@@ -52,7 +52,7 @@ struct Strides {
   int64_t n, c, h, w;
 };
 
-inline Strides activation_strides(Layout layout, int64_t C, int64_t H, int64_t W) {
+constexpr Strides activation_strides(Layout layout, int64_t C, int64_t H, int64_t W) {
   if (layout == Layout::nchw) return {C * H * W, H * W, W, 1};
   return {C * H * W, 1, W * C, C};
 }
@@ -172,8 +172,8 @@ struct Pool2dGeometry {
   bool adaptive;  // windows from the adaptive rule; R, S, stride, padding and dilation are then unused
   Layout layout;
 
-  Strides input_strides() const { return activation_strides(layout, C, H, W); }
-  Strides output_strides() const { return activation_strides(layout, C, P, Q); }
+  constexpr Strides input_strides() const { return activation_strides(layout, C, H, W); }
+  constexpr Strides output_strides() const { return activation_strides(layout, C, P, Q); }
 };
 
 // The input positions begin, begin + dilation, ... < end of one window along one axis, and how many positions an average
@@ -182,7 +182,7 @@ struct Window {
   int64_t begin, end, padded_size;
 };
 
-inline Window sliding_window(int64_t p, int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+constexpr Window sliding_window(int64_t p, int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   int64_t begin = p * stride - pad;
   int64_t end = begin + dilation * (kernel - 1) + 1;
   const int64_t padded_size = (end < size + pad ? end : size + pad) - begin;
@@ -245,18 +245,45 @@ inline Pool2dGeometry adaptive_pool2d_geometry(const char* op, int64_t N, int64_
   return {N, C, H, W, 0, 0, P, Q, 0, 0, 0, 0, 1, 1, true, layout};
 }
 
-inline Window adaptive_window(int64_t p, int64_t size, int64_t windows) {
+constexpr Window adaptive_window(int64_t p, int64_t size, int64_t windows) {
   const int64_t begin = p * size / windows;
   const int64_t end = ceil_div((p + 1) * size, windows);
   return {begin, end, end - begin};
 }
 
-inline Window row_window(const Pool2dGeometry& g, int64_t p) {
+constexpr Window row_window(const Pool2dGeometry& g, int64_t p) {
   return g.adaptive ? adaptive_window(p, g.H, g.P) : sliding_window(p, g.H, g.R, g.stride_h, g.pad_h, g.dilation_h);
 }
 
-inline Window column_window(const Pool2dGeometry& g, int64_t q) {
+constexpr Window column_window(const Pool2dGeometry& g, int64_t q) {
   return g.adaptive ? adaptive_window(q, g.W, g.Q) : sliding_window(q, g.W, g.S, g.stride_w, g.pad_w, g.dilation_w);
+}
+
+// The other way round: among the windows begin ... end - 1 along one axis are those that contain a position, and only those if
+// the dilation is 1. Of adaptive windows, p contains h if floor(p H / P) <= h < ceil((p + 1) H / P), which is to say if
+// floor(h P / H) <= p < ceil((h + 1) P / H).
+struct WindowRange {
+  int64_t begin, end;
+};
+
+constexpr WindowRange sliding_windows_over(int64_t position, int64_t windows, int64_t kernel, int64_t stride, int64_t pad,
+                                           int64_t dilation) {
+  const int64_t last_begin = position + pad, first_begin = last_begin - dilation * (kernel - 1);
+  const int64_t end = last_begin / stride + 1;
+  return {first_begin > 0 ? ceil_div(first_begin, stride) : 0, end < windows ? end : windows};
+}
+
+constexpr WindowRange adaptive_windows_over(int64_t position, int64_t size, int64_t windows) {
+  const Window covered = adaptive_window(position, windows, size);
+  return {covered.begin, covered.end};
+}
+
+constexpr WindowRange row_windows_over(const Pool2dGeometry& g, int64_t h) {
+  return g.adaptive ? adaptive_windows_over(h, g.H, g.P) : sliding_windows_over(h, g.P, g.R, g.stride_h, g.pad_h, g.dilation_h);
+}
+
+constexpr WindowRange column_windows_over(const Pool2dGeometry& g, int64_t w) {
+  return g.adaptive ? adaptive_windows_over(w, g.W, g.Q) : sliding_windows_over(w, g.Q, g.S, g.stride_w, g.pad_w, g.dilation_w);
 }
 
 // Which value of each window an extreme pool keeps: the largest or the smallest. With relu the largest, but no less than 0.
@@ -285,7 +312,7 @@ struct Divisor {
   bool count_include_pad;
   int64_t override_value;  // 0: none
 
-  int64_t operator()(const Window& row, const Window& column) const {
+  constexpr int64_t operator()(const Window& row, const Window& column) const {
     if (override_value != 0) return override_value;
     if (count_include_pad) return row.padded_size * column.padded_size;
     return (row.end - row.begin) * (column.end - column.begin);

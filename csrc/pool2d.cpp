@@ -12,11 +12,12 @@
 //   avg_pool2d, adaptive_avg_pool2d                  and their _grad_input, of which they are the derivative in turn
 //
 // bfloat16 and float16 are summed in float32 and rounded once; extremes keep the exact value whatever the dtype.
-#include <cstring>
+#include <algorithm>
 
 #include "cpu/kernels.h"
 #include "cpu/pool2d_indexed.h"
 #include "cpu/pool2d_reference.h"
+#include "device.h"
 #include "tensor.h"
 
 namespace torchcnn {
@@ -67,15 +68,19 @@ void run_extremum(const char* op, Extremum extremum, const Tensor& input, const 
                   Positions positions) {
   if (output.numel() == 0) return;
   const Tensor in = in_layout(input, g.layout);
-  if (is_float(input)) {
-    for_float_type(op, input.scalar_type(), [&]<class T>(T) {
-      pool2d_kernels_for<T>().extremum_forward(g, extremum, data_of<T>(in), mutable_data_of<T>(output), positions);
-    });
-  } else {
-    for_integer_type(op, input.scalar_type(), [&]<class T>(T) {
-      reference::extremum_pool2d_forward<T>(g, extremum, data_of<T>(in), mutable_data_of<T>(output), positions);
-    });
-  }
+  const auto run = [&]<class T>(T) {
+    const T* from = data_of<T>(in);
+    T* to = mutable_data_of<T>(output);
+    on_device_of(input, [&] {
+      if constexpr (std::is_integral_v<T>) {
+        reference::extremum_pool2d_forward<T>(g, extremum, from, to, positions);
+      } else {
+        pool2d_kernels_for<T>().extremum_forward(g, extremum, from, to, positions);
+      }
+    }, [&](cuda::Stream stream) { cuda::extremum_pool2d_forward(g, extremum, from, to, positions, stream); });
+  };
+  if (is_float(input)) return for_float_type(op, input.scalar_type(), run);
+  for_integer_type(op, input.scalar_type(), run);
 }
 
 Tensor extremum_pool2d(const char* op, Extremum extremum, const Tensor& input, const Pool2dGeometry& g) {
@@ -87,7 +92,7 @@ Tensor extremum_pool2d(const char* op, Extremum extremum, const Tensor& input, c
 Pair extremum_pool2d_with_indices(const char* op, Extremum extremum, const Tensor& input, const Pool2dGeometry& g) {
   const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout);
   const Tensor indices = empty_activation(input, ScalarType::Long, g.N, g.C, g.P, g.Q, g.layout);
-  run_extremum(op, extremum, input, g, output, {PositionKind::indices, indices.mutable_data_ptr()});
+  run_extremum(op, extremum, input, g, output, {PositionKind::indices, mutable_data_of<int64_t>(indices)});
   return {output, indices};
 }
 
@@ -100,8 +105,9 @@ Pair extremum_pool2d_with_offsets(const char* op, Extremum extremum, const Tenso
   const bool bytes = offsets_fit_bytes(g.R, g.S, extremum.relu);
   const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout);
   const Tensor offsets = empty_activation(input, bytes ? ScalarType::Byte : ScalarType::Int, g.N, g.C, g.P, g.Q, g.layout);
-  const PositionKind kind = bytes ? PositionKind::byte_offsets : PositionKind::int_offsets;
-  run_extremum(op, extremum, input, g, output, {kind, offsets.mutable_data_ptr()});
+  run_extremum(op, extremum, input, g, output,
+               bytes ? Positions{PositionKind::byte_offsets, mutable_data_of<uint8_t>(offsets)}
+                     : Positions{PositionKind::int_offsets, mutable_data_of<int32_t>(offsets)});
   return {output, offsets};
 }
 
@@ -157,7 +163,8 @@ void require_indices(const char* op, const char* name, const Tensor& values, con
   require(same, op, "indices must have the shape of ", name, ", got ", Shape{indices}, " and ", Shape{values});
 }
 
-// The kernels say whether every index lay in the plane; only where not is it looked for.
+// The CPU kernels say whether every index lay in the plane; only where not is it looked for. The CUDA kernels, for which nobody
+// waits, stop at such an index themselves.
 void require_inside(const char* op, bool inside, const Tensor& indices, const Pool2dGeometry& g) {
   if (inside) return;
   const int64_t* index = data_of<int64_t>(indices);
@@ -172,7 +179,14 @@ Tensor max_pool2d_grad_input(Tensor grad_output, Tensor indices, int64_t H, int6
   const Tensor from = in_layout(grad_output, g.layout), at = in_layout(indices, g.layout);
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, H, W, g.layout);
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    require_inside(op, pool2d_scatter_add(g, data_of<T>(from), data_of<int64_t>(at), mutable_data_of<T>(grad_input)), at, g);
+    const T* gradient = data_of<T>(from);
+    const int64_t* index = data_of<int64_t>(at);
+    T* to = mutable_data_of<T>(grad_input);
+    on_device_of(grad_output, [&] { require_inside(op, pool2d_scatter_add(g, gradient, index, to), at, g); },
+                 [&](cuda::Stream stream) {
+      const Tensor workspace = empty_bytes(grad_output, cuda::pool2d_scatter_add_workspace<T>(g));
+      cuda::pool2d_scatter_add(g, gradient, index, to, mutable_data_of<uint8_t>(workspace), stream);
+    });
   });
   return grad_input;
 }
@@ -184,7 +198,11 @@ Tensor max_unpool2d(Tensor input, Tensor indices, int64_t H, int64_t W) {
   const Tensor from = in_layout(input, g.layout), at = in_layout(indices, g.layout);
   const Tensor output = empty_activation(input, g.N, g.C, H, W, g.layout);
   for_element_size(op, input.scalar_type(), [&]<class T>(T) {
-    require_inside(op, pool2d_scatter_assign(g, data_of<T>(from), data_of<int64_t>(at), mutable_data_of<T>(output)), at, g);
+    const T* values = data_of<T>(from);
+    const int64_t* index = data_of<int64_t>(at);
+    T* to = mutable_data_of<T>(output);
+    on_device_of(input, [&] { require_inside(op, pool2d_scatter_assign(g, values, index, to), at, g); },
+                 [&](cuda::Stream stream) { cuda::pool2d_scatter_assign(g, values, index, to, stream); });
   });
   return output;
 }
@@ -193,6 +211,7 @@ Tensor max_unpool2d_grad_input(Tensor grad_output, Tensor indices) {
   const char* op = "max_unpool2d_grad_input";
   require_rank(op, "grad_output", grad_output, 4);
   require_rank(op, "indices", indices, 4);
+  require_same_device(op, "grad_output", grad_output, "indices", indices);
   require(indices.scalar_type() == ScalarType::Long, op, "indices must be int64, got ",
           torch::headeronly::toString(indices.scalar_type()));
   require(grad_output.size(0) == indices.size(0) && grad_output.size(1) == indices.size(1), op,
@@ -201,7 +220,11 @@ Tensor max_unpool2d_grad_input(Tensor grad_output, Tensor indices) {
   const Tensor from = in_layout(grad_output, g.layout), at = in_layout(indices, g.layout);
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, g.P, g.Q, g.layout);
   for_element_size(op, grad_output.scalar_type(), [&]<class T>(T) {
-    require_inside(op, pool2d_gather(g, data_of<T>(from), data_of<int64_t>(at), mutable_data_of<T>(grad_input)), at, g);
+    const T* gradient = data_of<T>(from);
+    const int64_t* index = data_of<int64_t>(at);
+    T* to = mutable_data_of<T>(grad_input);
+    on_device_of(grad_output, [&] { require_inside(op, pool2d_gather(g, gradient, index, to), at, g); },
+                 [&](cuda::Stream stream) { cuda::pool2d_gather(g, gradient, index, to, stream); });
   });
   return grad_input;
 }
@@ -222,6 +245,13 @@ void require_offsets(const char* op, const Tensor& offsets, const Pool2dGeometry
   require_taps_fit(op, g);
 }
 
+// The offsets as kernels read them; they do not write them.
+Positions positions_of(const Tensor& offsets) {
+  if (offsets.scalar_type() == ScalarType::Byte)
+    return {PositionKind::byte_offsets, const_cast<uint8_t*>(data_of<uint8_t>(offsets))};
+  return {PositionKind::int_offsets, const_cast<int32_t*>(data_of<int32_t>(offsets))};
+}
+
 Tensor offset_pool2d(Tensor input, Tensor offsets, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
                      int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, bool ceil_mode) {
   const char* op = "offset_pool2d";
@@ -233,11 +263,16 @@ Tensor offset_pool2d(Tensor input, Tensor offsets, int64_t kernel_h, int64_t ker
   const Tensor from = in_layout(input, g.layout), at = in_layout(offsets, g.layout);
   const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout);
   for_element_size(op, input.scalar_type(), [&]<class T>(T) {
-    if (offsets.scalar_type() == ScalarType::Byte) {
-      pool2d_gather_offsets(g, data_of<T>(from), data_of<uint8_t>(at), mutable_data_of<T>(output));
-    } else {
-      pool2d_gather_offsets(g, data_of<T>(from), data_of<int32_t>(at), mutable_data_of<T>(output));
-    }
+    const T* source = data_of<T>(from);
+    T* to = mutable_data_of<T>(output);
+    const Positions positions = positions_of(at);
+    on_device_of(input, [&] {
+      if (positions.kind == PositionKind::byte_offsets) {
+        pool2d_gather_offsets(g, source, static_cast<const uint8_t*>(positions.to), to);
+      } else {
+        pool2d_gather_offsets(g, source, static_cast<const int32_t*>(positions.to), to);
+      }
+    }, [&](cuda::Stream stream) { cuda::pool2d_gather_offsets(g, source, positions, to, stream); });
   });
   return output;
 }
@@ -256,10 +291,12 @@ Tensor offset_pool2d_grad_input(Tensor grad_output, Tensor offsets, int64_t H, i
   const Tensor from = in_layout(grad_output, g.layout), at = in_layout(offsets, g.layout);
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, H, W, g.layout);
   if (grad_input.numel() == 0) return grad_input;
-  const PositionKind kind = offsets.scalar_type() == ScalarType::Byte ? PositionKind::byte_offsets : PositionKind::int_offsets;
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    pool2d_kernels_for<T>().offset_grad_input(g, data_of<T>(from), {kind, const_cast<void*>(at.const_data_ptr())},
-                                              mutable_data_of<T>(grad_input));
+    const T* gradient = data_of<T>(from);
+    T* to = mutable_data_of<T>(grad_input);
+    const Positions positions = positions_of(at);
+    on_device_of(grad_output, [&] { pool2d_kernels_for<T>().offset_grad_input(g, gradient, positions, to); },
+                 [&](cuda::Stream stream) { cuda::offset_pool2d_grad_input(g, gradient, positions, to, stream); });
   });
   return grad_input;
 }
@@ -269,13 +306,22 @@ Tensor offset_pool2d_grad_input(Tensor grad_output, Tensor offsets, int64_t H, i
 Tensor average_forward(const char* op, const Tensor& input, const Pool2dGeometry& g, Divisor divisor) {
   const Tensor output = empty_activation(input, g.N, g.C, g.P, g.Q, g.layout), in = in_layout(input, g.layout);
   if (output.numel() == 0) return output;
+  const auto run = [&]<class T>(T) {
+    const T* from = data_of<T>(in);
+    T* to = mutable_data_of<T>(output);
+    on_device_of(input, [&] {
+      if constexpr (std::is_integral_v<T>) {
+        reference::avg_pool2d_forward(g, divisor, from, to);
+      } else {
+        pool2d_kernels_for<T>().avg_forward(g, divisor, from, to);
+      }
+    }, [&](cuda::Stream stream) { cuda::avg_pool2d_forward(g, divisor, from, to, stream); });
+  };
   if (input.scalar_type() == ScalarType::Long) {
-    reference::avg_pool2d_forward(g, divisor, data_of<int64_t>(in), mutable_data_of<int64_t>(output));
-    return output;
+    run(int64_t());
+  } else {
+    for_float_type(op, input.scalar_type(), run);
   }
-  for_float_type(op, input.scalar_type(), [&]<class T>(T) {
-    pool2d_kernels_for<T>().avg_forward(g, divisor, data_of<T>(in), mutable_data_of<T>(output));
-  });
   return output;
 }
 
@@ -284,12 +330,16 @@ Tensor average_grad_input(const char* op, const Tensor& grad_output, const Pool2
   const Tensor grad_input = empty_activation(grad_output, g.N, g.C, g.H, g.W, g.layout),
                gradient = in_layout(grad_output, g.layout);
   if (grad_input.numel() == 0) return grad_input;
-  if (grad_output.numel() == 0) {
-    std::memset(grad_input.mutable_data_ptr(), 0, static_cast<size_t>(grad_input.numel() * grad_input.element_size()));
-    return grad_input;
-  }
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    pool2d_kernels_for<T>().avg_grad_input(g, divisor, data_of<T>(gradient), mutable_data_of<T>(grad_input));
+    const T* from = data_of<T>(gradient);
+    T* to = mutable_data_of<T>(grad_input);
+    on_device_of(grad_output, [&] {
+      if (grad_output.numel() == 0) {
+        std::fill_n(to, grad_input.numel(), T{});
+      } else {
+        pool2d_kernels_for<T>().avg_grad_input(g, divisor, from, to);
+      }
+    }, [&](cuda::Stream stream) { cuda::avg_pool2d_grad_input(g, divisor, from, to, stream); });
   });
   return grad_input;
 }
@@ -364,8 +414,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
   m.def("adaptive_avg_pool2d_grad_input(Tensor grad_output, SymInt H, SymInt W, bool channels_last) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) {
-  using namespace torchcnn;
+namespace torchcnn {
+namespace {
+
+// The same functions for every device: the tensors say which kernels run.
+template <class Library>
+void register_pool2d(Library& m) {
   m.impl("max_pool2d", TORCH_BOX((&sliding<kMax, extremum_pool2d>)));
   m.impl("max_pool2d_with_indices", TORCH_BOX((&sliding<kMax, extremum_pool2d_with_indices>)));
   m.impl("max_pool2d_with_offsets", TORCH_BOX((&sliding<kMax, extremum_pool2d_with_offsets>)));
@@ -386,3 +440,12 @@ STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) {
   m.impl("adaptive_avg_pool2d", TORCH_BOX(&adaptive_avg_pool2d));
   m.impl("adaptive_avg_pool2d_grad_input", TORCH_BOX(&adaptive_avg_pool2d_grad_input));
 }
+
+}  // namespace
+}  // namespace torchcnn
+
+STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) { torchcnn::register_pool2d(m); }
+
+#ifdef TORCHCNN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(torchcnn, CUDA, m) { torchcnn::register_pool2d(m); }
+#endif

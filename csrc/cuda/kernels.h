@@ -42,4 +42,31 @@ int64_t conv2d_grad_bias_workspace(const Conv2dGeometry&);
 template <class T>
 void conv2d_grad_bias(const Conv2dGeometry&, const T* grad_output, T* grad_bias, void* workspace, Stream);
 
+// Pooling. Windows are those of geometry.h, NaN and ties as in cpu/pool2d_reference.h.
+
+template <class T>  // the integers of 8 to 64 bits and uint8 too
+void extremum_pool2d_forward(const Pool2dGeometry&, Extremum, const T* input, T* output, Positions, Stream);
+
+template <class T>  // int64 too
+void avg_pool2d_forward(const Pool2dGeometry&, Divisor, const T* input, T* output, Stream);
+template <class T>
+void avg_pool2d_grad_input(const Pool2dGeometry&, Divisor, const T* grad_output, T* grad_input, Stream);
+
+// Offsets are of one of the two kinds.
+template <class T>
+void offset_pool2d_grad_input(const Pool2dGeometry&, const T* grad_output, Positions offsets, T* grad_input, Stream);
+template <class T>
+int64_t pool2d_scatter_add_workspace(const Pool2dGeometry&);
+template <class T>
+void pool2d_scatter_add(const Pool2dGeometry&, const T* grad_output, const int64_t* indices, T* grad_input, void* workspace,
+                        Stream);
+
+// Elements that are moved, never computed with: T is the unsigned integer of their size.
+template <class T>
+void pool2d_gather_offsets(const Pool2dGeometry&, const T* source, Positions offsets, T* output, Stream);
+template <class T>
+void pool2d_gather(const Pool2dGeometry&, const T* source, const int64_t* indices, T* output, Stream);
+template <class T>
+void pool2d_scatter_assign(const Pool2dGeometry&, const T* input, const int64_t* indices, T* output, Stream);
+
 }  // namespace torchcnn::cuda
