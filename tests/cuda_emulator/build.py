@@ -6,8 +6,9 @@ fast    numbers
 check   every access of a kernel is checked: races, bounds, uninitialised memory (memory.cpp)
 asan    the address sanitizer; its library has to be loaded first, by LD_PRELOAD=$(g++ -print-file-name=libasan.so)
 
-Then PYTHONPATH=build/cuda-emulator/MODE pytest tests/test_conv2d.py runs the kernels on CPU tensors. Needed: `make setup` before, g++
-on x86-64, and the CUDA headers: a toolkit, or pip install nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*
+Then PYTHONPATH=build/cuda-emulator/MODE pytest tests/test_conv2d.py runs the kernels on CPU tensors.
+Needed: `make setup` before, g++ on x86-64, and the CUDA headers: a toolkit, or
+pip install nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*
 Environment: CUDA_HOME, EMULATOR_CXX (a g++), MAX_JOBS, LDFLAGS.
 """
 
