@@ -9,6 +9,7 @@ emulator is left.
 """
 
 import argparse
+import functools
 import os
 import re
 import runpy
@@ -31,6 +32,12 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = ["8.0", "9.0+PTX"]  # --full: all of setup.py's
 # Besides those of setup.py, whose warnings they turn into errors. The same machine code comes out.
 STRICT = "-Werror=all-warnings -Xptxas=-Werror"
+# What the emulator runs: in its fast build every operator test, in the build that checks memory those of exact numbers, with the
+# threads of a block in three orders.
+OPERATOR_TESTS = ["test_conv2d", "test_conv_transpose", "test_depthwise", "test_pool2d", "test_pool_backward", "test_cuda"]
+CHECKED_TESTS = ["test_conv2d", "test_pool2d"]
+CHECKED = os.environ.get("TORCHCNN_CHECKED_TESTS", "integers or exact")  # pytest -k
+ORDERS = os.environ.get("TORCHCNN_EMULATOR_ORDERS", "ascending,descending,random").split(",")
 
 
 class FailedError(Exception):
@@ -117,6 +124,7 @@ def check_model(args):
     return f"{len(gpu_model.TILES)} tiles are those of the headers"
 
 
+@functools.cache
 def kernels():
     tools = cuda_sass.find_tools()
     if not objects():
@@ -151,7 +159,49 @@ def check_docs(args):
     return f"as nvcc {release} compiles them"
 
 
+def emulate(mode, tests, *options, **environment):
+    """Builds the emulator and runs operator tests on it; returns pytest's last line."""
+    if not (HERE / "cuda_emulator" / "build.py").exists():
+        raise SkippedError("there is no tests/cuda_emulator/build.py")
+    import build
+
+    if reason := build.obstacle():
+        raise SkippedError(reason)
+    run(sys.executable, "tests/cuda_emulator/build.py", mode)
+    folder = ROOT / "build" / "cuda-emulator" / mode
+    # From the folder of the package, which then comes before the one in the root.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
+    paths = [HERE / f"{test}.py" for test in tests]
+    environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **environment}
+    return run(*command, *options, *paths, folder=folder, **environment).strip().splitlines()[-1].strip("= ")
+
+
+def check_emulator_fast(args):
+    """emulator: operator tests"""
+    options, examples = ([], {}) if args.full else (["-m", "not slow"], {"TORCHCNN_TEST_EXAMPLES": "5"})
+    return emulate("fast", OPERATOR_TESTS, *options, **examples)
+
+
+def check_emulator_memory(args):
+    """emulator: races, bounds, memory"""
+    options = ["-m", "not slow"] if args.full else ["-m", "not slow", "-k", CHECKED]
+    results = [
+        emulate("check", CHECKED_TESTS, *options, TORCHCNN_EMULATOR_ORDER=order, TORCHCNN_TEST_EXAMPLES="3") for order in ORDERS
+    ]
+    return "; ".join(f"{order} {result}" for order, result in zip(ORDERS, results, strict=True))
+
+
+def check_emulator_selftest(args):
+    """emulator: its own tests"""
+    tests = sorted(HERE.glob("test_cuda_emulator*.py")) + sorted((HERE / "cuda_emulator").glob("test_*.py"))
+    if not tests:
+        raise SkippedError("there are none")
+    marks = [] if args.full else ["-m", "not slow"]
+    return run(sys.executable, "-m", "pytest", "-q", *marks, *tests).strip().splitlines()[-1].strip("= ")
+
+
 STEPS = [check_build, check_import, check_model, check_sass, check_docs]
+STEPS += [check_emulator_selftest, check_emulator_fast, check_emulator_memory]
 
 
 def main(argv):
