@@ -74,7 +74,7 @@ def output_of(*command):
 
 
 def run(command):
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=ROOT)
     sys.stderr.write(done.stderr)
     if done.returncode != 0:
         raise SystemExit(f"failed: {shlex.join(str(word) for word in command)}")
@@ -130,7 +130,7 @@ def ordinary_build():
         raise SystemExit(f"there is no {path.relative_to(ROOT)}: run `make setup` first.")
     text = path.read_text()
     values = {name: re.search(rf"^{name} = (.*)$", text, re.MULTILINE)[1] for name in ("cxx", "cflags", "post_cflags")}
-    objects = {Path(source): Path(target) for target, source in re.findall(r"^build (\S+): compile (\S+)$", text, re.MULTILINE)}
+    objects = {ROOT / source: ROOT / target for target, source in re.findall(r"^build (\S+): compile (\S+)$", text, re.MULTILINE)}
     return [word for name in ("cxx", "cflags", "post_cflags") for word in shlex.split(values[name]) if word != "-c"], objects
 
 
