@@ -259,6 +259,7 @@ Bytes stack_of_thread() {
 }
 
 void fail_with(const char* message) {
+  stop_checking();
   keep_error(std::string(message) + " [thread " + text(threadIdx) + " of block " + text(blockIdx) + "]");
   leave(true);
   std::abort();
