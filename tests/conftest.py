@@ -47,7 +47,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def direct_sums():
     """Tiers 1 and 3 hold for direct sums; test_winograd.py turns Winograd on and has its bound."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # on a GPU; test_cuda.py allows TF32
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU; test_cuda.py allows it
     with torchcnn.backends.flags(allow_winograd=False):
         yield
 

@@ -225,7 +225,13 @@ class TorchFor:
         return getattr(F, self.bad.torch_operator or name)
 
 
-@pytest.mark.parametrize("bad", [*CONV2D, *POOL2D, *ADAPTIVE, *UNPOOL], ids=str)
+def marked(bad):
+    """A GPU asserts indices, as torch does: the kernel is stopped, and no value comes back to be named."""
+    on_gpu = pytest.mark.cpu_kernels("a GPU asserts indices")
+    return pytest.param(bad, marks=on_gpu, id=str(bad)) if "max_unpool2d_index" in str(bad) else bad
+
+
+@pytest.mark.parametrize("bad", map(marked, [*CONV2D, *POOL2D, *ADAPTIVE, *UNPOOL]), ids=str)
 def test_same_exception_as_torch_and_a_message_that_says_why(bad):
     expected = bad.torch_type
     if expected is None:
@@ -360,6 +366,7 @@ def test_sizes_that_once_reached_a_kernel(call):
         call(torchcnn.functional)
 
 
+@pytest.mark.cpu_kernels("sizes of an axis have 32 bits on a GPU")
 def test_windows_far_larger_than_the_input():
     """Answered by direct loops: packing such windows would take more memory than there is."""
     weight = torch.randn(2, 2, 3, 3, dtype=torch.float64)
