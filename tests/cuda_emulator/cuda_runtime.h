@@ -101,6 +101,28 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Place place = emul
   return emulator::ballot(mask, predicate == 0, place) == 0;
 }
 
+// The lanes that have the same value.
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, emulator::Place place = emulator::Place::current()) {
+  struct Operand {
+    T value;
+    unsigned result;
+  };
+  Operand operand = {value, 0};
+  emulator::meet(mask, &operand,
+                 [](void* const* operands, unsigned lanes, const emulator::Place&) {
+                   for (unsigned i = 0; i < emulator::kWarp; ++i) {
+                     if (!(lanes >> i & 1)) continue;
+                     Operand& of = *static_cast<Operand*>(operands[i]);
+                     of.result = 0;
+                     for (unsigned j = 0; j < emulator::kWarp; ++j)
+                       if (lanes >> j & 1 && static_cast<Operand*>(operands[j])->value == of.value) of.result |= 1u << j;
+                   }
+                 },
+                 place);
+  return operand.result;
+}
+
 template <class T>
 T __ldg(const T* from) {
   return *from;

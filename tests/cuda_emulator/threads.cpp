@@ -345,6 +345,12 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   return cudaSuccess;
 }
 
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  emulator::declare_memory(to, bytes, true);
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
 const char* cudaGetErrorString(cudaError_t code) {
   switch (code) {
     case cudaSuccess: return "no error";
