@@ -69,6 +69,20 @@ def test_ieee_is_obeyed(layout):
     assert_bound(result, truth, magnitude, lengths(case, truth)[0])
 
 
+@pytest.mark.skipif(cuda_device() == "cuda", reason="a GPU takes no further work from a process whose kernel has stopped")
+@pytest.mark.parametrize("index", [-1, 36, 2**62])
+def test_an_index_outside_the_plane_stops_the_kernel(index):
+    values, indices = torch.ones(2, 4, 3, 3), torch.zeros(2, 4, 3, 3, dtype=torch.int64)
+    indices[1, 2, 2, 1] = index
+    for name, arguments in (
+        ("max_unpool2d", (values, indices, 6, 6)),
+        ("max_pool2d_grad_input", (values, indices, 6, 6, False)),
+        ("max_unpool2d_grad_input", (torch.ones(2, 4, 6, 6), indices)),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{name}: .*indices must lie in the plane"):
+            getattr(torch.ops.torchcnn, name)(*arguments)
+
+
 def test_sizes_beyond_a_gpu():
     """The kernels keep sizes of an axis in 32 bits."""
     input, weight = torch.ones(1, 1, 1, 5, device=cuda_device()), torch.ones(1, 1, 1, 1, device=cuda_device())

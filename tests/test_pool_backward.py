@@ -32,9 +32,18 @@ def test_one_byte_an_output_element_and_not_the_input(operator, memory_format):
     assert kept == [(torch.uint8, (2, 5, 5, 4))]
 
 
-def test_windows_above_256_taps_take_four_bytes():
-    input = torch.randn(1, 2, 40, 40, requires_grad=True)
-    assert saved_tensors(lambda: torchcnn.functional.max_pool2d(input, 17)) == [(torch.int32, (1, 2, 2, 2))]
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_windows_above_256_taps_take_four_bytes(memory_format, device):
+    results = []
+    for max_pool2d in (torchcnn.functional.max_pool2d, torch.nn.functional.max_pool2d):
+        torch.manual_seed(0)
+        input = torch.randn(1, 8, 40, 40, device=device).to(memory_format=memory_format).requires_grad_()
+        results.append([])
+        kept = saved_tensors(lambda max_pool2d=max_pool2d, input=input: results[-1].append(max_pool2d(input, 17, 20)))
+        results[-1].append(torch.autograd.grad(results[-1][0].sum(), input)[0])
+        if max_pool2d is torchcnn.functional.max_pool2d:
+            assert kept == [(torch.int32, (1, 8, 2, 2))]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("output_size, dtype", [(7, torch.uint8), (6, torch.uint8), (1, torch.uint8), (5, torch.int64)])
@@ -48,19 +57,20 @@ def test_adaptive_max_keeps_offsets_where_its_windows_slide(output_size, dtype):
 
 @pytest.mark.parametrize("kernel_size, padding", [((2**32, 1), (2**31, 0)), ((1, 2**32), (0, 2**31))], ids=["high", "wide"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_window_far_larger_than_the_plane(memory_format, kernel_size, padding):
+def test_window_far_larger_than_the_plane(memory_format, kernel_size, padding, device):
     """The work is that of the plane, not of the 2 ** 32 positions of a window that is padding but for one of them."""
-    input = torch.ones(1, 2, 1, 1).to(memory_format=memory_format).requires_grad_()
+    input = torch.ones(1, 2, 1, 1, device=device).to(memory_format=memory_format).requires_grad_()
     output = torchcnn.functional.avg_pool2d(input, kernel_size, 1, padding, divisor_override=4)
-    assert torch.equal(output, torch.full((1, 2, 1 + (padding[0] > 0), 1 + (padding[1] > 0)), 0.25))
-    assert torch.equal(torch.autograd.grad(output.sum(), input)[0], torch.full((1, 2, 1, 1), 0.5))
+    assert torch.equal(output.cpu(), torch.full((1, 2, 1 + (padding[0] > 0), 1 + (padding[1] > 0)), 0.25))
+    assert torch.equal(torch.autograd.grad(output.sum(), input)[0].cpu(), torch.full((1, 2, 1, 1), 0.5))
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_fused_relu_is_relu_then_max_pool(window, memory_format, dtype):
-    values = torch.randn(3, 7, 11, 10).to(dtype).to(memory_format=memory_format)
+@pytest.mark.parametrize("C", [7, 16])
+def test_fused_relu_is_relu_then_max_pool(window, memory_format, dtype, C, device):
+    values = torch.randn(3, C, 11, 10).to(device, dtype).to(memory_format=memory_format)
     values[0, 0, :4, :4] = -1.0  # a window with nothing above zero passes no gradient
     values[1, 1, 2, 2] = torch.nan
     results = []
@@ -71,15 +81,15 @@ def test_fused_relu_is_relu_then_max_pool(window, memory_format, dtype):
         input = values.clone(memory_format=torch.preserve_format).requires_grad_()
         output = run(input)
         # Small integers: overlapping windows add up exactly in any order.
-        output.backward(torch.arange(output.numel()).remainder(5).reshape(output.shape).to(dtype))
+        output.backward(torch.arange(output.numel(), device=device).remainder(5).reshape(output.shape).to(dtype))
         results.append((output.detach(), input.grad))
     for ours, torchs in zip(*results, strict=True):
         torch.testing.assert_close(ours, torchs, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_fused_relu_gradients(window):
-    input = (torch.randperm(2 * 2 * 6 * 7).reshape(2, 2, 6, 7).double() - 80.5) / 10
+def test_fused_relu_gradients(window, device):
+    input = ((torch.randperm(2 * 2 * 6 * 7).reshape(2, 2, 6, 7).double() - 80.5) / 10).to(device)
     input.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: torchcnn.functional.relu_max_pool2d(x, **window), input, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda x: torchcnn.functional.relu_max_pool2d(x, **window), input)
@@ -87,13 +97,13 @@ def test_fused_relu_gradients(window):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("C", [1, 32, 33, 65])
-def test_indices_of_channels_last_planes(C, dtype):
+def test_indices_of_channels_last_planes(C, dtype, device):
     """The last channels of a channels_last tensor may be a single one, whose elements are nevertheless C apart."""
-    input = torch.randn(2, C, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    input = torch.randn(2, C, 8, 8).to(device, dtype).contiguous(memory_format=torch.channels_last)
     gradients = []
     for function in (torchcnn.functional.max_pool2d, torch.nn.functional.max_pool2d):
         leaf = input.clone(memory_format=torch.preserve_format).requires_grad_()
         output, _ = function(leaf, 2, return_indices=True)
-        weights = torch.arange(output.numel()).remainder(7).reshape(output.shape).to(dtype)
+        weights = torch.arange(output.numel(), device=device).remainder(7).reshape(output.shape).to(dtype)
         gradients.append(torch.autograd.grad((output * weights).sum(), leaf)[0])
     assert torch.equal(*gradients)
