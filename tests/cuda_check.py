@@ -33,8 +33,8 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = ["8.0", "9.0+PTX"]  # --full: all of setup.py's
 # Besides those of setup.py, whose warnings they turn into errors. The same machine code comes out.
 STRICT = "-Werror=all-warnings -Xptxas=-Werror"
-# What the emulator runs, a process for each: in its fast build every operator test; in the build that checks memory, with a block's
-# threads in three orders, those with exact results, which have the geometries at the borders of tiles.
+# What the emulator runs, a process for each: in its fast build every operator test; in the build that checks memory, those with
+# exact results, which have the geometries at the borders of tiles, with the threads of a block in three orders.
 OPERATOR_TESTS = ["test_pool2d", "test_conv2d", "test_conv_transpose", "test_pool_backward", "test_depthwise", "test_cuda"]
 CHECKED_TESTS, CHECKED = ["test_conv2d", "test_pool2d"], os.environ.get("TORCHCNN_CHECKED_TESTS", "exact")  # pytest -k
 ORDERS = os.environ.get("TORCHCNN_EMULATOR_ORDERS", "ascending,descending,random").split(",")
