@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -32,11 +33,10 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = ["8.0", "9.0+PTX"]  # --full: all of setup.py's
 # Besides those of setup.py, whose warnings they turn into errors. The same machine code comes out.
 STRICT = "-Werror=all-warnings -Xptxas=-Werror"
-# What the emulator runs: in its fast build every operator test, in the build that checks memory those of exact numbers, with the
-# threads of a block in three orders.
-OPERATOR_TESTS = ["test_conv2d", "test_conv_transpose", "test_depthwise", "test_pool2d", "test_pool_backward", "test_cuda"]
-CHECKED_TESTS = ["test_conv2d", "test_pool2d"]
-CHECKED = os.environ.get("TORCHCNN_CHECKED_TESTS", "integers or exact")  # pytest -k
+# What the emulator runs, a process for each: in its fast build every operator test; in the build that checks memory, those with
+# exact results, which have the geometries at the borders of tiles, with the threads of a block in three orders.
+OPERATOR_TESTS = ["test_pool2d", "test_conv2d", "test_conv_transpose", "test_pool_backward", "test_depthwise", "test_cuda"]
+CHECKED_TESTS, CHECKED = ["test_conv2d", "test_pool2d"], os.environ.get("TORCHCNN_CHECKED_TESTS", "exact")  # pytest -k
 ORDERS = os.environ.get("TORCHCNN_EMULATOR_ORDERS", "ascending,descending,random").split(",")
 
 
@@ -159,8 +159,8 @@ def check_docs(args):
     return f"as nvcc {release} compiles them"
 
 
-def emulate(mode, tests, *options, **environment):
-    """Builds the emulator and runs operator tests on it; returns pytest's last line."""
+def emulate(mode, runs):
+    """Builds the emulator and makes runs of pytest in it, each (test file, options, environment); how many tests passed."""
     if not (HERE / "cuda_emulator" / "build.py").exists():
         raise SkippedError("there is no tests/cuda_emulator/build.py")
     import build
@@ -169,26 +169,33 @@ def emulate(mode, tests, *options, **environment):
         raise SkippedError(reason)
     run(sys.executable, "tests/cuda_emulator/build.py", mode)
     folder = ROOT / "build" / "cuda-emulator" / mode
-    # From the folder of the package, which then comes before the one in the root.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
-    paths = [HERE / f"{test}.py" for test in tests]
-    environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **environment}
-    return run(*command, *options, *paths, folder=folder, **environment).strip().splitlines()[-1].strip("= ")
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
+
+    def passed(test, options, environment):
+        # From the folder of the package, which then comes before the one in the root.
+        environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **environment}
+        output = run(*pytest, *options, HERE / f"{test}.py", folder=folder, **environment)
+        return int(re.search(r"(\d+) passed", output)[1])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return sum(pool.map(passed, *zip(*runs, strict=True)))
 
 
 def check_emulator_fast(args):
     """emulator: operator tests"""
-    options, examples = ([], {}) if args.full else (["-m", "not slow"], {"TORCHCNN_TEST_EXAMPLES": "5"})
-    return emulate("fast", OPERATOR_TESTS, *options, **examples)
+    options, environment = ([], {}) if args.full else (["-m", "not slow"], {"TORCHCNN_TEST_EXAMPLES": "5"})
+    return f"{emulate('fast', [(test, options, environment) for test in OPERATOR_TESTS])} tests"
 
 
 def check_emulator_memory(args):
     """emulator: races, bounds, memory"""
     options = ["-m", "not slow"] if args.full else ["-m", "not slow", "-k", CHECKED]
-    results = [
-        emulate("check", CHECKED_TESTS, *options, TORCHCNN_EMULATOR_ORDER=order, TORCHCNN_TEST_EXAMPLES="3") for order in ORDERS
+    runs = [
+        (test, options, {"TORCHCNN_EMULATOR_ORDER": order, "TORCHCNN_TEST_EXAMPLES": "3"})
+        for order in ORDERS
+        for test in CHECKED_TESTS
     ]
-    return "; ".join(f"{order} {result}" for order, result in zip(ORDERS, results, strict=True))
+    return f"{emulate('check', runs)} tests, threads {', '.join(ORDERS)}"
 
 
 def check_emulator_selftest(args):
