@@ -204,16 +204,4 @@ void avg_pool2d_grad_input_tiling(const Pool2dGeometry& g, const Divisor& diviso
   }, [=](int64_t i, int) { return grad_output[i] * factor; });
 }
 
-// One window, all of the plane.
-template <class T>
-void avg_pool2d_global_grad_input(const Pool2dGeometry& g, const Divisor& divisor, const T* grad_output, T* grad_input) {
-  using A = Arithmetic<T>;
-  const int64_t count = g.H * g.W;
-  const A divide_by = static_cast<A>(divisor(row_window(g, 0), column_window(g, 0)));
-  parallel_for(g.N * g.C, count / kLanes<A>, [&](int64_t nc) {
-    const T share = narrow<T>(widen(grad_output[nc]) / divide_by);
-    std::fill(grad_input + nc * count, grad_input + (nc + 1) * count, share);
-  });
-}
-
 }  // namespace torchcnn::TORCHCNN_ISA
