@@ -22,6 +22,7 @@
 #include "pool2d_offsets_nchw.h"
 #include "pool2d_planes.h"
 #include "pool2d_reference.h"
+#include "pool2d_small_planes.h"
 
 namespace torchcnn::TORCHCNN_ISA {
 
@@ -54,6 +55,9 @@ void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, 
     return extremum_pool2d_elementwise(g, extremum, input, output, positions);
   if (g.layout == Layout::channels_last) return extremum_pool2d_channels_last(g, extremum, input, output, positions);
   if (suits_whole_planes<A>(g)) return extremum_pool2d_global(g, extremum, input, output, positions);
+  if (is_one_plane_2x2(g) && positions.kind != PositionKind::indices)
+    return extremum_pool2d_sliding(as_one_plane(g), extremum, input, output, positions);
+  if (suits_small_planes<A>(g)) return extremum_pool2d_small_planes(g, extremum, input, output, positions);
   if (!suits_planes<A>(g) && can_be_staged<A>(g) && index_fits_lane<A>(g))
     return extremum_pool2d_sliding(g, extremum, input, output, positions);
   extremum_pool2d_planes(g, extremum, input, output, positions);
@@ -72,8 +76,11 @@ void offset_pool2d_grad_input(const Pool2dGeometry& geometry, const T* grad_outp
   if (g.layout == Layout::nchw && suits_whole_planes<Arithmetic<T>>(g))
     return offset_pool2d_grad_input_global(g, grad_output, offsets, grad_input);
   if constexpr (std::is_same_v<T, Arithmetic<T>>) {
+    if (is_one_plane_2x2(g)) return offset_pool2d_grad_input_tiling(as_one_plane(g), grad_output, offsets, grad_input);
     if (g.layout == Layout::nchw && is_tiling_2x2(g)) return offset_pool2d_grad_input_tiling(g, grad_output, offsets, grad_input);
   }
+  if (g.layout == Layout::nchw && windows <= most_gathered_windows && suits_small_planes<Arithmetic<T>>(g))
+    return offset_pool2d_grad_input_small_planes(g, grad_output, offsets, grad_input);
   if (g.layout == Layout::nchw && gathers_offsets(g)) return offset_pool2d_grad_input_gather(g, grad_output, offsets, grad_input);
   pool2d_scatter_offsets(g, grad_output, offsets, grad_input);
 }
@@ -92,6 +99,8 @@ void avg_pool2d_forward(const Pool2dGeometry& geometry, Divisor divisor, const T
   if (is_elementwise(g)) return avg_pool2d_elementwise(g, divisor, input, output);
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last(g, divisor, input, output);
   if (suits_whole_planes<Arithmetic<T>>(g)) return avg_pool2d_global(g, divisor, input, output);
+  if (is_one_plane_2x2(g)) return avg_pool2d_sliding(as_one_plane(g), divisor, input, output);
+  if (suits_small_planes<Arithmetic<T>>(g)) return avg_pool2d_small_planes(g, divisor, input, output);
   if (!suits_planes<Arithmetic<T>>(g) && can_be_staged<Arithmetic<T>>(g)) return avg_pool2d_sliding(g, divisor, input, output);
   avg_pool2d_planes(g, divisor, input, output);
 }
@@ -104,8 +113,10 @@ void avg_pool2d_grad_input(const Pool2dGeometry& geometry, Divisor divisor, cons
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last_grad_input(g, divisor, grad_output, grad_input);
   if (suits_whole_planes<Arithmetic<T>>(g)) return avg_pool2d_global_grad_input(g, divisor, grad_output, grad_input);
   if constexpr (std::is_same_v<T, Arithmetic<T>>) {
+    if (is_one_plane_2x2(g)) return avg_pool2d_grad_input_tiling(as_one_plane(g), divisor, grad_output, grad_input);
     if (is_tiling_2x2(g)) return avg_pool2d_grad_input_tiling(g, divisor, grad_output, grad_input);
   }
+  if (suits_small_planes<Arithmetic<T>>(g)) return avg_pool2d_grad_input_small_planes(g, divisor, grad_output, grad_input);
   if (!g.adaptive) return avg_pool2d_grad_input_rows(g, divisor, grad_output, grad_input);
   avg_pool2d_grad_input_planes(g, divisor, grad_output, grad_input);
 }
