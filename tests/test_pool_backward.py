@@ -107,3 +107,56 @@ def test_indices_of_channels_last_planes(C, dtype, device):
         weights = torch.arange(output.numel(), device=device).remainder(7).reshape(output.shape).to(dtype)
         gradients.append(torch.autograd.grad((output * weights).sum(), leaf)[0])
     assert torch.equal(*gradients)
+
+
+# Whole planes above and below a vector, of several blocks and with a rest; rows below a vector, whose planes are transposed.
+PLANES = [((3, 41, 7, 7), (7, 1)), ((2, 19, 17, 19), (1, 3)), ((2, 3, 40, 33), (1,)), ((5, 37, 13, 13), (6, 5)), ((3, 33, 14, 14), (7,))]
+
+
+@pytest.mark.parametrize("shape, output_size", [(shape, size) for shape, sizes in PLANES for size in sizes], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_adaptive_extremes_of_many_planes(shape, output_size, memory_format, dtype):
+    """Ties, NaN and infinities; the gradient of max_pool2d from offsets against the indices that torch finds."""
+    values = torch.randint(-3, 4, shape).to(dtype)
+    values[torch.rand(shape) < 0.02] = torch.nan
+    values[torch.rand(shape) < 0.1] = -torch.inf
+    values[:, 2] = -torch.inf
+    leaf = values.contiguous(memory_format=memory_format).requires_grad_()
+    expected, indices = torch.nn.functional.adaptive_max_pool2d(values.double(), output_size, return_indices=True)
+    output = torchcnn.functional.adaptive_max_pool2d(leaf, output_size)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=0, equal_nan=True)
+    weights = torch.arange(output.numel()).remainder(5).reshape(output.shape)
+    gradient = torch.zeros(*shape[:2], shape[2] * shape[3], dtype=torch.float64)
+    gradient.scatter_add_(-1, indices.flatten(-2), weights.double().flatten(-2))
+    assert torch.equal(torch.autograd.grad(output, leaf, weights.to(dtype))[0].double(), gradient.reshape(shape))
+    with torch.no_grad():
+        assert torch.equal(torchcnn.functional.adaptive_max_pool2d(leaf, output_size).nan_to_num(7), output.nan_to_num(7))
+
+
+@pytest.mark.parametrize("window", [(1, 1, 0), (7, 7, 0), (2, 2, 0), (5, 4, 2)], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_fused_relu_of_many_planes(window, memory_format):
+    """Elementwise, global and small: a window with nothing above zero keeps no position."""
+    values = torch.randint(-4, 3, (3, 37, 7, 7)).float()
+    results = []
+    for run in (torchcnn.functional.relu_max_pool2d, lambda x, *window: torch.nn.functional.max_pool2d(x.relu(), *window)):
+        leaf = values.contiguous(memory_format=memory_format).requires_grad_()
+        output = run(leaf, *window)
+        weights = torch.arange(output.numel()).remainder(5).reshape(output.shape).float()
+        results.append((output.detach(), torch.autograd.grad(output, leaf, weights)[0]))
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize("output_size", [1, 2, 6, 7, (3, 5)], ids=str)
+@pytest.mark.parametrize("size", [6, 13, 40])
+def test_the_sign_of_zero_is_that_of_the_first(size, output_size):
+    """Of 0 and -0 the first in row-major order stays, whether positions are asked for or not."""
+    input = -torch.randint(0, 3, (2, 35, size, size)).float()
+    input = torch.where(torch.rand(input.shape) < 0.3, torch.zeros(()), input)
+    pool = torchcnn.functional.adaptive_max_pool2d
+    output, indices = pool(input, output_size, return_indices=True)
+    first = input.flatten(-2).gather(-1, indices.flatten(-2)).reshape(output.shape)
+    for values in (output, pool(input, output_size), pool(input.clone().requires_grad_(), output_size)):
+        assert torch.equal(values, first) and torch.equal(values.signbit(), first.signbit())

@@ -111,6 +111,15 @@ inline const Window* windows_of_columns(const Pool2dGeometry& g) {
 
 // ------------------------------------------------------------------------------------------------------------------ extremes
 
+// The first zero of a window in row-major order, whatever its sign: the extreme of a window that has none better.
+template <class T>
+Arithmetic<T> first_zero(const Pool2dGeometry& g, const T* plane, const Window& row, const Window& column) {
+  for (int64_t h = row.begin; h < row.end; h += g.dilation_h)
+    for (int64_t w = column.begin; w < column.end; w += g.dilation_w)
+      if (widen(plane[h * g.W + w]) == 0) return widen(plane[h * g.W + w]);
+  return 0;
+}
+
 template <class T, PositionKind kind>
 void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, void* positions) {
   using A = Arithmetic<T>;
@@ -133,6 +142,7 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
     I* code_rows = workspace<I>(Slot::partial_sums, coded ? 2 * L * pitch + L * results : 1);
     I *code_lanes = code_rows + L * pitch, *code_result = code_lanes + L * pitch;
     int64_t result = 0;
+    Vec<I> zeros{};
     for (int64_t p = p_begin; p < p_end; ++p) {
       const Window row = row_window(g, p);
       const int64_t taps = ceil_div(row.end - row.begin, g.dilation_h);
@@ -178,9 +188,23 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
             best.offer(candidate, Vec<I>{});
           }
         }
-        if (extremum.relu) best.rectify();
+        if (extremum.relu) {
+          best.rectify();
+        } else if (!coded) {
+          zeros |= best.value == Vec<A>{};
+        }
         store(value_result + result * L, (Vec<A>)((Vec<I>)best.value ^ sign));
         if (coded) store(code_result + result * L, best.code);
+      }
+    }
+    // Without codes the columns were searched before the rows, so that of zeros with different signs any may have won.
+    bool any_zero = false;
+    for (int64_t l = 0; l < planes; ++l) any_zero |= zeros[l] != 0;
+    for (int64_t i = 0; any_zero && i < result; ++i) {
+      const Window row = row_window(g, p_begin + i / g.Q), &column = columns[i % g.Q];
+      for (int64_t l = 0; l < planes; ++l) {
+        A& value = value_result[i * L + l];
+        if (value == 0) value = first_zero(g, input + (first + l) * plane_size, row, column);
       }
     }
     const int64_t begin = p_begin * g.Q, count = (p_end - p_begin) * g.Q;

@@ -38,7 +38,7 @@ inline void prefetch_pair(const A* at) {
 // The same for a row of `count` elements that is read alone.
 template <class T>
 inline void prefetch_row(const T* row, int64_t count) {
-  constexpr int64_t ahead = 4096, line = 64;
+  constexpr int64_t ahead = 16384, line = 64;
   for (int64_t byte = 0; byte < count * int64_t(sizeof(T)); byte += line)
     __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead + byte);
 }
