@@ -58,9 +58,13 @@ __global__ void conv2d_pack_weight(const GatherProblem<T> problem, bool transpos
 }
 
 template <class Math>
-__global__ void __launch_bounds__(Math::Shape::threads) conv2d_gather(const GatherProblem<typename Math::T> problem) {
+__global__ void __launch_bounds__(Math::Shape::threads, 1) conv2d_gather(const GatherProblem<typename Math::T> problem) {
   using Shape = typename Math::Shape;
   using T = typename Math::T;
+  if constexpr (!Math::is_compiled) {
+    __trap();
+    return;
+  }
   constexpr int stages = Shape::stages;
   T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
 
