@@ -70,6 +70,25 @@ inline unsigned ballot(unsigned mask, bool predicate, const Place& place) {
   return operand.result;
 }
 
+// The lanes of the mask with the same value.
+template <class T>
+unsigned match(unsigned mask, T value, const Place& place) {
+  struct Operand {
+    T value;
+    unsigned result;
+  };
+  Operand operand = {value, 0};
+  meet(mask, &operand, [](void* const* operands, unsigned lanes, const Place&) {
+    for (unsigned i = 0; i < kWarp; ++i)
+      for (unsigned j = 0; j < kWarp; ++j) {
+        if (!(lanes >> i & 1) || !(lanes >> j & 1)) continue;
+        Operand& to = *static_cast<Operand*>(operands[i]);
+        to.result |= unsigned(static_cast<Operand*>(operands[j])->value == to.value) << j;
+      }
+  }, place);
+  return operand.result;
+}
+
 }  // namespace emulator
 
 template <class T>
@@ -102,6 +121,11 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Place place = emul
 }
 
 template <class T>
+unsigned __match_any_sync(unsigned mask, T value, emulator::Place place = emulator::Place::current()) {
+  return emulator::match(mask, value, place);
+}
+
+template <class T>
 T __ldg(const T* from) {
   return *from;
 }
@@ -126,16 +150,6 @@ inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(unsigned(x)) + 1; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 
-// The emulated device is number 0, an sm_80.
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrComputeCapabilityMajor) return cudaErrorInvalidValue;
-  *value = 8;
-  return cudaSuccess;
-}
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);

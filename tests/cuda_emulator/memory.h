@@ -22,6 +22,9 @@ void begin_block();
 // All accesses before it come before all accesses after it.
 void begin_interval();
 
+// Whether the memory was declared.
+bool set_memory(void* first, int value, size_t bytes);
+
 bool is_shared(const void* at, size_t bytes);
 
 // An access of the running thread; `by` is the instruction. An asynchronous write has an issue and an arrival. Checks in the build

@@ -354,6 +354,11 @@ const char* cudaGetErrorString(cudaError_t code) {
   }
 }
 
+cudaError_t cudaMemsetAsync(void* first, int value, size_t bytes, cudaStream_t) {
+  const std::lock_guard lock(emulator::one_launch);
+  return emulator::set_memory(first, value, bytes) ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 cudaError_t cudaGetDevice(int* device) {
