@@ -110,7 +110,13 @@ def test_indices_of_channels_last_planes(C, dtype, device):
 
 
 # Whole planes above and below a vector, of several blocks and with a rest; rows below a vector, whose planes are transposed.
-PLANES = [((3, 41, 7, 7), (7, 1)), ((2, 19, 17, 19), (1, 3)), ((2, 3, 40, 33), (1,)), ((5, 37, 13, 13), (6, 5)), ((3, 33, 14, 14), (7,))]
+PLANES = [
+    ((3, 41, 7, 7), (7, 1)),
+    ((2, 19, 17, 19), (1, 3)),
+    ((2, 3, 40, 33), (1,)),
+    ((5, 37, 13, 13), (6, 5)),
+    ((3, 33, 14, 14), (7,)),
+]
 
 
 @pytest.mark.parametrize("shape, output_size", [(shape, size) for shape, sizes in PLANES for size in sizes], ids=str)

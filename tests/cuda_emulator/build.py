@@ -94,7 +94,7 @@ def compile_all(jobs):
         depends, used = target.with_suffix(".d"), target.with_suffix(".command")
         if depends.exists() and used.exists() and used.read_text() == shlex.join(command):
             inputs = shlex.split(depends.read_text().replace("\\\n", " "))[1:]
-            if is_current(target, inputs):
+            if is_current(target, [ROOT / path for path in inputs]):
                 return
         used.unlink(missing_ok=True)
         run([*command[:1], "-MMD", "-MF", depends, *command[1:]])
@@ -124,14 +124,14 @@ def build_kernels(mode, sources, library):
 
 
 def ordinary_build():
-    """Of the build that `make setup` made: (the command of a source, without the source; {source: object})."""
-    path = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "build.ninja"
-    if not path.exists():
-        raise SystemExit(f"there is no {path.relative_to(ROOT)}: run `make setup` first.")
-    text = path.read_text()
-    values = {name: re.search(rf"^{name} = (.*)$", text, re.MULTILINE)[1] for name in ("cxx", "cflags", "post_cflags")}
-    objects = {ROOT / source: ROOT / target for target, source in re.findall(r"^build (\S+): compile (\S+)$", text, re.MULTILINE)}
-    return [word for name in ("cxx", "cflags", "post_cflags") for word in shlex.split(values[name]) if word != "-c"], objects
+    """Of the build that `make setup` made: its ninja file, the command that compiles, {source: object}."""
+    path = Path("build") / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "build.ninja"
+    if not (ROOT / path).exists():
+        raise SystemExit(f"there is no {path}: run `make setup` first.")
+    text = (ROOT / path).read_text().replace("$$", "$")
+    values = [re.search(rf"^{name} = (.*)$", text, re.MULTILINE)[1] for name in ("cxx", "cflags", "post_cflags")]
+    objects = {source: target for target, source in re.findall(r"^build (\S+): compile (\S+)$", text, re.MULTILINE)}
+    return path, [word for value in values for word in shlex.split(value)], objects
 
 
 def build_package(mode, kernels=None, folder=None):
@@ -145,13 +145,15 @@ def build_package(mode, kernels=None, folder=None):
     library = package / "libtorchcnn_kernels.so"
     build_kernels(mode, kernels or sorted((ROOT / "csrc" / "cuda").glob("*.cu")), library)
 
-    command, objects = ordinary_build()
-    # What asks the kernels for something is compiled anew. Functions that another library defines are not to be hidden.
-    flags = [*command, "-DTORCHCNN_CUDA", "-DTORCHCNN_CUDA_EMULATOR", "-I", str(HERE), "-fvisibility=default"]
-    callers = [ROOT / "csrc" / "conv2d.cpp", ROOT / "csrc" / "pool2d.cpp"]
-    jobs = [(source, BUILD / "callers" / f"{source.stem}.o", flags) for source in callers]
+    ninja_file, command, objects = ordinary_build()
+    # What asks the kernels for something is compiled anew, the rest is taken from there.
+    flags = [*command, "-DTORCHCNN_CUDA", "-DTORCHCNN_CUDA_EMULATOR", "-I", str(HERE)]
+    callers = ["csrc/conv2d.cpp", "csrc/pool2d.cpp"]
+    jobs = [(source, BUILD / "callers" / f"{Path(source).stem}.o", flags) for source in callers]
     compile_all(jobs)
-    rest = [target for source, target in objects.items() if source not in callers and source.suffix == ".cpp"]
+    rest = [target for source, target in objects.items() if source not in callers]
+    run([sys.executable, "-m", "ninja", "--quiet", "-f", ninja_file, *rest])
+    rest = [ROOT / target for target in rest]
     import torch
 
     torch_libraries = Path(torch.__file__).parent / "lib"

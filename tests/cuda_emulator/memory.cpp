@@ -311,6 +311,19 @@ void declare_memory(const void* first, size_t bytes, bool initialised) {
 
 void forget_memory() { declared.clear(); }
 
+// A launch of its own, which writes: cudaMemsetAsync.
+bool set_memory(void* first, int value, size_t bytes) {
+  const Bytes set = bytes_of(first, bytes);
+  const auto range = std::ranges::find_if(declared, [&](const Range& declared) { return declared.hold(set.first, bytes); });
+  if (range == declared.end()) return false;
+  std::memset(first, value, bytes);
+  if (!kChecks) return true;
+  ++interval;
+  Cell* cells = range->cells_at(set.first);
+  for (size_t i = 0; i < bytes; ++i) cells[i].write = {interval, 0, 0, 0, 0, 0, 0, 0};
+  return true;
+}
+
 }  // namespace emulator
 
 // --------------------------------------------------------------------------------------- what the compiler calls

@@ -25,6 +25,9 @@ void begin_interval();
 // Until the next launch.
 void stop_checking();
 
+// Whether the memory was declared.
+bool set_memory(void* first, int value, size_t bytes);
+
 bool is_shared(const void* at, size_t bytes);
 
 // An access of the running thread; `by` is the instruction. An asynchronous write has an issue and an arrival. Checks in the build

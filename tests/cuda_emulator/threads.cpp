@@ -346,12 +346,6 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  emulator::declare_memory(to, bytes, true);
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
-
 const char* cudaGetErrorString(cudaError_t code) {
   switch (code) {
     case cudaSuccess: return "no error";
@@ -359,6 +353,11 @@ const char* cudaGetErrorString(cudaError_t code) {
     case cudaErrorLaunchFailure: return emulator::error.c_str();
     default: return "invalid argument";
   }
+}
+
+cudaError_t cudaMemsetAsync(void* first, int value, size_t bytes, cudaStream_t) {
+  const std::lock_guard lock(emulator::one_launch);
+  return emulator::set_memory(first, value, bytes) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
