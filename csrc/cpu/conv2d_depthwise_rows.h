@@ -114,9 +114,8 @@ struct Plane {
 
   template <int64_t count>
   [[gnu::always_inline]] void get(int64_t h, const T* (&row)[count]) const {
-    unrolled<count>([&](auto d) __attribute__((always_inline)) {
-      row[d] = h + d < 0 || h + d >= height ? zeros : data + (h + d) * width;
-    });
+    unrolled<count>(
+        [&](auto d) __attribute__((always_inline)) { row[d] = h + d < 0 || h + d >= height ? zeros : data + (h + d) * width; });
   }
 };
 
@@ -203,8 +202,7 @@ void grad_input_stride2(const Correlation<T>& c) {
         T* const to = output + 2 * i * W;
         store_pairs(to, w[4] * here[0], w[5] * here[0] + w[3] * right[0]);
         if (2 * i + 1 == H) return;
-        store_pairs(to + W, w[7] * here[0] + w[1] * here[1],
-                    w[8] * here[0] + w[6] * right[0] + w[2] * here[1] + w[0] * right[1]);
+        store_pairs(to + W, w[7] * here[0] + w[1] * here[1], w[8] * here[0] + w[6] * right[0] + w[2] * here[1] + w[0] * right[1]);
       });
     }
   });

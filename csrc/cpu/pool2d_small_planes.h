@@ -78,9 +78,7 @@ template <class A, class Visit>
 void for_each_small_group(const Pool2dGeometry& g, Visit visit) {
   constexpr int64_t L = kLanes<A>;
   const int64_t planes = g.N * g.C;
-  parallel_for(ceil_div(planes, L), g.H * g.W * 8, [&](int64_t group) {
-    visit(group * L, std::min(L, planes - group * L));
-  });
+  parallel_for(ceil_div(planes, L), g.H * g.W * 8, [&](int64_t group) { visit(group * L, std::min(L, planes - group * L)); });
 }
 
 // Calls visit(h W + w, r, s) for the taps of a window inside the plane, R_ x S_ of them or, where these are 0, any.
@@ -134,9 +132,9 @@ void extremum_pool2d_small_planes(const Pool2dGeometry& g, Extremum extremum, co
     A* lanes = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* values = workspace<A>(Slot::tile, 2 * L * round_up_to_lanes<A>(windows));
     A* codes = values + L * round_up_to_lanes<A>(windows);
-    planes_to_lanes<A>(
-        first, planes, plane, [&](int64_t i) { return (Vec<A>)((Vec<I>)load_wide(input + i) ^ sign); },
-        [&](int64_t i, int64_t left) { return (Vec<A>)((Vec<I>)load_row_end(input + i, left, end) ^ sign); }, lanes);
+    planes_to_lanes<A>(first, planes, plane, [&](int64_t i) {
+      return (Vec<A>)((Vec<I>)load_wide(input + i) ^ sign);
+    }, [&](int64_t i, int64_t left) { return (Vec<A>)((Vec<I>)load_row_end(input + i, left, end) ^ sign); }, lanes);
     with_window_size(g, [&]<int R_, int S_>() {
       A *value = values, *code = codes;
       for (int64_t p = 0; p < g.P; ++p) {
@@ -189,12 +187,11 @@ void offset_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const T* gra
     A* sums = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* gradients = workspace<A>(Slot::tile, 2 * L * round_up_to_lanes<A>(windows));
     A* codes = gradients + L * round_up_to_lanes<A>(windows);
-    planes_to_lanes<A>(
-        first, planes, windows, [&](int64_t i) { return load_wide(grad_output + i); },
-        [&](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
-    planes_to_lanes<A>(
-        first, planes, windows, [&](int64_t i) { return (Vec<A>)load_unsigned<I>(offsets + i); },
-        [&](int64_t i, int64_t left) { return (Vec<A>)load_offsets<I>(offsets + i, left, offsets_end - (offsets + i)); }, codes);
+    planes_to_lanes<A>(first, planes, windows, [&](int64_t i) { return load_wide(grad_output + i); },
+                       [&](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
+    planes_to_lanes<A>(first, planes, windows, [&](int64_t i) {
+      return (Vec<A>)load_unsigned<I>(offsets + i);
+    }, [&](int64_t i, int64_t left) { return (Vec<A>)load_offsets<I>(offsets + i, left, offsets_end - (offsets + i)); }, codes);
     fill_row(sums, L * plane, A(0));
     with_window_size(g, [&]<int R_, int S_>() {
       const A *gradient = gradients, *code = codes;
@@ -229,9 +226,8 @@ void avg_pool2d_small_planes(const Pool2dGeometry& g, const Divisor& divisor, co
   for_each_small_group<A>(g, [&](int64_t first, int64_t planes) {
     A* lanes = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* means = workspace<A>(Slot::tile, L * round_up_to_lanes<A>(windows));
-    planes_to_lanes<A>(
-        first, planes, plane, [&](int64_t i) { return load_wide(input + i); },
-        [&](int64_t i, int64_t left) { return load_row_end(input + i, left, end); }, lanes);
+    planes_to_lanes<A>(first, planes, plane, [&](int64_t i) { return load_wide(input + i); },
+                       [&](int64_t i, int64_t left) { return load_row_end(input + i, left, end); }, lanes);
     with_window_size(g, [&]<int R_, int S_>() {
       A* mean = means;
       for (int64_t p = 0; p < g.P; ++p) {
@@ -259,9 +255,8 @@ void avg_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const Divisor& 
   for_each_small_group<A>(g, [&](int64_t first, int64_t planes) {
     A* sums = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* gradients = workspace<A>(Slot::tile, L * round_up_to_lanes<A>(windows));
-    planes_to_lanes<A>(
-        first, planes, windows, [&](int64_t i) { return load_wide(grad_output + i); },
-        [&](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
+    planes_to_lanes<A>(first, planes, windows, [&](int64_t i) { return load_wide(grad_output + i); },
+                       [&](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
     fill_row(sums, L * plane, A(0));
     with_window_size(g, [&]<int R_, int S_>() {
       const A* gradient = gradients;
