@@ -113,12 +113,13 @@ def build_kernels(mode, sources, library):
     """A shared library of .cu files and the emulator. Nothing else may be in it: its thread-local memory is the shared memory."""
     objects = library.parent / "objects"
     includes = ["-I", str(HERE), "-I", str(ROOT / "csrc"), "-isystem", str(find_headers())]
+    # The emulator comes first: of the functions of std that both use, the linker then takes the copies without checks.
     jobs = []
+    for source in (HERE / "threads.cpp", HERE / "memory.cpp", HERE / "mma.cpp"):
+        jobs.append((source, objects / f"{source.stem}.o", [compiler(), *FLAGS, *EMULATOR_FLAGS[mode], *includes]))
     for source in map(Path, sources):
         flags = [compiler(), *FLAGS, *KERNEL_FLAGS[mode], *includes, "-x", "c++"]
         jobs.append((source, objects / f"{source.stem}.o", flags))
-    for source in (HERE / "threads.cpp", HERE / "memory.cpp", HERE / "mma.cpp"):
-        jobs.append((source, objects / f"{source.stem}.o", [compiler(), *FLAGS, *EMULATOR_FLAGS[mode], *includes]))
     compile_all(jobs)
     link(library, [target for _, target, _ in jobs], [*LINK_FLAGS[mode], "-Wl,-Bsymbolic", "-Wl,-z,defs", "-ldl"])
 
