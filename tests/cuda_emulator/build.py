@@ -4,7 +4,7 @@
 
 fast    numbers
 check   every access of a kernel is checked: races, bounds, uninitialised memory (memory.cpp)
-asan    the address sanitizer; its library has to be loaded first, by LD_PRELOAD=$(g++ -print-file-name=libasan.so)
+asan    the address sanitizer, whose library has to be loaded first; the command that is printed says how
 
 Then PYTHONPATH=build/cuda-emulator/MODE pytest tests/test_conv2d.py runs the kernels on CPU tensors.
 Needed: `make setup` before, g++ on x86-64, and the CUDA headers: a toolkit, or
@@ -71,6 +71,12 @@ def obstacle():
 
 def output_of(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def asan_environment():
+    """What Python needs before it can load the build `asan`."""
+    libraries = [output_of(compiler(), f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so.6")]
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 def run(command):
@@ -171,5 +177,5 @@ if __name__ == "__main__":
     if obstacle():
         raise SystemExit(f"{obstacle()}.")
     folder = os.path.relpath(build_package(mode))
-    preload = "LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 " if mode == "asan" else ""
-    print(f"{preload}PYTHONPATH={folder} pytest tests/test_conv2d.py")
+    settings = {**(asan_environment() if mode == "asan" else {}), "PYTHONPATH": folder}
+    print(*(f"{name}='{value}'" for name, value in settings.items()), "pytest tests/test_conv2d.py")

@@ -162,7 +162,7 @@ void access_range(Range& range, uintptr_t at, size_t bytes, Access kind, uint32_
     const size_t offset = at - range.first + i;
     const bool written = range.shared ? cell.write.interval >= first_of_block : cell.write.interval != 0;
     if (!written && !writes && !range.initialised)
-      fail_at(by, "reads byte %zu of %s memory, which nothing has written", offset, range.shared ? "shared" : "global");
+      fail_at(by, "reads byte %zu of %s memory, which nothing has written so far", offset, range.shared ? "shared" : "global");
     if (written) {
       const bool arrives = kind == Access::arrival && cell.write.under_way && cell.write.thread == thread;
       const bool under_way = cell.write.under_way && cell.write.interval >= first_of_block;
