@@ -4,7 +4,7 @@
 
 fast    numbers
 check   every access of a kernel is checked: races, bounds, uninitialised memory (memory.cpp)
-asan    the address sanitizer; its library has to be loaded first, by LD_PRELOAD=$(g++ -print-file-name=libasan.so)
+asan    the address sanitizer, whose library has to be loaded first; the command that is printed says how
 
 Then PYTHONPATH=build/cuda-emulator/MODE pytest tests/test_conv2d.py runs the kernels on CPU tensors.
 Needed: `make setup` before, g++ on x86-64, and the CUDA headers: a toolkit, or
@@ -73,6 +73,12 @@ def output_of(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
+def asan_environment():
+    """What Python needs before it can load the build `asan`."""
+    libraries = [output_of(compiler(), f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so.6")]
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
 def run(command):
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=ROOT)
     sys.stderr.write(done.stderr)
@@ -113,12 +119,13 @@ def build_kernels(mode, sources, library):
     """A shared library of .cu files and the emulator. Nothing else may be in it: its thread-local memory is the shared memory."""
     objects = library.parent / "objects"
     includes = ["-I", str(HERE), "-I", str(ROOT / "csrc"), "-isystem", str(find_headers())]
+    # The emulator comes first: of the functions of std that both use, the linker then takes the copies without checks.
     jobs = []
+    for source in (HERE / "threads.cpp", HERE / "memory.cpp", HERE / "mma.cpp"):
+        jobs.append((source, objects / f"{source.stem}.o", [compiler(), *FLAGS, *EMULATOR_FLAGS[mode], *includes]))
     for source in map(Path, sources):
         flags = [compiler(), *FLAGS, *KERNEL_FLAGS[mode], *includes, "-x", "c++"]
         jobs.append((source, objects / f"{source.stem}.o", flags))
-    for source in (HERE / "threads.cpp", HERE / "memory.cpp", HERE / "mma.cpp"):
-        jobs.append((source, objects / f"{source.stem}.o", [compiler(), *FLAGS, *EMULATOR_FLAGS[mode], *includes]))
     compile_all(jobs)
     link(library, [target for _, target, _ in jobs], [*LINK_FLAGS[mode], "-Wl,-Bsymbolic", "-Wl,-z,defs", "-ldl"])
 
@@ -170,5 +177,5 @@ if __name__ == "__main__":
     if obstacle():
         raise SystemExit(f"{obstacle()}.")
     folder = os.path.relpath(build_package(mode))
-    preload = "LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 " if mode == "asan" else ""
-    print(f"{preload}PYTHONPATH={folder} pytest tests/test_conv2d.py")
+    settings = {**(asan_environment() if mode == "asan" else {}), "PYTHONPATH": folder}
+    print(*(f"{name}='{value}'" for name, value in settings.items()), "pytest tests/test_conv2d.py")

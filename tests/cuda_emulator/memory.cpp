@@ -140,10 +140,10 @@ bool has_happened_before(const Event& event) {
   return event.thread == thread || seen[event.thread % kWarp] >= event.clock;
 }
 
-void note_read(Event& read, const Event& now) {
+void note_read(Event& read, const Event& now, bool shared) {
   const bool of_launch = read.interval >= first_of_launch && read.interval != 0;
   Event next = now;
-  if (of_launch && (read.several_blocks || read.interval < first_of_block)) next.several_blocks = 1;
+  if (!shared && of_launch && (read.several_blocks || read.interval < first_of_block)) next.several_blocks = 1;
   if (read.interval == interval && !(read.thread == now.thread && !read.several_lanes && !read.several_warps) &&
       !has_happened_before(read)) {
     if (read.several_warps || read.thread / kWarp != now.thread / kWarp) {
@@ -156,7 +156,7 @@ void note_read(Event& read, const Event& now) {
   read = next;
 }
 
-// Of memory whose contents outlive a block, writes of another block are races, which is what global memory is for.
+// What an earlier block did to shared memory is forgotten.
 void access_range(Range& range, uintptr_t at, size_t bytes, Access kind, uint32_t by) {
   const unsigned thread = thread_number();
   const Event now = {interval, by, clocks[thread][thread % kWarp], uint16_t(thread), 0, 0, 0, 0};
@@ -167,15 +167,14 @@ void access_range(Range& range, uintptr_t at, size_t bytes, Access kind, uint32_
     const size_t offset = at - range.first + i;
     const bool written = range.shared ? cell.write.interval >= first_of_block : cell.write.interval != 0;
     if (!written && !writes && !range.initialised)
-      fail_at(by, "reads byte %zu of %s memory, which nothing has written", offset, range.shared ? "shared" : "global");
+      fail_at(by, "reads byte %zu of %s memory, which nothing has written so far", offset, range.shared ? "shared" : "global");
     if (written) {
       const bool arrives = kind == Access::arrival && cell.write.under_way && cell.write.thread == thread;
       const bool under_way = cell.write.under_way && cell.write.interval >= first_of_block;
       if (!arrives && (under_way || !has_happened_before(cell.write))) fail_race(range, offset, writes, cell.write, true, by);
     }
     if (!writes) {
-      if (range.shared && cell.read.interval < first_of_block) cell.read = {};  // of another block's memory
-      note_read(cell.read, now);
+      note_read(cell.read, now, range.shared);
       continue;
     }
     const bool read = range.shared ? cell.read.interval >= first_of_block : cell.read.interval != 0;

@@ -77,6 +77,7 @@ std::mutex one_launch;
 std::vector<Thread> threads;
 Thread* running;
 unsigned thread_count, returned, blocks_begun;
+bool combining;  // what runs belongs to the emulator, though it may have been compiled with the kernel
 Kernel kernel;
 void* main_stack_pointer;
 std::string error;
@@ -250,7 +251,7 @@ cudaError_t run_grid() {
 // ----------------------------------------------------------------------------------------------- what kernels ask for
 
 unsigned thread_number() { return running->number; }
-bool in_a_kernel() { return running != nullptr; }
+bool in_a_kernel() { return running != nullptr && !combining; }
 unsigned block_serial() { return blocks_begun; }
 
 Bytes stack_of_thread() {
@@ -260,6 +261,7 @@ Bytes stack_of_thread() {
 
 void fail_with(const char* message) {
   stop_checking();
+  combining = false;
   keep_error(std::string(message) + " [thread " + text(threadIdx) + " of block " + text(blockIdx) + "]");
   leave(true);
   std::abort();
@@ -303,7 +305,9 @@ void meet(unsigned mask, void* operand, Combine combine, const Place& place) {
     if (!here) return leave(false);  // until the last of them is here
     operands[lane] = other.operand;
   }
+  combining = true;
   combine(operands, mask, place);
+  combining = false;
   for (unsigned lane = 0; lane < lanes; ++lane)
     if (mask >> lane & 1) threads[first + lane].state = State::ready;
 }
