@@ -226,13 +226,7 @@ class TorchFor:
         return getattr(F, self.bad.torch_operator or name)
 
 
-def marked(bad):
-    """A GPU asserts indices, as torch does: the kernel is stopped, and no value comes back to be named."""
-    on_gpu = pytest.mark.cpu_kernels("a GPU asserts indices")
-    return pytest.param(bad, marks=on_gpu, id=str(bad)) if "max_unpool2d_index" in str(bad) else bad
-
-
-@pytest.mark.parametrize("bad", map(marked, [*CONV2D, *POOL2D, *ADAPTIVE, *UNPOOL]), ids=str)
+@pytest.mark.parametrize("bad", [*CONV2D, *POOL2D, *ADAPTIVE, *UNPOOL], ids=str)
 def test_same_exception_as_torch_and_a_message_that_says_why(bad):
     expected = bad.torch_type
     if expected is None:

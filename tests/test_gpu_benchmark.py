@@ -144,8 +144,9 @@ def without_gpu(harness, monkeypatch):
         machine = {"gpu": "NVIDIA A100-SXM4-80GB", "torch_version": torch.__version__, "layout": "nchw"}
         return harness.gpu.main(harness.run.parse([*command, "--device", "cuda"]), machine)
 
-    yield run
-    conv.fp32_precision, cudnn.benchmark, cudnn.deterministic = before
+    with torch.backends.__allow_nonbracketed_mutation():  # PyTorch's test helpers bar the switches once imported
+        yield run
+        conv.fp32_precision, cudnn.benchmark, cudnn.deterministic = before
 
 
 @pytest.mark.parametrize("table", ["conv", "pool"])
