@@ -225,6 +225,7 @@ ADAPTIVE_CASES = [
     ("unbatched", (3, 9, 7), (2, 3)),
     ("one_pixel", (1, 1, 1, 1), 1),
     ("channels_17", (2, 17, 13, 11), (6, 5)),
+    ("columns_alike", (2, 8, 8, 8), (5, 7)),  # all windows two wide, some two high, others three
     ("long_rows", (1, 2, 5, 130), (2, 33)),
     ("large_windows", (2, 32, 41, 67), (3, 2)),
 ]

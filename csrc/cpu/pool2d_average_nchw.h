@@ -28,7 +28,7 @@ struct Averaging {
     const Window one{0, 1, 1};
     const int64_t first = divisor(row_window(g, 0), column_window(g, 0));
     bool uniform = (first & (first - 1)) == 0;
-    const bool inside = windows_lie_inside(g);
+    const bool inside = !g.adaptive && windows_lie_inside(g);  // adaptive windows differ in size
     for (int64_t p = 0; p < g.P && uniform && !inside; ++p) uniform = divisor(row_window(g, p), column_window(g, 0)) == first;
     for (int64_t q = 0; q < round_up_to_lanes<A>(g.Q); ++q) {
       const Window column = q < g.Q ? column_window(g, q) : one;
