@@ -108,6 +108,8 @@ def architecture_flags(home):
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
             fail(f"TORCH_CUDA_ARCH_LIST is {wanted!r}: list architectures as in 8.0;9.0+PTX.")
         number = arch.removesuffix("+PTX").replace(".", "")
+        if arch.endswith("+PTX") and int(number.rstrip("af")) < 80:  # csrc/cuda/mma.cuh
+            fail(f"TORCH_CUDA_ARCH_LIST is {wanted!r}: PTX below 8.0 has no tensor-core kernels for the GPUs that would run it.")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")

@@ -88,6 +88,16 @@ def build(tmp_path):
                 "TORCH_CUDA_ARCH_LIST": "Ampere",
             },
         ),
+        (
+            "TORCH_CUDA_ARCH_LIST is '8.0;7.5.PTX': PTX below 8.0 has no tensor-core kernels",
+            {
+                "TORCHCNN_CUDA": "1",
+                "cuda_sources": True,
+                "nvcc": NVCC_12,
+                "torch": CPU_TORCH,
+                "TORCH_CUDA_ARCH_LIST": "8.0;7.5+PTX",
+            },
+        ),
     ],
 )
 def test_build_refuses_in_one_line(build, reason, circumstances):

@@ -9,6 +9,7 @@
 // channels_last; what they read twice comes from the L1 cache. grad_weight cuts the sum over pixels into parts, the block's threads
 // add theirs up in a tree, and a second kernel adds the parts in order: no atomics, the same bits every time.
 #include "conv2d_host.cuh"
+#include "conv2d_parts.cuh"
 
 namespace torchcnn::cuda::depthwise {
 
@@ -29,8 +30,9 @@ __device__ inline Element element_at(int64_t at, const Strides& s, int C, int H,
     const Counter high = Counter::of(at / C, H, W);
     return {high.a, int(at % C), high.b, high.c};
   }
-  const Counter low = Counter::of(at, H, W);
-  return {low.a / C, low.a % C, low.b, low.c};
+  const int64_t plane = at / (int64_t(H) * W);
+  const Counter in_plane = Counter::of(at - plane * H * W, H, W);
+  return {plane / C, int(plane % C), in_plane.b, in_plane.c};
 }
 
 template <class T>
@@ -84,27 +86,24 @@ __global__ void __launch_bounds__(256) conv2d_depthwise_grad_input(const Problem
   }
 }
 
-// A block has 32 x 8 threads for one tap and one part of the pixels: the 32 run over what is neighbouring in memory, channels in
-// channels_last, pixels in NCHW. parts[part][k][tap].
+// A block for one tap and one part of the pixels: parts[part][k][tap].
 template <class T>
-__global__ void __launch_bounds__(256) conv2d_depthwise_grad_weight_parts(const Problem problem, const T* grad_output,
-                                                                          const T* input, int64_t part_pixels, SumOf<T>* parts) {
+__global__ void __launch_bounds__(256)
+    conv2d_depthwise_grad_weight_parts(const Problem problem, const T* grad_output, const T* input, int64_t channel_blocks,
+                                       int64_t part_pixels, SumOf<T>* parts) {
   const Axis &h_axis = problem.h, &w_axis = problem.w;
-  const bool channels_last = problem.output.c == 1;
-  const int taps = h_axis.kernel * w_axis.kernel, channels = channels_last ? 32 : 8, lanes = channels_last ? 8 : 32;
-  const int tap = int(blockIdx.x % taps), channel_blocks = (problem.K + channels - 1) / channels;
-  const int channel_block = int(blockIdx.x / taps % channel_blocks);
+  const int taps = h_axis.kernel * w_axis.kernel, tap = int(blockIdx.x % taps);
   const int64_t part = blockIdx.x / taps / channel_blocks;
-  const int64_t k = int64_t(channel_block) * channels + (channels_last ? threadIdx.x : threadIdx.y);
-  const int lane = channels_last ? threadIdx.y : threadIdx.x;
+  const ChannelsAndLanes block(problem.output.c == 1, blockIdx.x / taps % channel_blocks);
+  const int64_t k = block.channel;
   const int r = tap / w_axis.kernel, s = tap % w_axis.kernel, P = h_axis.written, Q = w_axis.written;
-  const int64_t pixels = int64_t(problem.images) * P * Q, begin = part * part_pixels;
-  const int64_t end = begin + part_pixels < pixels ? begin + part_pixels : pixels;
+  const int64_t pixels = int64_t(problem.images) * P * Q, begin = part * part_pixels + block.lane;
+  const int64_t end = (part + 1) * part_pixels < pixels ? (part + 1) * part_pixels : pixels;
   SumOf<T> sum = 0;
-  if (k < problem.K && begin + lane < end) {
-    Counter at = Counter::of(begin + lane, P, Q);
-    const Counter step = Counter::of(lanes, P, Q);
-    for (int64_t pixel = begin + lane; pixel < end; pixel += lanes, at.add(step, P, Q)) {
+  if (k < problem.K && begin < end) {
+    Counter at = Counter::of(begin, P, Q);
+    const Counter step = Counter::of(block.lanes, P, Q);
+    for (int64_t pixel = begin; pixel < end; pixel += block.lanes, at.add(step, P, Q)) {
       const int h = at.b * h_axis.stride - h_axis.pad + r * h_axis.dilation;
       const int w = at.c * w_axis.stride - w_axis.pad + s * w_axis.dilation;
       if (unsigned(h) >= unsigned(h_axis.read) || unsigned(w) >= unsigned(w_axis.read)) continue;
@@ -115,29 +114,14 @@ __global__ void __launch_bounds__(256) conv2d_depthwise_grad_weight_parts(const 
       sum += to_arithmetic(gradient) * to_arithmetic(value);
     }
   }
-  __shared__ SumOf<T> sums[32][9];
-  sums[threadIdx.x][threadIdx.y] = sum;
-  for (int half = lanes / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (lane < half)
-      sums[threadIdx.x][threadIdx.y] +=
-          channels_last ? sums[threadIdx.x][threadIdx.y + half] : sums[threadIdx.x + half][threadIdx.y];
-  }
-  if (lane == 0 && k < problem.K) parts[(part * problem.K + k) * taps + tap] = sums[threadIdx.x][threadIdx.y];
-}
-
-template <class T>
-__global__ void conv2d_depthwise_add_parts(const SumOf<T>* parts, int64_t part_count, int64_t count, T* to) {
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
-    SumOf<T> sum = 0;
-    for (int64_t part = 0; part < part_count; ++part) sum += parts[part * count + at];
-    to[at] = from_arithmetic<T>(sum);
-  }
+  sum = block.add_up(sum);
+  if (block.lane == 0 && k < problem.K) parts[(part * problem.K + k) * taps + tap] = sum;
 }
 
 namespace {
 
 Problem problem_of(const char* op, const Conv2dGeometry& g) {
+  as_int(op, "kernel height * kernel width", checked_mul(g.R, g.S, op, "kernel height * kernel width"));
   return {axis_of(op, "height", g.H, g.P, g.R, g.stride_h, g.pad_h, g.dilation_h, false),
           axis_of(op, "width", g.W, g.Q, g.S, g.stride_w, g.pad_w, g.dilation_w, false),
           as_int(op, "batch", g.N),
@@ -180,13 +164,13 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const char* op = "conv2d_grad_weight";
   const Problem problem = problem_of(op, g);
   const int64_t parts = ceil_div(g.N * g.P * g.Q, kPartPixels), count = g.K * g.R * g.S;
-  const int64_t channel_blocks = ceil_div(g.K, problem.output.c == 1 ? 32 : 8);
+  const int64_t blocks = channel_blocks(g.K, problem.output.c == 1);
   auto* sums = static_cast<SumOf<Device<T>>*>(workspace);
   launch(op, conv2d_depthwise_grad_weight_parts<Device<T>>,
-         block_count(op, checked_mul(parts * channel_blocks, g.R * g.S, op, "thread blocks")), dim3(32, 8), 0, stream, problem,
-         on_device(grad_output), on_device(input), kPartPixels, sums);
-  launch(op, conv2d_depthwise_add_parts<Device<T>>, blocks_for(count, 256), 256, 0, stream, sums, parts, count,
-         on_device(grad_weight));
+         block_count(op, checked_mul(parts * blocks, g.R * g.S, op, "thread blocks")), dim3(32, 8), 0, stream, problem,
+         on_device(grad_output), on_device(input), blocks, kPartPixels, sums);
+  launch("conv2d_add_parts", conv2d_add_parts<Device<T>, SumOf<Device<T>>>, blocks_for(count, 256), 256, 0, stream, sums, parts,
+         1, 1, count, on_device(grad_weight));
 }
 
 #define TORCHCNN_INSTANTIATE(T)                                                                               \

@@ -9,7 +9,7 @@
 //
 //   packed[class of taps][group][channel of the result][(i taps_w + j) channels + c]
 //
-// so that one kernel serves every kernel size, stride, dilation, group and both layouts. Three tiles of the sum are in flight
+// so that one kernel serves every kernel size, stride, dilation, group and both layouts. Two tiles of the sum are on their way
 // (cp.async) while one is multiplied. Method: S. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, section 3.
 #include "conv2d_host.cuh"
 #include "conv2d_patches.cuh"
@@ -47,13 +47,15 @@ __global__ void conv2d_pack_weight(const GatherProblem<T> problem, bool transpos
     int64_t rest = at / problem.packed_row;
     const int written = int(rest % problem.channels_written);
     rest /= problem.channels_written;
-    const int group = int(rest % problem.groups), first_h = int(rest / problem.groups) / w.classes(),
-              first_w = int(rest / problem.groups) % w.classes();
+    const int group = int(rest % problem.groups);
+    rest /= problem.groups;
+    const int first_h = int(rest / w.classes()), first_w = int(rest % w.classes());
     const int taps_w = w.taps(first_w), read = column % channels, i = column / channels / taps_w, j = column / channels % taps_w;
-    const int r = first_h + i * h.period, s = first_w + j * w.period;
+    const bool exists = i < h.taps(first_h);  // else it pads the row to whole tiles
+    const int r = exists ? first_h + i * h.period : 0, s = first_w + j * w.period;
     const int64_t k = int64_t(group) * K_per_group + (transposed ? read : written);
     const int c = transposed ? written : read;
-    packed[at] = r < h.kernel ? weight[((k * C_per_group + c) * h.kernel + r) * w.kernel + s] : from_arithmetic<T>(SumOf<T>(0));
+    packed[at] = exists ? weight[((k * C_per_group + c) * h.kernel + r) * w.kernel + s] : from_arithmetic<T>(SumOf<T>(0));
   }
 }
 
@@ -65,8 +67,6 @@ __global__ void __launch_bounds__(Math::Shape::threads, 1) conv2d_gather(const G
     __trap();
     return;
   }
-  constexpr int stages = Shape::stages;
-  T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
 
   int64_t block = blockIdx.x;
   const int tile_n = int(block % problem.tiles_n);
@@ -101,44 +101,25 @@ __global__ void __launch_bounds__(Math::Shape::threads, 1) conv2d_gather(const G
                     weight_share.vector * kVectorSize<T>;
 
   Piece<T> piece[Shape::copies];
-  const auto activation_tile = [&](int tile) { return shared + tile % stages * 2 * Shape::operand_size; };
-  const auto weight_tile = [&](int tile) { return activation_tile(tile) + Shape::operand_size; };
-  const auto fetch = [&](int tile) {
+  const auto fetch = [&](int tile, T* activation_tile, T* weight_tile) {
 #pragma unroll
     for (int copy = 0; copy < Shape::copies; ++copy) {
-      piece[copy].fetch(from, h, w, problem.h.read, problem.w.read, corner[copy], tap,
-                        activation_tile(tile) + share.offset(copy));
+      piece[copy].fetch(from, h, w, problem.h.read, problem.w.read, corner[copy], tap, activation_tile + share.offset(copy));
       const int row = weight_share.row(copy);
       const bool exists = first_channel + row < problem.channels_written;
-      copy_async(weight_tile(tile) + weight_share.offset(copy),
+      copy_async(weight_tile + weight_share.offset(copy),
                  weight + (exists ? int64_t(row) * problem.packed_row + tile * Shape::block_k : 0), exists);
     }
     tap.add(tap_step, w.taps, from.channels);
   };
-  const auto store = [&](int tile) {
+  const auto store = [&](T* activation_tile, T*) {
 #pragma unroll
-    for (int copy = 0; copy < Shape::copies; ++copy) piece[copy].store(from, activation_tile(tile) + share.offset(copy));
+    for (int copy = 0; copy < Shape::copies; ++copy) piece[copy].store(from, activation_tile + share.offset(copy));
   };
-
-  for (int tile = 0; tile < stages - 1; ++tile) {
-    if (tile < tiles) {
-      fetch(tile);
-      store(tile);
-    }
-    copy_async_commit();
-  }
   Math math;
-  for (int tile = 0; tile < tiles; ++tile) {
-    copy_async_wait<stages - 2>();
-    __syncthreads();  // tile has arrived for all, and all have read the one before it, whose place the next to come takes
-    const int coming = tile + stages - 1;
-    if (coming < tiles) fetch(coming);
-    math.step(activation_tile(tile), weight_tile(tile));
-    if (coming < tiles) store(coming);
-    copy_async_commit();
-  }
+  add_up_tiles(math, tiles, fetch, store);
 
-  const int group_channel = group * problem.channels_written;
+  const int64_t group_channel = int64_t(group) * problem.channels_written;
   const Strides& s = problem.to_strides;
   math.for_each_pair([&](int m, int n, auto first, auto second) {
     const int64_t pixel = first_pixel + m;
@@ -146,7 +127,7 @@ __global__ void __launch_bounds__(Math::Shape::threads, 1) conv2d_gather(const G
     if (pixel >= pixels || channel >= problem.channels_written) return;
     const Counter at = Counter::of(pixel, h.outputs, w.outputs);
     T* to = problem.to + at.a * s.n + (int64_t(at.b) * h.written_step + h.written_origin) * s.h +
-            (int64_t(at.c) * w.written_step + w.written_origin) * s.w + int64_t(group_channel + channel) * s.c;
+            (int64_t(at.c) * w.written_step + w.written_origin) * s.w + (group_channel + channel) * s.c;
     const auto finished = [&](auto sum, int of_channel) {
       if (problem.bias != nullptr) sum += to_arithmetic(problem.bias[group_channel + of_channel]);
       return from_arithmetic<T>(problem.relu && sum < 0 ? decltype(sum)(0) : sum);

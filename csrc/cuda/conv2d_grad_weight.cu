@@ -6,11 +6,13 @@
 // grad_weight is a matrix product whose rows are output channels, whose columns are taps and input channels, (r S + s) C + c, and
 // whose long sum runs over pixels. The sum is cut into as many parts of whole tiles as fill a GPU (split-K); each part goes to
 // scratch memory of its own and a second kernel adds the parts in order, so that no atomic addition makes the result depend on
-// which block came first. Where the cuts lie depends on the geometry alone.
+// which block came first. Where the cuts lie depends on the geometry, the dtype and the kind of arithmetic, not on how
+// many multiprocessors there are.
 //
 // A row of shared memory holds one pixel and the channels of the block (Storage::by_k), as channels_last lies in memory; ldmatrix
 // transposes on the way to the tensor cores.
 #include "conv2d_host.cuh"
+#include "conv2d_parts.cuh"
 
 namespace torchcnn::cuda {
 
@@ -34,8 +36,6 @@ __global__ void __launch_bounds__(Math::Shape::threads, 1)
     __trap();
     return;
   }
-  constexpr int stages = Shape::stages;
-  T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
 
   int64_t block = blockIdx.x;
   const int tile_n = int(block % problem.tiles_n);
@@ -67,49 +67,30 @@ __global__ void __launch_bounds__(Math::Shape::threads, 1)
   }
 
   Piece<T> gradient_piece[Shape::copies], input_piece[Shape::copies];
-  const auto gradient_tile = [&](int tile) { return shared + tile % stages * 2 * Shape::operand_size; };
-  const auto input_tile = [&](int tile) { return gradient_tile(tile) + Shape::operand_size; };
-  const auto fetch = [&](int tile) {
+  const auto fetch = [&](int, T* gradient_tile, T* input_tile) {
 #pragma unroll
     for (int copy = 0; copy < Shape::copies; ++copy) {
       Counter& at = gradient_pixel[copy];
       const Corner here{at.a < problem.images ? at.a * gradient.stride_n + gradient_group : -1, at.b, at.c};
-      gradient_piece[copy].fetch(gradient, itself, itself, P, Q, here, channel,
-                                 gradient_tile(tile) + gradient_share.offset(copy));
+      gradient_piece[copy].fetch(gradient, itself, itself, P, Q, here, channel, gradient_tile + gradient_share.offset(copy));
       at.add(pixel_step, P, Q);
       Counter& of = input_pixel[copy];
       const Corner corner{of.a < problem.images ? of.a * input.stride_n + input_group : -1, of.b * h.step + h.origin,
                           of.c * w.step + w.origin};
-      input_piece[copy].fetch(input, h, w, problem.h.read, problem.w.read, corner, tap,
-                              input_tile(tile) + input_share.offset(copy));
+      input_piece[copy].fetch(input, h, w, problem.h.read, problem.w.read, corner, tap, input_tile + input_share.offset(copy));
       of.add(pixel_step, P, Q);
     }
   };
-  const auto store = [&](int tile) {
+  const auto store = [&](T* gradient_tile, T* input_tile) {
 #pragma unroll
     for (int copy = 0; copy < Shape::copies; ++copy) {
-      gradient_piece[copy].store(gradient, gradient_tile(tile) + gradient_share.offset(copy));
-      input_piece[copy].store(input, input_tile(tile) + input_share.offset(copy));
+      gradient_piece[copy].store(gradient, gradient_tile + gradient_share.offset(copy));
+      input_piece[copy].store(input, input_tile + input_share.offset(copy));
     }
   };
 
-  for (int tile = 0; tile < stages - 1; ++tile) {
-    if (tile < tiles) {
-      fetch(tile);
-      store(tile);
-    }
-    copy_async_commit();
-  }
   Math math;
-  for (int tile = 0; tile < tiles; ++tile) {
-    copy_async_wait<stages - 2>();
-    __syncthreads();  // tile has arrived for all, and all have read the one before it, whose place the next to come takes
-    const int coming = tile + stages - 1;
-    if (coming < tiles) fetch(coming);
-    math.step(gradient_tile(tile), input_tile(tile));
-    if (coming < tiles) store(coming);
-    copy_async_commit();
-  }
+  add_up_tiles(math, tiles, fetch, store);
 
   auto* to = problem.parts + (part * problem.groups + group) * problem.K_per_group * problem.columns;
   math.for_each_pair([&](int m, int n, auto first, auto second) {
@@ -121,43 +102,20 @@ __global__ void __launch_bounds__(Math::Shape::threads, 1)
   });
 }
 
-// grad_weight[at], at = ((g K/G + k) C/G + c) R S + tap, is the sum of parts[0 ... count][(g K/G + k) columns + tap C/G + c].
+// Part sums of grad_output over a range of pixels of all images: parts[part][k].
 template <class T, class Sum>
-__global__ void conv2d_add_parts(const Sum* parts, int64_t part_count, int channels, int taps, int64_t count, T* to) {
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t tap = at % taps, c = at / taps % channels, k = at / taps / channels;
-    const Sum* from = parts + (k * taps + tap) * channels + c;
-    Sum sum = 0;
-    for (int64_t part = 0; part < part_count; ++part) sum += from[part * count];
-    to[at] = from_arithmetic<T>(sum);
-  }
-}
-
-// Part sums of grad_output over a range of pixels of all images. A block has 32 x 8 threads: the 32 run over what is neighbouring in
-// memory, channels in channels_last, pixels in NCHW.
-template <class T, class Sum>
-__global__ void __launch_bounds__(256)
-    conv2d_grad_bias_parts(const T* gradient, int K, int64_t pixels, int64_t images, Strides s, int64_t part_pixels, Sum* parts) {
-  const bool channels_last = s.c == 1;
-  const int64_t channel_blocks = (K + (channels_last ? 31 : 7)) / (channels_last ? 32 : 8);
-  const int64_t part = blockIdx.x / channel_blocks, channel_block = blockIdx.x % channel_blocks;
-  const int64_t k = channels_last ? channel_block * 32 + threadIdx.x : channel_block * 8 + threadIdx.y;
-  const int lane = channels_last ? threadIdx.y : threadIdx.x, lanes = channels_last ? 8 : 32;
+__global__ void __launch_bounds__(256) conv2d_grad_bias_parts(const T* gradient, int K, int64_t channel_blocks, int64_t pixels,
+                                                              int64_t images, Strides s, int64_t part_pixels, Sum* parts) {
+  const int64_t part = blockIdx.x / channel_blocks;
+  const ChannelsAndLanes at(s.c == 1, blockIdx.x % channel_blocks);
   const int64_t begin = part * part_pixels, total = images * pixels;
   const int64_t end = begin + part_pixels < total ? begin + part_pixels : total;
   Sum sum = 0;
-  if (k < K)
-    for (int64_t pixel = begin + lane; pixel < end; pixel += lanes)
-      sum += to_arithmetic(gradient[pixel / pixels * s.n + pixel % pixels * s.w + k * s.c]);
-  __shared__ Sum sums[32][9];  // [lane along memory][the other]
-  sums[threadIdx.x][threadIdx.y] = sum;
-  for (int half = lanes / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (lane < half)
-      sums[threadIdx.x][threadIdx.y] +=
-          channels_last ? sums[threadIdx.x][threadIdx.y + half] : sums[threadIdx.x + half][threadIdx.y];
-  }
-  if (lane == 0 && k < K) parts[part * K + k] = sums[threadIdx.x][threadIdx.y];
+  if (at.channel < K)
+    for (int64_t pixel = begin + at.lane; pixel < end; pixel += at.lanes)
+      sum += to_arithmetic(gradient[pixel / pixels * s.n + pixel % pixels * s.w + at.channel * s.c]);
+  sum = at.add_up(sum);
+  if (at.lane == 0 && at.channel < K) parts[part * K + at.channel] = sum;
 }
 
 namespace {
@@ -255,11 +213,10 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
   const char* op = "conv2d_grad_bias";
   const int64_t pixels = g.P * g.Q, part_count = ceil_div(g.N * pixels, kBiasPartPixels);
   const int K = as_int(op, "channels", g.K);
-  const int64_t channel_blocks = ceil_div(K, g.output_strides().c == 1 ? 32 : 8);
+  const int64_t blocks = channel_blocks(K, g.output_strides().c == 1);
   SumOf<T>* parts = static_cast<SumOf<T>*>(workspace);
-  launch(op, conv2d_grad_bias_parts<Device<T>, SumOf<T>>,
-         block_count(op, checked_mul(part_count, channel_blocks, op, "thread blocks")), dim3(32, 8), 0, stream,
-         on_device(grad_output), K, pixels, g.N, g.output_strides(), kBiasPartPixels, parts);
+  launch(op, conv2d_grad_bias_parts<Device<T>, SumOf<T>>, block_count(op, checked_mul(part_count, blocks, op, "thread blocks")),
+         dim3(32, 8), 0, stream, on_device(grad_output), K, blocks, pixels, g.N, g.output_strides(), kBiasPartPixels, parts);
   launch("conv2d_add_parts", conv2d_add_parts<Device<T>, SumOf<T>>, blocks_for(K, 256), 256, 0, stream, parts, part_count, 1, 1,
          int64_t(K), on_device(grad_bias));
 }

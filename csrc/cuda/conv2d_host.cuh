@@ -53,7 +53,7 @@ inline unsigned blocks_for(int64_t count, int threads) {
   return unsigned(std::min(enough, ceil_div(count, threads)));
 }
 
-// Of the largest GPUs: two blocks on each of 132 multiprocessors. A constant, so that results do not depend on the GPU. The emulator
+// Two blocks for each of the 132 multiprocessors of an H100. A constant, so that results do not depend on the GPU. The emulator
 // takes few, so that sizes which it can compute take every kernel.
 #ifdef TORCHCNN_CUDA_EMULATOR
 constexpr int64_t kBlocksThatFillAGpu = 3;

@@ -7,8 +7,8 @@
 //   Storage::by_k       a row holds one k and block_m values of m (block_n of n): grad_weight, whose k are pixels
 //
 // Two kinds of arithmetic, the same tiles: TensorMath steps by mma.sync (float16, bfloat16, TF32), SimtMath by one multiply-add at a
-// time (float32, float64, and 16-bit types before sm_80). Either adds up the products of an element of D in ascending order of k,
-// whatever the tile: the choice of a tile does not change a bit.
+// time (float32, float64, and 16-bit types before sm_80). Either adds up the products of an element of D step by step in
+// ascending order of k, whatever the tile: the choice of a tile does not change a bit. Within one mma step the order is the GPU's.
 #pragma once
 
 #include <utility>
@@ -40,7 +40,7 @@ struct TileShape {
   static constexpr int padding = storage == Storage::by_k && sizeof(T) == 4 ? 8 : kVectorSize<T>;
   static constexpr int pitch = row_size + padding;  // elements from row to row
   static constexpr int operand_size = rows * pitch;
-  static constexpr int stages = 3;  // tiles of k in flight
+  static constexpr int stages = 3;  // places for tiles of k
   static constexpr size_t shared_bytes = size_t(stages) * 2 * operand_size * sizeof(T);
 
   // How a block's threads share the 16-byte vectors of an operand: each has one column of vectors and `copies` rows.
@@ -184,5 +184,35 @@ struct SimtMath {
       for (int j = 0; j < thread_n; j += 2) write(row(i), column(j), sum[i][j], sum[i][j + 1]);
   }
 };
+
+// ---------------------------------------------------------------------------------------------------------- the pipeline
+
+// The whole sum over `tiles` tiles of k, two of them on their way while one is multiplied. fetch(tile, a, b) starts the copies of a
+// tile's operands to a and b, store(a, b) completes those that went through registers.
+template <class Math, class Fetch, class Store>
+__device__ __forceinline__ void add_up_tiles(Math& math, int tiles, Fetch fetch, Store store) {
+  using Shape = typename Math::Shape;
+  using T = typename Math::T;
+  constexpr int stages = Shape::stages;
+  T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
+  const auto place_a = [=](int tile) { return shared + tile % stages * 2 * Shape::operand_size; };
+  const auto place_b = [=](int tile) { return place_a(tile) + Shape::operand_size; };
+  for (int tile = 0; tile < stages - 1; ++tile) {
+    if (tile < tiles) {
+      fetch(tile, place_a(tile), place_b(tile));
+      store(place_a(tile), place_b(tile));
+    }
+    copy_async_commit();
+  }
+  for (int tile = 0; tile < tiles; ++tile) {
+    copy_async_wait<stages - 2>();
+    __syncthreads();  // tile has arrived for all, and all have read the one before it, whose place the next to come takes
+    const int coming = tile + stages - 1;
+    if (coming < tiles) fetch(coming, place_a(coming), place_b(coming));
+    math.step(place_a(tile), place_b(tile));
+    if (coming < tiles) store(place_a(coming), place_b(coming));
+    copy_async_commit();
+  }
+}
 
 }  // namespace torchcnn::cuda

@@ -3,7 +3,7 @@
 //
 // T is float, double, Float16 or BFloat16. Where a function needs scratch memory, `..._workspace` says how many bytes, 16-byte
 // aligned; its contents need not be initialised. Nothing is allocated, nothing waits, so that a CUDA graph can record every call.
-// Sums have an order that the geometry alone decides: results are the same bits every time.
+// A sum has the same order on every run: results are the same bits every time on GPUs of one architecture.
 #pragma once
 
 #include <cstdint>
