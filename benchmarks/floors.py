@@ -57,3 +57,7 @@ HALF_SLOWDOWN = 1.3  # bfloat16 and float16: at most so much slower than torchcn
 # The largest error that a correct kernel makes on these layers, relative to the largest value of the result; bfloat16 and
 # float16 compute in float32, and may lose one rounding to the dtype on top.
 ERROR = {"float32": 2e-5, "float64": 5e-14, "bfloat16": 2e-5, "float16": 2e-5}
+
+# On a GPU (run.py --device cuda), of cuDNN's speed: where the tensor cores compute, and where memory or the call sets the pace.
+CUDA_TENSOR_CORES, CUDA_SMALL = 0.8, 1.0
+CUDA_ERROR = {**ERROR, "tf32": 2**-10}  # each of two factors loses half of the last of 10 bits

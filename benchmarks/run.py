@@ -39,6 +39,7 @@ COLUMNS = [
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=["conv", "pool", "dtypes"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: beside cuDNN, as gpu.py says; not dtypes")
     parser.add_argument("--threads", type=int, default=1, help="with 2, conv also measures what the second thread gains")
     parser.add_argument("--layout", choices=["nchw", "channels_last"], default="nchw", help="of torchcnn's tensors")
     parser.add_argument("--classes", help="only the classes whose names begin with one of these, separated by commas")
@@ -46,7 +47,10 @@ def parse(argv):
     parser.add_argument("--csv", help="where to write the rows; a whole run writes into benchmarks/results/ anyway")
     parser.add_argument("--torch-isa", choices=["native", "avx2"], default="native", help="avx2: keep torch from AVX-512 and AMX")
     parser.add_argument("--allocator", choices=["warm", "default"], default="warm", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and args.table == "dtypes":
+        parser.error("--device cuda measures every dtype in conv and pool")
+    return args
 
 
 def prepare(args):
@@ -235,6 +239,10 @@ def write_csv(path, rows, machine):
 
 def main(argv):
     args = parse(argv)
+    if args.device == "cuda":
+        import gpu
+
+        return gpu.main(args)
     prepare(args)
     import contenders
     import torch

@@ -18,7 +18,6 @@
 #include "cpu/pool2d_indexed.h"
 #include "cpu/pool2d_reference.h"
 #include "device.h"
-#include "tensor.h"
 
 namespace torchcnn {
 namespace {
@@ -185,7 +184,7 @@ Tensor max_pool2d_grad_input(Tensor grad_output, Tensor indices, int64_t H, int6
     on_device_of(grad_output, [&] { require_inside(op, pool2d_scatter_add(g, gradient, index, to), at, g); },
                  [&](cuda::Stream stream) {
       const Tensor workspace = empty_bytes(grad_output, cuda::pool2d_scatter_add_workspace<T>(g));
-      cuda::pool2d_scatter_add(g, gradient, index, to, mutable_data_of<uint8_t>(workspace), stream);
+      cuda::pool2d_scatter_add(g, gradient, index, to, mutable_data_of<void>(workspace), stream);
     });
   });
   return grad_input;
@@ -414,12 +413,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
   m.def("adaptive_avg_pool2d_grad_input(Tensor grad_output, SymInt H, SymInt W, bool channels_last) -> Tensor");
 }
 
-namespace torchcnn {
-namespace {
-
-// The same functions for every device: the tensors say which kernels run.
-template <class Library>
-void register_pool2d(Library& m) {
+static void register_kernels(torch::stable::detail::StableLibrary& m) {
+  using namespace torchcnn;
   m.impl("max_pool2d", TORCH_BOX((&sliding<kMax, extremum_pool2d>)));
   m.impl("max_pool2d_with_indices", TORCH_BOX((&sliding<kMax, extremum_pool2d_with_indices>)));
   m.impl("max_pool2d_with_offsets", TORCH_BOX((&sliding<kMax, extremum_pool2d_with_offsets>)));
@@ -441,11 +436,7 @@ void register_pool2d(Library& m) {
   m.impl("adaptive_avg_pool2d_grad_input", TORCH_BOX(&adaptive_avg_pool2d_grad_input));
 }
 
-}  // namespace
-}  // namespace torchcnn
-
-STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) { torchcnn::register_pool2d(m); }
-
+STABLE_TORCH_LIBRARY_IMPL(torchcnn, CPU, m) { register_kernels(m); }
 #ifdef TORCHCNN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(torchcnn, CUDA, m) { torchcnn::register_pool2d(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchcnn, CUDA, m) { register_kernels(m); }
 #endif

@@ -206,6 +206,9 @@ POOL2D_CASES = [
     Pool2dCase("wide_stride_1", "long rows, overlapping", (1, 2, 4, 71), 3, stride=1, padding=1),
     Pool2dCase("channels_17", "one channel more than two vectors of eight", (2, 17, 6, 6), 3, stride=2, padding=1),
     Pool2dCase("large_window", "a window of 13 x 13", (1, 3, 26, 27), 13, stride=6, padding=5),
+    Pool2dCase(
+        "large_tiles", "windows of 15 x 33 that do not overlap", (2, 16, 31, 68), (15, 33), padding=(1, 2), ceil_mode=True
+    ),
     Pool2dCase("large", "big enough to be split among threads", (4, 24, 48, 50), 3, stride=2, padding=1),
 ]
 
@@ -223,6 +226,7 @@ ADAPTIVE_CASES = [
     ("one_pixel", (1, 1, 1, 1), 1),
     ("channels_17", (2, 17, 13, 11), (6, 5)),
     ("long_rows", (1, 2, 5, 130), (2, 33)),
+    ("large_windows", (2, 32, 41, 67), (3, 2)),
 ]
 
 # Layouts of an N x C x H x W (or C x H x W) tensor

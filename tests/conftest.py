@@ -20,6 +20,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("torchcnn")
 
 
+# On a GPU; test_cuda.py allows it. Here, because PyTorch's own test helpers (test_torch_cases.py) bar the switch once imported.
+torch.backends.cudnn.allow_tf32 = False
+
+
 def has_cuda():
     return torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("torchcnn::conv2d", "CUDA")
 
@@ -47,7 +51,6 @@ def seed():
 @pytest.fixture(autouse=True)
 def direct_sums():
     """Tiers 1 and 3 hold for direct sums; test_winograd.py turns Winograd on and has its bound."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # on a GPU; test_cuda.py allows TF32
     with torchcnn.backends.flags(allow_winograd=False):
         yield
 

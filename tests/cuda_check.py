@@ -9,6 +9,7 @@ emulator is left.
 """
 
 import argparse
+import functools
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +33,12 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = ["8.0", "9.0+PTX"]  # --full: all of setup.py's
 # Besides those of setup.py, whose warnings they turn into errors. The same machine code comes out.
 STRICT = "-Werror=all-warnings -Xptxas=-Werror"
+# What the emulator runs, a process for each: in its fast build every operator test; in the build that checks memory, those with
+# exact results, which have the geometries at the borders of tiles, with the threads of a block in three orders.
+OPERATOR_TESTS = ["test_pool2d", "test_conv2d", "test_conv_transpose", "test_pool_backward", "test_depthwise", "test_cuda"]
+CHECKED_TESTS = ["test_conv2d", "test_pool2d"]
+CHECKED = os.environ.get("TORCHCNN_CHECKED_TESTS", "exact and not sliced and not (float64 and channels_last)")  # pytest -k
+ORDERS = os.environ.get("TORCHCNN_EMULATOR_ORDERS", "ascending,descending,random").split(",")
 
 
 class FailedError(Exception):
@@ -117,6 +125,7 @@ def check_model(args):
     return f"{len(gpu_model.TILES)} tiles are those of the headers"
 
 
+@functools.cache
 def kernels():
     tools = cuda_sass.find_tools()
     if not objects():
@@ -151,7 +160,56 @@ def check_docs(args):
     return f"as nvcc {release} compiles them"
 
 
+def emulate(mode, runs):
+    """Builds the emulator and makes runs of pytest in it, each (test file, options, environment); how many tests passed."""
+    if not (HERE / "cuda_emulator" / "build.py").exists():
+        raise SkippedError("there is no tests/cuda_emulator/build.py")
+    import build
+
+    if reason := build.obstacle():
+        raise SkippedError(reason)
+    run(sys.executable, "tests/cuda_emulator/build.py", mode)
+    folder = ROOT / "build" / "cuda-emulator" / mode
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
+
+    def passed(test, options, environment):
+        # From the folder of the package, which then comes before the one in the root.
+        environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **environment}
+        output = run(*pytest, *options, HERE / f"{test}.py", folder=folder, **environment)
+        return int(re.search(r"(\d+) passed", output)[1])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return sum(pool.map(passed, *zip(*runs, strict=True)))
+
+
+def check_emulator_fast(args):
+    """emulator: operator tests"""
+    options, environment = ([], {}) if args.full else (["-m", "not slow"], {"TORCHCNN_TEST_EXAMPLES": "5"})
+    return f"{emulate('fast', [(test, options, environment) for test in OPERATOR_TESTS])} tests"
+
+
+def check_emulator_memory(args):
+    """emulator: races, bounds, memory"""
+    options = ["-m", "not slow", "-k", "exact" if args.full else CHECKED]
+    runs = [
+        (test, options, {"TORCHCNN_EMULATOR_ORDER": order, "TORCHCNN_TEST_EXAMPLES": "3"})
+        for order in ORDERS
+        for test in CHECKED_TESTS
+    ]
+    return f"{emulate('check', runs)} tests, threads {', '.join(ORDERS)}"
+
+
+def check_emulator_selftest(args):
+    """emulator: its own tests"""
+    tests = sorted(HERE.glob("test_cuda_emulator*.py")) + sorted((HERE / "cuda_emulator").glob("test_*.py"))
+    if not tests:
+        raise SkippedError("there are none")
+    marks = [] if args.full else ["-m", "not slow"]
+    return run(sys.executable, "-m", "pytest", "-q", *marks, *tests).strip().splitlines()[-1].strip("= ")
+
+
 STEPS = [check_build, check_import, check_model, check_sass, check_docs]
+STEPS += [check_emulator_selftest, check_emulator_fast, check_emulator_memory]
 
 
 def main(argv):

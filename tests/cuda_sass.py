@@ -38,9 +38,10 @@ FACTS = [
     (r"TensorMath<TileShape<__(half|nv_bfloat16)", [r"LDSM.*\.4"], "fragments of 16-bit elements by ldmatrix, four at a time"),
     (r"SimtMath<TileShape<double", ["DFMA"], "multiply-adds in double"),
     (r"SimtMath<TileShape<(float|__)", ["FFMA"], "multiply-adds in float"),
+    (r"pool2d\w*<[\w ]+, [248]\b", [r"LDG\.E.*\.128", r"STG\.E.*\.128"], "16-byte vectors of channels, read and written"),
     (r"TileShape<", [r"LDGSTS.*\.128"], "16-byte asynchronous copies from global to shared memory"),
 ]
-FORBIDDEN = [(r"LDL|STL", "local memory"), (r"(RED|ATOMG|ATOM)\b", "atomic operations on global memory")]
+FORBIDDEN = [(r"LDL|STL", "local memory"), (r"(REDG?|ATOMG?)\b", "atomic operations on global memory")]
 
 
 @dataclass

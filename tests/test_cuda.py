@@ -13,9 +13,16 @@ import torchcnn.functional
 pytestmark = pytest.mark.skipif(cuda_device() is None, reason="no CUDA kernels")
 
 
+def set_precision(precision):
+    with torch.backends.__allow_nonbracketed_mutation():  # PyTorch's test helpers bar it
+        torch.backends.cudnn.conv.fp32_precision = precision
+
+
 @pytest.fixture
 def tf32():
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # conftest.py puts "ieee" back
+    set_precision("tf32")
+    yield
+    set_precision("ieee")
 
 
 def case_named(name):
@@ -46,7 +53,7 @@ def test_tf32_bound(name, layout, tf32):
     doubles = [tensor.cpu().double() for tensor in tensors]
     truths = directions(torch.nn.functional.conv2d, doubles, case)
     magnitudes = directions(torch.nn.functional.conv2d, [tensor.abs() for tensor in doubles], case)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    set_precision("ieee")
     ieee = directions(torchcnn.functional.conv2d, tensors, case)
     eps = torch.finfo(torch.float32).eps
     for direction, actual, truth, magnitude, length, unrounded in zip(
@@ -67,6 +74,20 @@ def test_ieee_is_obeyed(layout):
     truth = torch.nn.functional.conv2d(*doubles, **case.options)
     magnitude = torch.nn.functional.conv2d(*(tensor.abs() for tensor in doubles), **case.options)
     assert_bound(result, truth, magnitude, lengths(case, truth)[0])
+
+
+@pytest.mark.skipif(cuda_device() == "cuda", reason="a GPU takes no further work from a process whose kernel has stopped")
+@pytest.mark.parametrize("index", [-1, 36, 2**62])
+def test_an_index_outside_the_plane_stops_the_kernel(index):
+    values, indices = torch.ones(2, 4, 3, 3), torch.zeros(2, 4, 3, 3, dtype=torch.int64)
+    indices[1, 2, 2, 1] = index
+    for name, arguments in (
+        ("max_unpool2d", (values, indices, 6, 6)),
+        ("max_pool2d_grad_input", (values, indices, 6, 6, False)),
+        ("max_unpool2d_grad_input", (torch.ones(2, 4, 6, 6), indices)),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{name}: .*indices must lie in the plane"):
+            getattr(torch.ops.torchcnn, name)(*arguments)
 
 
 def test_sizes_beyond_a_gpu():

@@ -42,7 +42,7 @@ def with_gradients(operator, *inputs):
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     output = operator(*inputs)
     torch.manual_seed(5)
-    return output, *torch.autograd.grad(output, inputs, torch.randn(output.shape, dtype=output.dtype))
+    return output, *torch.autograd.grad(output, inputs, torch.randn(output.shape, dtype=output.dtype).to(output.device))
 
 
 def assert_same_bits(operator, inputs, threads):
@@ -65,13 +65,13 @@ def test_conv2d(name, dtype, memory_format, threads):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", POOLS)
-def test_pools(name, dtype, memory_format, threads):
-    input = torch.randn(5, 40, 37, 38, dtype=dtype).contiguous(memory_format=memory_format)
+def test_pools(name, dtype, memory_format, threads, device):
+    input = torch.randn(5, 40, 37, 38, dtype=dtype).to(device).contiguous(memory_format=memory_format)
     assert_same_bits(POOLS[name], (input,), threads)
 
 
-def test_unpooling(threads):
-    pooled, indices = functional.max_pool2d(torch.randn(5, 40, 60, 60), 2, return_indices=True)
+def test_unpooling(threads, device):
+    pooled, indices = functional.max_pool2d(torch.randn(5, 40, 60, 60).to(device), 2, return_indices=True)
     assert_same_bits(lambda pooled: functional.max_unpool2d(pooled, indices, 2), (pooled,), threads)
 
 

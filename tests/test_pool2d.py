@@ -79,17 +79,17 @@ def test_max_and_min_of_nan_and_infinity(case, dtype, layout, device):
     check_extremes(case, with_special_values, dtype, layout, device)
 
 
-def test_max_and_min_half(case, half_dtype, device):
-    check_extremes(case, with_special_values, half_dtype, cases.contiguous, device)
+def test_max_and_min_half(case, half_dtype, layout, device):
+    check_extremes(case, with_special_values, half_dtype, layout, device)
 
 
-def test_all_minus_infinity(case, dtype):
+def test_all_minus_infinity(case, dtype, device):
     """The first pixel of the window wins, though nothing is greater than what a search starts from."""
     for name, sign in (("max_pool2d", 1), ("min_pool2d", -1)):
         input = torch.full(case.input, -torch.inf, dtype=dtype)
-        output, indices = getattr(torchcnn.functional, name)(sign * input, **case.options, return_indices=True)
+        output, indices = getattr(torchcnn.functional, name)((sign * input).to(device), **case.options, return_indices=True)
         assert (output == -sign * torch.inf).all()
-        assert torch.equal(indices, F.max_pool2d(input, **case.options, return_indices=True)[1])
+        assert torch.equal(indices.cpu(), F.max_pool2d(input, **case.options, return_indices=True)[1])
 
 
 def test_max_and_min_of_integers(case, integer_dtype, device):
@@ -108,18 +108,18 @@ def test_max_and_min_of_integers(case, integer_dtype, device):
     assert torch.equal(output.cpu(), ~expected) and torch.equal(indices.cpu(), expected_indices)
 
 
-def test_smallest_integer_everywhere(integer_dtype, layout):
+def test_smallest_integer_everywhere(integer_dtype, layout, device):
     info = torch.iinfo(integer_dtype)
     for pool2d, value in ((torchcnn.functional.max_pool2d, info.min), (torchcnn.functional.min_pool2d, info.max)):
-        input = layout(torch.full((1, 2, 5, 5), value, dtype=integer_dtype))
+        input = layout(torch.full((1, 2, 5, 5), value, dtype=integer_dtype, device=device))
         output, indices = pool2d(input, 3, 2, 1, return_indices=True)
         assert (output == value).all()
         assert indices[0, 0].tolist() == [[0, 1, 3], [5, 6, 8], [15, 16, 18]]
 
 
 @given(case=cases.pool2d_cases())
-def test_random_max_and_min(case, dtype, layout):
-    check_extremes(case, with_special_values, dtype, layout, "cpu")
+def test_random_max_and_min(case, dtype, layout, device):
+    check_extremes(case, with_special_values, dtype, layout, device)
 
 
 # Averages
@@ -169,8 +169,8 @@ def test_avg_pool2d(case, options, dtype, layout, device):
     check_avg_pool2d(case, dtype, layout, device, **options)
 
 
-def test_avg_pool2d_half(case, half_dtype, device):
-    check_avg_pool2d(case, half_dtype, cases.contiguous, device, count_include_pad=False)
+def test_avg_pool2d_half(case, half_dtype, layout, device):
+    check_avg_pool2d(case, half_dtype, layout, device, count_include_pad=False)
 
 
 def test_avg_pool2d_exact(case, dtype, layout, device):
@@ -189,27 +189,28 @@ def test_avg_pool2d_exact(case, dtype, layout, device):
     assert_exact(grad_input.cpu(), expected_grad_input)
 
 
-def test_avg_pool2d_of_integers(case, layout):
+def test_avg_pool2d_of_integers(case, layout, device):
     """int64 alone, as torch has it: the quotient rounded to zero."""
     input = torch.randint(-1000, 1000, case.input)
     for options in AVG_OPTIONS:
         expected = F.avg_pool2d(input, **{**case.avg_options, **options})
-        assert torch.equal(torchcnn.functional.avg_pool2d(layout(input), **{**case.avg_options, **options}), expected)
+        output = torchcnn.functional.avg_pool2d(layout(input.to(device)), **{**case.avg_options, **options})
+        assert torch.equal(output.cpu(), expected)
 
 
 @given(case=cases.pool2d_cases(max_dilation=1))
-def test_random_avg_pool2d(case, dtype, layout):
+def test_random_avg_pool2d(case, dtype, layout, device):
     for options in AVG_OPTIONS:
-        check_avg_pool2d(case, dtype, layout, "cpu", against_torch=False, **options)
+        check_avg_pool2d(case, dtype, layout, device, against_torch=False, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("repeat", range(40))
 @given(case=cases.pool2d_cases(), without_dilation=cases.pool2d_cases(max_dilation=1))
-def test_many_random_poolings(repeat, case, without_dilation, dtype, layout):
-    check_extremes(case, with_special_values, dtype, layout, "cpu")
+def test_many_random_poolings(repeat, case, without_dilation, dtype, layout, device):
+    check_extremes(case, with_special_values, dtype, layout, device)
     for options in AVG_OPTIONS:
-        check_avg_pool2d(without_dilation, dtype, layout, "cpu", against_torch=False, **options)
+        check_avg_pool2d(without_dilation, dtype, layout, device, against_torch=False, **options)
 
 
 # Adaptive and global
@@ -219,8 +220,8 @@ def test_adaptive_avg_pool2d(adaptive_case, dtype, layout, device):
     check_adaptive_avg_pool2d(adaptive_case, dtype, layout, device)
 
 
-def test_adaptive_avg_pool2d_half(adaptive_case, half_dtype, device):
-    check_adaptive_avg_pool2d(adaptive_case, half_dtype, cases.contiguous, device)
+def test_adaptive_avg_pool2d_half(adaptive_case, half_dtype, layout, device):
+    check_adaptive_avg_pool2d(adaptive_case, half_dtype, layout, device)
 
 
 def check_adaptive_avg_pool2d(adaptive_case, dtype, layout, device):
@@ -246,8 +247,8 @@ def test_adaptive_max_pool2d(adaptive_case, dtype, layout, device):
     check_adaptive_max_pool2d(adaptive_case, dtype, layout, device)
 
 
-def test_adaptive_max_pool2d_half(adaptive_case, half_dtype, device):
-    check_adaptive_max_pool2d(adaptive_case, half_dtype, cases.contiguous, device)
+def test_adaptive_max_pool2d_half(adaptive_case, half_dtype, layout, device):
+    check_adaptive_max_pool2d(adaptive_case, half_dtype, layout, device)
 
 
 def check_adaptive_max_pool2d(adaptive_case, dtype, layout, device):
@@ -325,13 +326,51 @@ def test_max_unpool2d_half(half_dtype, device):
     assert torch.equal(output.cpu(), F.max_unpool2d(pooled, indices, 2))
 
 
-def test_max_unpool2d_keeps_the_last_of_equal_indices():
-    input, indices = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.zeros(1, 1, 2, 2, dtype=torch.int64)
-    output = torchcnn.functional.max_unpool2d(input, indices, 2)
-    assert np.array_equal(output, reference.max_unpool2d(input.numpy(), indices.numpy(), (4, 4)))
+@pytest.mark.parametrize("places", [1, 7, 36], ids=lambda places: f"{places}_places")
+def test_max_unpool2d_keeps_the_last_of_equal_indices(places, dtype, layout, device):
+    """Equal indices stand next to each other, and far from each other."""
+    input, indices = torch.randn(2, 5, 9, 13, dtype=dtype), torch.randint(places, (2, 5, 9, 13))
+    output = torch.ops.torchcnn.max_unpool2d(layout(input.to(device)), layout(indices.to(device)), 6, 6)
+    assert np.array_equal(output.cpu(), reference.max_unpool2d(input.numpy(), indices.numpy(), (6, 6)))
+
+
+@pytest.mark.parametrize("places", [1, 7, 36], ids=lambda places: f"{places}_places")
+def test_gradients_with_equal_indices(places, dtype, layout, device):
+    grad_output, indices = small_integers((2, 5, 9, 13)), torch.randint(places, (2, 5, 9, 13))
+    tensors = layout(grad_output.to(device, dtype)), layout(indices.to(device))
+    grad_input = torch.ops.torchcnn.max_pool2d_grad_input(*tensors, 6, 6, layout is cases.channels_last)
+    assert_exact(grad_input.cpu(), scatter(grad_output, indices, (2, 5, 6, 6)))
+
+
+def test_gradients_with_equal_indices_are_rounded_once(half_dtype, layout, device):
+    """The largest number above which ones are lost, and many ones: a sum that was rounded at each step would stay there."""
+    large = 2 / torch.finfo(half_dtype).eps
+    grad_output = torch.ones(2, 8, 9, 13)
+    grad_output[:, :, 0, 0] = large
+    indices = torch.randint(3, grad_output.shape) * 5
+    tensors = layout(grad_output.to(device, half_dtype)), layout(indices.to(device))
+    grad_input = torch.ops.torchcnn.max_pool2d_grad_input(*tensors, 6, 6, layout is cases.channels_last)
+    assert_exact(grad_input.cpu(), scatter(grad_output, indices, (2, 8, 6, 6)).to(half_dtype))
 
 
 # Formats, sizes, arguments
+
+
+def test_channels_last_at_any_address(device):
+    """Dense, but not at a multiple of 16 bytes: nothing may be read as a whole vector there."""
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        values = small_integers((2, 3, 9, 10, 16)).to(device, dtype)
+        unaligned = torch.empty(values[0].numel() + 1, dtype=dtype, device=device)[1:].view(3, 9, 10, 16).movedim(-1, 1)
+        for aligned in values.movedim(-1, 2):
+            unaligned.copy_(aligned)
+            for operator in (
+                lambda input: torchcnn.functional.max_pool2d(input, 3, 2, 1),
+                lambda input: torchcnn.functional.avg_pool2d(input, 3, 2, 1),
+                torchcnn.functional.global_max_pool2d,
+            ):
+                results = [with_gradient(operator, input, torch.ones) for input in (aligned, unaligned)]
+                assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
 
 OPERATORS = {
     "max_pool2d": (2, 2),

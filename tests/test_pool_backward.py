@@ -32,9 +32,18 @@ def test_one_byte_an_output_element_and_not_the_input(operator, memory_format):
     assert kept == [(torch.uint8, (2, 5, 5, 4))]
 
 
-def test_windows_above_256_taps_take_four_bytes():
-    input = torch.randn(1, 2, 40, 40, requires_grad=True)
-    assert saved_tensors(lambda: torchcnn.functional.max_pool2d(input, 17)) == [(torch.int32, (1, 2, 2, 2))]
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_windows_above_256_taps_take_four_bytes(memory_format, device):
+    results = []
+    for max_pool2d in (torchcnn.functional.max_pool2d, torch.nn.functional.max_pool2d):
+        torch.manual_seed(0)
+        input = torch.randn(1, 8, 40, 40, device=device).to(memory_format=memory_format).requires_grad_()
+        results.append([])
+        kept = saved_tensors(lambda max_pool2d=max_pool2d, input=input: results[-1].append(max_pool2d(input, 17, 20)))
+        results[-1].append(torch.autograd.grad(results[-1][0].sum(), input)[0])
+        if max_pool2d is torchcnn.functional.max_pool2d:
+            assert kept == [(torch.int32, (1, 8, 2, 2))]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("output_size, dtype", [(7, torch.uint8), (6, torch.uint8), (1, torch.uint8), (5, torch.int64)])
@@ -48,19 +57,20 @@ def test_adaptive_max_keeps_offsets_where_its_windows_slide(output_size, dtype):
 
 @pytest.mark.parametrize("kernel_size, padding", [((2**32, 1), (2**31, 0)), ((1, 2**32), (0, 2**31))], ids=["high", "wide"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_window_far_larger_than_the_plane(memory_format, kernel_size, padding):
+def test_window_far_larger_than_the_plane(memory_format, kernel_size, padding, device):
     """The work is that of the plane, not of the 2 ** 32 positions of a window that is padding but for one of them."""
-    input = torch.ones(1, 2, 1, 1).to(memory_format=memory_format).requires_grad_()
+    input = torch.ones(1, 2, 1, 1, device=device).to(memory_format=memory_format).requires_grad_()
     output = torchcnn.functional.avg_pool2d(input, kernel_size, 1, padding, divisor_override=4)
-    assert torch.equal(output, torch.full((1, 2, 1 + (padding[0] > 0), 1 + (padding[1] > 0)), 0.25))
-    assert torch.equal(torch.autograd.grad(output.sum(), input)[0], torch.full((1, 2, 1, 1), 0.5))
+    assert torch.equal(output.cpu(), torch.full((1, 2, 1 + (padding[0] > 0), 1 + (padding[1] > 0)), 0.25))
+    assert torch.equal(torch.autograd.grad(output.sum(), input)[0].cpu(), torch.full((1, 2, 1, 1), 0.5))
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_fused_relu_is_relu_then_max_pool(window, memory_format, dtype):
-    values = torch.randn(3, 7, 11, 10).to(dtype).to(memory_format=memory_format)
+@pytest.mark.parametrize("C", [7, 16])
+def test_fused_relu_is_relu_then_max_pool(window, memory_format, dtype, C, device):
+    values = torch.randn(3, C, 11, 10).to(device, dtype).to(memory_format=memory_format)
     values[0, 0, :4, :4] = -1.0  # a window with nothing above zero passes no gradient
     values[1, 1, 2, 2] = torch.nan
     results = []
@@ -71,15 +81,15 @@ def test_fused_relu_is_relu_then_max_pool(window, memory_format, dtype):
         input = values.clone(memory_format=torch.preserve_format).requires_grad_()
         output = run(input)
         # Small integers: overlapping windows add up exactly in any order.
-        output.backward(torch.arange(output.numel()).remainder(5).reshape(output.shape).to(dtype))
+        output.backward(torch.arange(output.numel(), device=device).remainder(5).reshape(output.shape).to(dtype))
         results.append((output.detach(), input.grad))
     for ours, torchs in zip(*results, strict=True):
         torch.testing.assert_close(ours, torchs, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_fused_relu_gradients(window):
-    input = (torch.randperm(2 * 2 * 6 * 7).reshape(2, 2, 6, 7).double() - 80.5) / 10
+def test_fused_relu_gradients(window, device):
+    input = ((torch.randperm(2 * 2 * 6 * 7).reshape(2, 2, 6, 7).double() - 80.5) / 10).to(device)
     input.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: torchcnn.functional.relu_max_pool2d(x, **window), input, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda x: torchcnn.functional.relu_max_pool2d(x, **window), input)
@@ -87,13 +97,72 @@ def test_fused_relu_gradients(window):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("C", [1, 32, 33, 65])
-def test_indices_of_channels_last_planes(C, dtype):
+def test_indices_of_channels_last_planes(C, dtype, device):
     """The last channels of a channels_last tensor may be a single one, whose elements are nevertheless C apart."""
-    input = torch.randn(2, C, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    input = torch.randn(2, C, 8, 8).to(device, dtype).contiguous(memory_format=torch.channels_last)
     gradients = []
     for function in (torchcnn.functional.max_pool2d, torch.nn.functional.max_pool2d):
         leaf = input.clone(memory_format=torch.preserve_format).requires_grad_()
         output, _ = function(leaf, 2, return_indices=True)
-        weights = torch.arange(output.numel()).remainder(7).reshape(output.shape).to(dtype)
+        weights = torch.arange(output.numel(), device=device).remainder(7).reshape(output.shape).to(dtype)
         gradients.append(torch.autograd.grad((output * weights).sum(), leaf)[0])
     assert torch.equal(*gradients)
+
+
+# Whole planes above and below a vector, of several blocks and with a rest; rows below a vector, whose planes are transposed.
+PLANES = [
+    ((3, 41, 7, 7), (7, 1)),
+    ((2, 19, 17, 19), (1, 3)),
+    ((2, 3, 40, 33), (1,)),
+    ((5, 37, 13, 13), (6, 5)),
+    ((3, 33, 14, 14), (7,)),
+]
+
+
+@pytest.mark.parametrize("shape, output_size", [(shape, size) for shape, sizes in PLANES for size in sizes], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_adaptive_extremes_of_many_planes(shape, output_size, memory_format, dtype):
+    """Ties, NaN and infinities; the gradient of max_pool2d from offsets against the indices that torch finds."""
+    values = torch.randint(-3, 4, shape).to(dtype)
+    values[torch.rand(shape) < 0.02] = torch.nan
+    values[torch.rand(shape) < 0.1] = -torch.inf
+    values[:, 2] = -torch.inf
+    leaf = values.contiguous(memory_format=memory_format).requires_grad_()
+    expected, indices = torch.nn.functional.adaptive_max_pool2d(values.double(), output_size, return_indices=True)
+    output = torchcnn.functional.adaptive_max_pool2d(leaf, output_size)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=0, equal_nan=True)
+    weights = torch.arange(output.numel()).remainder(5).reshape(output.shape)
+    gradient = torch.zeros(*shape[:2], shape[2] * shape[3], dtype=torch.float64)
+    gradient.scatter_add_(-1, indices.flatten(-2), weights.double().flatten(-2))
+    assert torch.equal(torch.autograd.grad(output, leaf, weights.to(dtype))[0].double(), gradient.reshape(shape))
+    with torch.no_grad():
+        assert torch.equal(torchcnn.functional.adaptive_max_pool2d(leaf, output_size).nan_to_num(7), output.nan_to_num(7))
+
+
+@pytest.mark.parametrize("window", [(1, 1, 0), (7, 7, 0), (2, 2, 0), (5, 4, 2)], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_fused_relu_of_many_planes(window, memory_format):
+    """Elementwise, global and small: a window with nothing above zero keeps no position."""
+    values = torch.randint(-4, 3, (3, 37, 7, 7)).float()
+    results = []
+    for run in (torchcnn.functional.relu_max_pool2d, lambda x, *window: torch.nn.functional.max_pool2d(x.relu(), *window)):
+        leaf = values.contiguous(memory_format=memory_format).requires_grad_()
+        output = run(leaf, *window)
+        weights = torch.arange(output.numel()).remainder(5).reshape(output.shape).float()
+        results.append((output.detach(), torch.autograd.grad(output, leaf, weights)[0]))
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize("output_size", [1, 2, 6, 7, (3, 5)], ids=str)
+@pytest.mark.parametrize("size", [6, 13, 40])
+def test_the_sign_of_zero_is_that_of_the_first(size, output_size):
+    """Of 0 and -0 the first in row-major order stays, whether positions are asked for or not."""
+    input = -torch.randint(0, 3, (2, 35, size, size)).float()
+    input = torch.where(torch.rand(input.shape) < 0.3, torch.zeros(()), input)
+    pool = torchcnn.functional.adaptive_max_pool2d
+    output, indices = pool(input, output_size, return_indices=True)
+    first = input.flatten(-2).gather(-1, indices.flatten(-2)).reshape(output.shape)
+    for values in (output, pool(input, output_size), pool(input.clone().requires_grad_(), output_size)):
+        assert torch.equal(values, first) and torch.equal(values.signbit(), first.signbit())

@@ -115,7 +115,7 @@ def release_workspaces():
 
 def _tf32_is_allowed() -> bool:
     """Whether a float32 convolution on a GPU may round its factors to TF32; as torch has it, that is so unless switched off."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return getattr(torch.backends.cudnn, "conv").fp32_precision == "tf32"  # noqa: B009  (mypy does not see it)
 
 
 # A module has no properties of its own; its class may.

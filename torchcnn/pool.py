@@ -747,6 +747,8 @@ def avg_pool2d(
 
 def _adaptive_size(op, output_size, input):
     """(P, Q); None in the place of one stands for the size of the input."""
+    if type(output_size) is int:
+        return output_size, output_size
     if output_size is None:
         raise TypeError(f"{op}: output_size must be an int or a pair of ints, got None")
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
@@ -764,9 +766,11 @@ def _sliding_window(size: tuple[int, ...], output_size: tuple[int, ...]) -> tupl
 
     With H = P stride + rest all windows are stride apart and stride + rest long if rest is 0 or 1 (csrc/cpu/pool2d.h).
     """
-    if not all(type(x) is int and type(y) is int and 0 < y <= x and x % y <= 1 for x, y in zip(size, output_size, strict=True)):
-        return None
     (H, W), (P, Q) = size, output_size
+    if not type(H) is type(W) is type(P) is type(Q) is int:
+        return None
+    if not (0 < P <= H and 0 < Q <= W and H % P <= 1 and W % Q <= 1):
+        return None
     return H // P + H % P, W // Q + W % Q, H // P, W // Q, 0, 0, 1, 1
 
 

@@ -17,6 +17,7 @@
 
 #include "conv2d_depthwise_channels_last.h"
 #include "conv2d_depthwise_nchw.h"
+#include "conv2d_depthwise_rows.h"
 
 namespace torchcnn::TORCHCNN_ISA::depthwise {
 
@@ -29,6 +30,7 @@ bool wide(const Conv2dGeometry& g) {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const Correlation<T> c{forward_axes(g), g.N, g.C, 1, g.K_per_group(), g.R, g.S, input, weight, epilogue, output};
+  if (rows::applies<T>(g) && all_finite(weight, g.K * 9)) return rows::conv2d_forward(c, g.stride_h);
   wide<T>(g) ? channels_last::correlate(c) : nchw::correlate(c, g.layout);
 }
 
@@ -36,11 +38,14 @@ template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const Correlation<T> c{grad_input_axes(g), g.N,       g.C, g.K_per_group(), 1, g.R, g.S, grad_output, weight,
                          {nullptr, false},   grad_input};
+  if (rows::applies<T>(g) && all_finite(weight, g.K * 9)) return rows::conv2d_grad_input(c, g.stride_h);
   wide<T>(g) ? channels_last::correlate(c) : nchw::correlate(c, g.layout);
 }
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  // With few channels the sums of one have to be shared out among threads, which the general kernel does.
+  if (rows::applies<T>(g) && g.C >= 8) return rows::conv2d_grad_weight(g, grad_output, input, grad_weight);
   wide<T>(g) ? channels_last::conv2d_grad_weight(g, grad_output, input, grad_weight)
              : nchw::conv2d_grad_weight(g, grad_output, input, grad_weight);
 }

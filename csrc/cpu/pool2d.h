@@ -1,7 +1,9 @@
 // Vectorised pooling: which kernel serves which geometry. Every choice is made here, from the geometry alone.
 //
 //   layout          windows              forward                                   backward
-//   NCHW            sliding, stride 1, 2 vectors over the windows of a row         by rows of the input (average), gather or
+//   either          of one element       element by element (pool2d_elementwise.h) the same
+//   NCHW            global               vectors over a plane                      filled (pool2d_global_nchw.h)
+//                   sliding, stride 1, 2 vectors over the windows of a row         by rows of the input (average), gather or
 //                                        (pool2d_extremum_nchw.h,                  scatter by offsets (pool2d_offsets_nchw.h,
 //                                        pool2d_average_nchw.h)                    pool2d_indexed.h)
 //                   any other, few       vectors over planes (pool2d_planes.h)     the same (average), scatter by offsets
@@ -13,11 +15,14 @@
 #include "kernels.h"
 #include "pool2d_average_nchw.h"
 #include "pool2d_channels_last.h"
+#include "pool2d_elementwise.h"
 #include "pool2d_extremum_nchw.h"
+#include "pool2d_global_nchw.h"
 #include "pool2d_indexed.h"
 #include "pool2d_offsets_nchw.h"
 #include "pool2d_planes.h"
 #include "pool2d_reference.h"
+#include "pool2d_small_planes.h"
 
 namespace torchcnn::TORCHCNN_ISA {
 
@@ -32,8 +37,7 @@ inline Pool2dGeometry simplified(Pool2dGeometry g) {
     g.R = g.stride_h + g.H % g.P, g.S = g.stride_w + g.W % g.Q;
   }
   g = with_steps_taken(g);
-  if (!g.adaptive && g.R == 1 && g.S == 1 && g.P == g.H && g.Q == g.W && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 &&
-      g.pad_w == 0) {
+  if (is_elementwise(g)) {
     g.W = g.Q = g.H * g.W;
     g.H = g.P = 1;
   }
@@ -47,7 +51,13 @@ void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, 
   const Pool2dGeometry g = simplified(geometry);
   if (g.H > std::numeric_limits<IndexOf<A>>::max() / 2 / g.W)
     return reference::extremum_pool2d_forward(geometry, extremum, input, output, positions);
+  if (is_elementwise(g) && positions.kind != PositionKind::indices)
+    return extremum_pool2d_elementwise(g, extremum, input, output, positions);
   if (g.layout == Layout::channels_last) return extremum_pool2d_channels_last(g, extremum, input, output, positions);
+  if (suits_whole_planes<A>(g)) return extremum_pool2d_global(g, extremum, input, output, positions);
+  if (is_one_plane_2x2(g) && positions.kind != PositionKind::indices)
+    return extremum_pool2d_sliding(as_one_plane(g), extremum, input, output, positions);
+  if (suits_small_planes<A>(g)) return extremum_pool2d_small_planes(g, extremum, input, output, positions);
   if (!suits_planes<A>(g) && can_be_staged<A>(g) && index_fits_lane<A>(g))
     return extremum_pool2d_sliding(g, extremum, input, output, positions);
   extremum_pool2d_planes(g, extremum, input, output, positions);
@@ -57,13 +67,20 @@ template <class T, class Offset>
 void offset_pool2d_grad_input(const Pool2dGeometry& geometry, const T* grad_output, const Offset* offsets, T* grad_input) {
   const WorkspaceUse use;
   const Pool2dGeometry g = simplified(geometry);
-  constexpr int64_t most_gathered_taps = 16;
+  if (is_elementwise(g)) return offset_pool2d_grad_input_elementwise(g, grad_output, offsets, grad_input);
+  constexpr int64_t most_gathered_windows = 16;  // that contain a position
+  const int64_t windows = std::min(g.P, ceil_div(g.R, g.stride_h)) * std::min(g.Q, ceil_div(g.S, g.stride_w));
   const bool dense = g.dilation_h == 1 && g.dilation_w == 1;
-  if (g.layout == Layout::channels_last && dense && g.R * g.S <= most_gathered_taps)
+  if (g.layout == Layout::channels_last && dense && windows <= most_gathered_windows)
     return offset_pool2d_grad_input_channels_last(g, grad_output, offsets, grad_input);
+  if (g.layout == Layout::nchw && suits_whole_planes<Arithmetic<T>>(g))
+    return offset_pool2d_grad_input_global(g, grad_output, offsets, grad_input);
   if constexpr (std::is_same_v<T, Arithmetic<T>>) {
+    if (is_one_plane_2x2(g)) return offset_pool2d_grad_input_tiling(as_one_plane(g), grad_output, offsets, grad_input);
     if (g.layout == Layout::nchw && is_tiling_2x2(g)) return offset_pool2d_grad_input_tiling(g, grad_output, offsets, grad_input);
   }
+  if (g.layout == Layout::nchw && windows <= most_gathered_windows && suits_small_planes<Arithmetic<T>>(g))
+    return offset_pool2d_grad_input_small_planes(g, grad_output, offsets, grad_input);
   if (g.layout == Layout::nchw && gathers_offsets(g)) return offset_pool2d_grad_input_gather(g, grad_output, offsets, grad_input);
   pool2d_scatter_offsets(g, grad_output, offsets, grad_input);
 }
@@ -79,7 +96,11 @@ template <class T>
 void avg_pool2d_forward(const Pool2dGeometry& geometry, Divisor divisor, const T* input, T* output) {
   const WorkspaceUse use;
   const Pool2dGeometry g = simplified(geometry);
+  if (is_elementwise(g)) return avg_pool2d_elementwise(g, divisor, input, output);
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last(g, divisor, input, output);
+  if (suits_whole_planes<Arithmetic<T>>(g)) return avg_pool2d_global(g, divisor, input, output);
+  if (is_one_plane_2x2(g)) return avg_pool2d_sliding(as_one_plane(g), divisor, input, output);
+  if (suits_small_planes<Arithmetic<T>>(g)) return avg_pool2d_small_planes(g, divisor, input, output);
   if (!suits_planes<Arithmetic<T>>(g) && can_be_staged<Arithmetic<T>>(g)) return avg_pool2d_sliding(g, divisor, input, output);
   avg_pool2d_planes(g, divisor, input, output);
 }
@@ -88,11 +109,14 @@ template <class T>
 void avg_pool2d_grad_input(const Pool2dGeometry& geometry, Divisor divisor, const T* grad_output, T* grad_input) {
   const WorkspaceUse use;
   const Pool2dGeometry g = simplified(geometry);
+  if (is_elementwise(g)) return avg_pool2d_elementwise(g, divisor, grad_output, grad_input);
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last_grad_input(g, divisor, grad_output, grad_input);
-  if (is_global(g)) return avg_pool2d_global_grad_input(g, divisor, grad_output, grad_input);
+  if (suits_whole_planes<Arithmetic<T>>(g)) return avg_pool2d_global_grad_input(g, divisor, grad_output, grad_input);
   if constexpr (std::is_same_v<T, Arithmetic<T>>) {
+    if (is_one_plane_2x2(g)) return avg_pool2d_grad_input_tiling(as_one_plane(g), divisor, grad_output, grad_input);
     if (is_tiling_2x2(g)) return avg_pool2d_grad_input_tiling(g, divisor, grad_output, grad_input);
   }
+  if (suits_small_planes<Arithmetic<T>>(g)) return avg_pool2d_grad_input_small_planes(g, divisor, grad_output, grad_input);
   if (!g.adaptive) return avg_pool2d_grad_input_rows(g, divisor, grad_output, grad_input);
   avg_pool2d_grad_input_planes(g, divisor, grad_output, grad_input);
 }

@@ -28,7 +28,8 @@ struct Averaging {
     const Window one{0, 1, 1};
     const int64_t first = divisor(row_window(g, 0), column_window(g, 0));
     bool uniform = (first & (first - 1)) == 0;
-    for (int64_t p = 0; p < g.P && uniform; ++p) uniform = divisor(row_window(g, p), column_window(g, 0)) == first;
+    const bool inside = windows_lie_inside(g);
+    for (int64_t p = 0; p < g.P && uniform && !inside; ++p) uniform = divisor(row_window(g, p), column_window(g, 0)) == first;
     for (int64_t q = 0; q < round_up_to_lanes<A>(g.Q); ++q) {
       const Window column = q < g.Q ? column_window(g, q) : one;
       if (q < g.Q) uniform = uniform && divisor(row_window(g, 0), column) == first;
@@ -38,6 +39,11 @@ struct Averaging {
   }
 
   A row_divisor(const Window& row) const { return static_cast<A>(divisor(row, Window{0, 1, 1})); }
+
+  // sum / divisor(p, q), with the window of p.
+  Vec<A> of(Vec<A> sum, const Window& row, int64_t q) const {
+    return exact_factor != 0 ? sum * exact_factor : sum / (row_divisor(row) * column_divisor[q]);
+  }
 };
 
 template <class A, int S_, int stride_>
@@ -47,13 +53,13 @@ void average_rows(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A
   const int64_t S = S_ ? S_ : g.S, step = stride_ ? stride_ : g.stride_w, Q = g.Q, R = g.R, pitch = rows.pitch;
   for (int64_t p = p_begin; p < p_end; ++p, values += Q) {
     const A* row = rows.data + (p - p_begin) * g.stride_h * pitch;
-    const A row_divisor = averaging.row_divisor(row_window(g, p));
+    const A row_divisor = averaging.exact_factor != 0 ? A(1) : averaging.row_divisor(row_window(g, p));
     for (int64_t q = 0; q < Q; q += L) {
       if (q + L > Q && Q >= L) q = Q - L;
       const A* at = row + q * step;
       Vec<A> sum{};
       if constexpr (stride_ == 2 && S_ >= 2) {
-        prefetch_pair<0, A>(row + 4 * q);
+        if (Q >= L) prefetch_pair<0, A>(row + 4 * q);
         Vec<A> a{}, b{}, last{};
         for (int64_t r = 0; r < R; ++r) {
           a += load(at + r * pitch);
@@ -202,18 +208,6 @@ void avg_pool2d_grad_input_tiling(const Pool2dGeometry& g, const Divisor& diviso
     const Vec<A> share = load(grad_output + i) * factor;
     return Tiles<A>{{share, share, share, share}};
   }, [=](int64_t i, int) { return grad_output[i] * factor; });
-}
-
-// One window, all of the plane.
-template <class T>
-void avg_pool2d_global_grad_input(const Pool2dGeometry& g, const Divisor& divisor, const T* grad_output, T* grad_input) {
-  using A = Arithmetic<T>;
-  const int64_t count = g.H * g.W;
-  const A divide_by = static_cast<A>(divisor(row_window(g, 0), column_window(g, 0)));
-  parallel_for(g.N * g.C, count / kLanes<A>, [&](int64_t nc) {
-    const T share = narrow<T>(widen(grad_output[nc]) / divide_by);
-    std::fill(grad_input + nc * count, grad_input + (nc + 1) * count, share);
-  });
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA

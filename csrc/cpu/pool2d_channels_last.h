@@ -117,6 +117,13 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
   }
 }
 
+// The end of the positions from w on that lie in the same windows.
+inline int64_t end_of_run(const Cover& columns, int64_t w, int64_t W) {
+  int64_t end = w + 1;
+  while (end < W && columns.first[end] == columns.first[w] && columns.last[end] == columns.last[w]) ++end;
+  return end;
+}
+
 // Windows without dilation.
 template <class T, class Offset>
 void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
@@ -129,14 +136,40 @@ void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* gr
   parallel_for(g.N * g.H, ceil_div(g.R, g.stride_h) * g.S * g.Q * ceil_div(g.C, L) * 6, [&](int64_t nh) {
     const int64_t n = nh / g.H, x = nh % g.H + g.pad_h;
     const int64_t p_begin = std::max<int64_t>(0, ceil_div(x - g.R + 1, g.stride_h)), p_end = std::min(g.P, x / g.stride_h + 1);
-    for (int64_t w = 0; w < g.W; ++w) {
+    for (int64_t w = 0, run_end; w < g.W; w = run_end) {
       const int64_t q_begin = columns.first[w], q_end = columns.last[w] + 1;
+      run_end = end_of_run(columns, w, g.W);
+      // Of positions that lie in one window, the same, only the offset differs.
+      const bool alone = p_end - p_begin == 1 && q_end - q_begin == 1;
+      if (!alone) run_end = w + 1;
+      const int64_t to_row = (nh + 1) * g.W * g.C;
       for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) {
+        const auto offset_of = [&](int64_t p, int64_t q, int64_t x_w) {
+          return static_cast<I>((x - p * g.stride_h) * g.S + x_w + g.pad_w - q * g.stride_w);
+        };
+        if (alone) {
+          const int64_t from = ((n * g.P + p_begin) * g.Q + q_begin) * g.C + c;
+          Vec<I> offset[vectors], gradient[vectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t until_end = vectors > 1 ? L : output_size - from;
+            offset[v] = load_offsets<I>(offsets + from + v * L, g.C - c, until_end);
+            gradient[v] = (Vec<I>)load_channels(grad_output + from + v * L, g.C - c, until_end);
+          }
+          Vec<I> wanted = broadcast(offset_of(p_begin, q_begin, w));
+          int64_t to = (nh * g.W + w) * g.C + c;
+          for (int64_t i = w; i < run_end; ++i, to += g.C, wanted += 1) {
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v)
+              store_channels(grad_input + to + v * L, (Vec<A>)(gradient[v] & (offset[v] == wanted)), to_row - to - v * L);
+          }
+          return;
+        }
         Vec<A> sum[vectors] = {};
         for (int64_t p = p_begin; p < p_end; ++p) {
           for (int64_t q = q_begin; q < q_end; ++q) {
             const int64_t from = ((n * g.P + p) * g.Q + q) * g.C + c;
-            const Vec<I> wanted = broadcast(static_cast<I>((x - p * g.stride_h) * g.S + w + g.pad_w - q * g.stride_w));
+            const Vec<I> wanted = broadcast(offset_of(p, q, w));
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) {
               const int64_t until_end = vectors > 1 ? L : output_size - from;
@@ -149,7 +182,7 @@ void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* gr
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
           const int64_t to = (nh * g.W + w) * g.C + c + v * L;
-          store_channels(grad_input + to, sum[v], (nh + 1) * g.W * g.C - to);
+          store_channels(grad_input + to, sum[v], to_row - to);
         }
       });
     }
@@ -208,7 +241,8 @@ void avg_pool2d_channels_last_grad_input(const Pool2dGeometry& g, const Divisor&
     column_factors[q] = A(1) / static_cast<A>(divisor.override_value != 0 ? 1 : divisor(one, column_window(g, q)));
   parallel_for(g.N * g.H, g.W * ceil_div(g.C, L) * 4, [&](int64_t nh) {
     const int64_t n = nh / g.H, h = nh % g.H;
-    for (int64_t w = 0; w < g.W; ++w) {
+    for (int64_t w = 0, run_end; w < g.W; w = run_end) {
+      run_end = end_of_run(columns, w, g.W);
       for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) {
         Vec<A> sum[vectors] = {};
         for (int64_t p = rows.first[h]; p <= rows.last[h]; ++p) {
@@ -222,10 +256,12 @@ void avg_pool2d_channels_last_grad_input(const Pool2dGeometry& g, const Divisor&
             }
           }
         }
+        for (int64_t i = w; i < run_end; ++i) {
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          const int64_t to = (nh * g.W + w) * g.C + c + v * L;
-          store_channels(grad_input + to, sum[v], (nh + 1) * g.W * g.C - to);
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t to = (nh * g.W + i) * g.C + c + v * L;
+            store_channels(grad_input + to, sum[v], (nh + 1) * g.W * g.C - to);
+          }
         }
       });
     }

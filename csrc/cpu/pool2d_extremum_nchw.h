@@ -70,7 +70,8 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
     for (int64_t q = 0; q < Q; q += L) {
       if (q + L > Q && Q >= L) q = Q - L;  // overlap the last vector instead of a scalar tail
       const A* at = row + q * step;
-      if constexpr (stride_ == 2 && S_ >= 2) prefetch_pair<0, A>(row + 4 * q);
+      if constexpr (stride_ == 2 && S_ >= 2)
+        if (Q >= L) prefetch_pair<0, A>(row + 4 * q);
       // Rows are searched on their own, so that one search need not wait for the other; then the best of each is offered.
       Best<A> best{};
       for (int64_t r = 0; r < R; ++r, at += row_step) {

@@ -13,15 +13,14 @@
 // Rows h that lie in the same windows have the same sums and are written together. Lanes beyond the last plane repeat it.
 #pragma once
 
-#include "conv2d_gemm.h"
-#include "pool2d_rows.h"
+#include "pool2d_global_nchw.h"
 
 namespace torchcnn::TORCHCNN_ISA {
 
 // Windows of 2 columns and more whose vectors over q would be short or far apart.
 template <class A>
 inline bool suits_planes(const Pool2dGeometry& g) {
-  return g.adaptive || g.stride_w > 2 || 2 * g.Q <= kLanes<A>;
+  return g.adaptive || g.stride_w > 2 || 4 * g.Q <= kLanes<A>;
 }
 
 // to[x kLanes + l] = from[l pitch + x] for x < count, rounded up to whole vectors.
@@ -104,23 +103,6 @@ inline void store_group(const Pool2dGeometry& g, const Arithmetic<T>* results, i
   });
 }
 
-// A plane that is one window may be cut into rows of any length: of one vector, or of four where there are enough. What is left
-// over, `rest` elements in the last row, is read with a mask.
-template <class A>
-struct WholePlane {
-  Pool2dGeometry g;
-  int64_t rest;
-
-  explicit WholePlane(const Pool2dGeometry& geometry) : g(geometry), rest(0) {
-    const int64_t count = g.H * g.W, L = kLanes<A>;
-    if (!is_global(g) || count < L || !(g.adaptive || g.S == g.W)) return;
-    g.W = g.S = count % (4 * L) == 0 ? 4 * L : L;
-    g.H = g.R = count / g.W;
-    rest = count % g.W;
-  }
-  int64_t plane() const { return g.H * g.W + rest; }
-};
-
 inline const Window* windows_of_columns(const Pool2dGeometry& g) {
   Window* columns = workspace<Window>(Slot::tables, g.Q);
   for (int64_t q = 0; q < g.Q; ++q) columns[q] = column_window(g, q);
@@ -129,23 +111,21 @@ inline const Window* windows_of_columns(const Pool2dGeometry& g) {
 
 // ------------------------------------------------------------------------------------------------------------------ extremes
 
-// The better of two candidates in any order: of equal ones that of the smaller code, of NaN that of the larger.
-template <class A>
-[[gnu::always_inline]] inline void offer_anywhere(Best<A>& best, Vec<A> candidate, Vec<IndexOf<A>> code) {
-  const Vec<IndexOf<A>> better = (candidate > best.value) | ((candidate == best.value) & (code < best.code)) |
-                                 ((candidate != candidate) & ((best.value == best.value) | (code > best.code)));
-  best.value = better ? candidate : best.value;
-  best.code = better ? code : best.code;
+// The first zero of a window in row-major order, whatever its sign: the extreme of a window that has none better.
+template <class T>
+Arithmetic<T> first_zero(const Pool2dGeometry& g, const T* plane, const Window& row, const Window& column) {
+  for (int64_t h = row.begin; h < row.end; h += g.dilation_h)
+    for (int64_t w = column.begin; w < column.end; w += g.dilation_w)
+      if (widen(plane[h * g.W + w]) == 0) return widen(plane[h * g.W + w]);
+  return 0;
 }
 
 template <class T, PositionKind kind>
-void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, const T* input, T* output, void* positions) {
+void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, void* positions) {
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
   constexpr int64_t L = kLanes<A>;
-  const WholePlane<A> whole(geometry);
-  const Pool2dGeometry& g = whole.g;
-  const int64_t plane_size = whole.plane(), rest = whole.rest;
+  const int64_t plane_size = g.H * g.W;
   constexpr bool coded = kind != PositionKind::none, of_plane = kind == PositionKind::indices;
   const Window* columns = windows_of_columns(g);
   const T* end = input + g.N * g.C * plane_size;
@@ -162,6 +142,7 @@ void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, c
     I* code_rows = workspace<I>(Slot::partial_sums, coded ? 2 * L * pitch + L * results : 1);
     I *code_lanes = code_rows + L * pitch, *code_result = code_lanes + L * pitch;
     int64_t result = 0;
+    Vec<I> zeros{};
     for (int64_t p = p_begin; p < p_end; ++p) {
       const Window row = row_window(g, p);
       const int64_t taps = ceil_div(row.end - row.begin, g.dilation_h);
@@ -182,10 +163,6 @@ void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, c
             for (int v = 0; v < vectors; ++v) {
               best[v].offer((Vec<A>)((Vec<I>)load_row_end(from + at[v], g.W, end) ^ sign), broadcast(code));
             }
-          }
-          if (vectors == 1 && rest > 0) {
-            const Vec<A> last = (Vec<A>)((Vec<I>)load_row_end(from, rest, end) ^ sign);
-            best[0].offer(steps_of<I>(1) < static_cast<I>(rest) ? last : broadcast(kLeast<A>), broadcast(code));
           }
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
@@ -211,9 +188,23 @@ void extremum_pool2d_planes(const Pool2dGeometry& geometry, Extremum extremum, c
             best.offer(candidate, Vec<I>{});
           }
         }
-        if (extremum.relu) best.rectify();
+        if (extremum.relu) {
+          best.rectify();
+        } else if (!coded) {
+          zeros |= best.value == Vec<A>{};
+        }
         store(value_result + result * L, (Vec<A>)((Vec<I>)best.value ^ sign));
         if (coded) store(code_result + result * L, best.code);
+      }
+    }
+    // Without codes the columns were searched before the rows, so that of zeros with different signs any may have won.
+    bool any_zero = false;
+    for (int64_t l = 0; l < planes; ++l) any_zero |= zeros[l] != 0;
+    for (int64_t i = 0; any_zero && i < result; ++i) {
+      const Window row = row_window(g, p_begin + i / g.Q), &column = columns[i % g.Q];
+      for (int64_t l = 0; l < planes; ++l) {
+        A& value = value_result[i * L + l];
+        if (value == 0) value = first_zero(g, input + (first + l) * plane_size, row, column);
       }
     }
     const int64_t begin = p_begin * g.Q, count = (p_end - p_begin) * g.Q;
@@ -244,12 +235,10 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
 // ------------------------------------------------------------------------------------------------------------------ averages
 
 template <class T>
-void avg_pool2d_planes(const Pool2dGeometry& geometry, const Divisor& divisor, const T* input, T* output) {
+void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T* input, T* output) {
   using A = Arithmetic<T>;
   constexpr int64_t L = kLanes<A>;
-  const WholePlane<A> whole(geometry);
-  const Pool2dGeometry& g = whole.g;
-  const int64_t plane_size = whole.plane(), rest = whole.rest;
+  const int64_t plane_size = g.H * g.W;
   const Window* columns = windows_of_columns(g);
   const T* end = input + g.N * g.C * plane_size;
   const int64_t pitch = round_up_to_lanes<A>(g.W), window_rows = g.adaptive ? ceil_div(g.H, g.P) : std::min(g.R, g.H);
@@ -272,11 +261,6 @@ void avg_pool2d_planes(const Pool2dGeometry& geometry, const Divisor& divisor, c
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) sum[v] += load_row_end(from + at[v], g.W, end);
           }
-          if (vectors == 1 && rest > 0) {
-            using Mask = Vec<IndexOf<A>>;
-            const Mask within = steps_of<IndexOf<A>>(1) < static_cast<IndexOf<A>>(rest);
-            sum[0] += (Vec<A>)((Mask)load_row_end(from, rest, end) & within);
-          }
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) store(sum_rows + l * pitch + at[v], sum[v]);
         });
@@ -286,7 +270,7 @@ void avg_pool2d_planes(const Pool2dGeometry& geometry, const Divisor& divisor, c
         const Window column = columns[q];
         Vec<A> sum = load(sum_lanes + column.begin * L);
         for (int64_t w = column.begin + 1; w < column.end; ++w) sum += load(sum_lanes + w * L);
-        store(mean + result * L, sum / static_cast<A>(divisor(row_window(geometry, p), column_window(geometry, q))));
+        store(mean + result * L, sum / static_cast<A>(divisor(row, column)));
       }
     }
     store_group<T>(g, mean, first, planes, p_begin * g.Q, (p_end - p_begin) * g.Q,

@@ -38,7 +38,7 @@ inline void prefetch_pair(const A* at) {
 // The same for a row of `count` elements that is read alone.
 template <class T>
 inline void prefetch_row(const T* row, int64_t count) {
-  constexpr int64_t ahead = 4096, line = 64;
+  constexpr int64_t ahead = 16384, line = 64;
   for (int64_t byte = 0; byte < count * int64_t(sizeof(T)); byte += line)
     __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead + byte);
 }
@@ -216,6 +216,16 @@ inline bool is_tiling_2x2(const Pool2dGeometry& g) {
          windows_lie_inside(g);
 }
 
+// Planes of which nothing is left over are one tall plane: a short row may then be written with a whole vector everywhere but at
+// the end of a task. Positions in the plane would count on, offsets into windows do not.
+inline Pool2dGeometry as_one_plane(Pool2dGeometry g) {
+  g.H *= g.N * g.C, g.P *= g.N * g.C;
+  g.N = g.C = 1;
+  return g;
+}
+
+inline bool is_one_plane_2x2(const Pool2dGeometry& g) { return g.layout == Layout::nchw && is_tiling_2x2(g) && 2 * g.P == g.H; }
+
 // grad_input of windows that tile the plane. vector(i, element) gives what windows i, i + 1, ... (flat positions in grad_output)
 // put into their element r S + s; scalar(i, element) the same for one.
 template <class A, class VectorOf, class ScalarOf>
@@ -237,11 +247,12 @@ void write_tiles_2x2(const Pool2dGeometry& g, A* grad_input, VectorOf vector, Sc
         }
       } else {
         // A vector longer than a row writes into the rows below, which are written later, or else writes just the row.
-        const int64_t count = g.Q >= L || (p + 1 < p_end && 2 * L <= 3 * g.W) ? L : g.Q;
+        const bool whole = g.Q >= L || (p + 1 < p_end && 2 * L <= 3 * g.W);
+        const int64_t count = !whole ? g.Q : 2 * g.Q <= L ? L / 2 : L;
         for (int64_t q = 0; q < g.Q; q += L) {
           if (q + L > g.Q && g.Q >= L) q = g.Q - L;  // overlap the last vector instead of a scalar tail
           const auto elements = vector(row + q);
-          prefetch_pair<1, A>(top + 4 * q);
+          if (g.Q >= L) prefetch_pair<1, A>(top + 4 * q);
           store_interleaved<A>(top + 2 * q, elements[0], elements[1], count);
           store_interleaved<A>(bottom + 2 * q, elements[2], elements[3], count);
         }

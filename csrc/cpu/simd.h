@@ -55,10 +55,26 @@ template <int64_t part, class T>
   }
 }
 
-// The first `count` lanes; the others are zero, or left alone in memory.
+// The first `count` lanes; the others are zero, or left alone in memory. Masked instructions where they are quick: stores of AVX2
+// are not.
+template <class T, size_t... lane>
+inline Vec<IndexOf<T>> first_lanes(int64_t count, std::index_sequence<lane...>) {
+  return Vec<IndexOf<T>>{IndexOf<T>(lane)...} < IndexOf<T>(count);
+}
+
 template <class T>
 inline Vec<T> load_partial(const T* from, int64_t count) {
   if (count >= kLanes<T>) return load(from);
+#if TORCHCNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_loadu_epi32(__mmask16((1 << count) - 1), from);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_loadu_epi64(__mmask8((1 << count) - 1), from);
+#elif TORCHCNN_VECTOR_BYTES == 32
+  const auto mask = [&]() __attribute__((always_inline)) {
+    return (__m256i)first_lanes<T>(count, std::make_index_sequence<kLanes<T>>{});
+  };
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_maskload_epi32(reinterpret_cast<const int*>(from), mask());
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_maskload_epi64(reinterpret_cast<const long long*>(from), mask());
+#endif
   T lanes[kLanes<T>] = {};
   copy_few<kLanes<T> / 2>(from, count, lanes);
   return load(lanes);
@@ -67,6 +83,10 @@ inline Vec<T> load_partial(const T* from, int64_t count) {
 template <class T>
 inline void store_partial(T* to, Vec<T> v, int64_t count) {
   if (count >= kLanes<T>) return store(to, v);
+#if TORCHCNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_epi32(to, __mmask16((1 << count) - 1), (__m512i)v);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(to, __mmask8((1 << count) - 1), (__m512i)v);
+#endif
   T lanes[kLanes<T>];
   store(lanes, v);
   copy_few<kLanes<T> / 2>(lanes, count, to);

@@ -58,9 +58,13 @@ __global__ void conv2d_pack_weight(const GatherProblem<T> problem, bool transpos
 }
 
 template <class Math>
-__global__ void __launch_bounds__(Math::Shape::threads) conv2d_gather(const GatherProblem<typename Math::T> problem) {
+__global__ void __launch_bounds__(Math::Shape::threads, 1) conv2d_gather(const GatherProblem<typename Math::T> problem) {
   using Shape = typename Math::Shape;
   using T = typename Math::T;
+  if constexpr (!Math::is_compiled) {
+    __trap();
+    return;
+  }
   constexpr int stages = Shape::stages;
   T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
 
@@ -217,8 +221,9 @@ void gather(const char* op, const Conv2dGeometry& g, bool transposed, const Devi
   D* packed = static_cast<D*>(workspace);
   problem.packed_weight = packed;
   const int64_t count = packed_size(problem);
-  launch("conv2d_pack_weight", conv2d_pack_weight<D>, blocks_for(count, 256), 256, 0, stream, problem, transposed,
-         int(g.K_per_group()), int(g.C_per_group()), weight, packed, count);
+  if (count > 0)  // else no channel is read, and the bias is all
+    launch("conv2d_pack_weight", conv2d_pack_weight<D>, blocks_for(count, 256), 256, 0, stream, problem, transposed,
+           int(g.K_per_group()), int(g.C_per_group()), weight, packed, count);
   if constexpr (sizeof(T) == 8) {
     run_gather<SimtMath<TileShape<D, 64, Storage::by_index>>>(op, problem, stream);
   } else if (has_tensor_cores() && (sizeof(T) == 2 || precision == Float32Precision::tf32)) {

@@ -26,10 +26,14 @@ struct GradWeightProblem {
 };
 
 template <class Math>
-__global__ void __launch_bounds__(Math::Shape::threads)
+__global__ void __launch_bounds__(Math::Shape::threads, 1)
     conv2d_grad_weight_parts(const GradWeightProblem<typename Math::T> problem) {
   using Shape = typename Math::Shape;
   using T = typename Math::T;
+  if constexpr (!Math::is_compiled) {
+    __trap();
+    return;
+  }
   constexpr int stages = Shape::stages;
   T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
 

@@ -16,18 +16,20 @@ inline int as_int(const char* op, const char* what, int64_t value) {
   return int(value);
 }
 
-// In forward the input is read and the output written; in grad_input (transposed) the output's gradient is read.
+// In forward the input is read and the output written; in grad_input (transposed) the output's gradient is read. A stride beyond the
+// padded input, or the dilation of a single tap, can be any number and changes nothing.
 inline Axis axis_of(const char* op, const char* name, int64_t input, int64_t output, int64_t kernel, int64_t stride, int64_t pad,
                     int64_t dilation, bool transposed) {
-  as_int(op, name, input + 2 * pad);
-  as_int(op, name, output);
+  const int64_t padded = as_int(op, name, input + 2 * pad);
+  stride = std::min(stride, padded);
+  dilation = kernel == 1 ? 1 : dilation;
   const int64_t period = transposed ? stride / std::gcd(stride, dilation) : 1;
   return {int(transposed ? output : input),
           int(transposed ? input : output),
-          as_int(op, name, kernel),
-          as_int(op, name, stride),
-          as_int(op, name, pad),
-          as_int(op, name, dilation),
+          int(kernel),
+          int(stride),
+          int(pad),
+          int(dilation),
           transposed,
           int(period)};
 }

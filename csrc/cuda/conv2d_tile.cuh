@@ -85,6 +85,7 @@ template <class Shape_>
 struct TensorMath {
   using Shape = Shape_;
   using T = typename Shape::T;
+  static constexpr bool is_compiled = kHasTensorSteps;
   static constexpr int tiles_m = Shape::warp_m / 16, tiles_n = Shape::warp_n / 8;
   float sum[tiles_m][tiles_n][4] = {};
 
@@ -149,6 +150,7 @@ struct SimtMath {
   using Shape = Shape_;
   using T = typename Shape::T;
   using Sum = typename Shape::Sum;
+  static constexpr bool is_compiled = true;
   static constexpr int lanes_m = 8, lanes_n = 4;
   static constexpr int thread_m = Shape::warp_m / lanes_m, thread_n = Shape::warp_n / lanes_n;
   Sum sum[thread_m][thread_n] = {};

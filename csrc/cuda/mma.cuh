@@ -16,6 +16,15 @@
 
 #include <cstdint>
 
+namespace torchcnn::cuda {
+// Whether the device that is compiled for has these steps.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasTensorSteps = false;
+#else
+constexpr bool kHasTensorSteps = true;
+#endif
+}  // namespace torchcnn::cuda
+
 #ifdef TORCHCNN_CUDA_EMULATOR
 #include "emulated_mma.h"
 #else

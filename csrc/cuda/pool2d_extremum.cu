@@ -115,7 +115,8 @@ void extremum_pool2d_forward_of(const Pool2dGeometry& g, Extremum extremum, cons
   using D = Device<T>;
   const Team team = team_for(g, V);
   const int64_t items = g.N * g.C * g.P * g.Q / V;
-  launch("pool2d", extremum_pool2d_forward_by_teams<D, V>, pool_blocks(items, team), kPoolThreads, shared_bytes<Best<D, V>>(team),
+  const char* name = extremum.minimum ? "min_pool2d" : extremum.relu ? "relu_max_pool2d" : "max_pool2d";
+  launch(name, extremum_pool2d_forward_by_teams<D, V>, pool_blocks(items, team), kPoolThreads, shared_bytes<Best<D, V>>(team),
          stream, g, extremum, team, items, on_device(input), on_device(output), positions);
 }
 

@@ -41,6 +41,9 @@ inline void __syncwarp(unsigned mask = emulator::kAllLanes, emulator::Place plac
 
 namespace emulator {
 
+// The last lane to come looks into the variables of the others: the exchange itself, no access of the kernel's to be checked.
+#define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
+
 // Each lane of the mask receives the value of lane `from`, or its own if that is not one of `width` lanes that belong together.
 template <class T>
 T shuffle(unsigned mask, T value, unsigned from, int width, const Place& place) {
@@ -50,7 +53,7 @@ T shuffle(unsigned mask, T value, unsigned from, int width, const Place& place) 
   };
   const unsigned lane = lane_number(), first = lane & ~unsigned(width - 1);
   Operand operand = {value, value, from >= first && from < first + unsigned(width) ? from : lane};
-  meet(mask, &operand, [](void* const* operands, unsigned lanes, const Place& at) {
+  meet(mask, &operand, [](void* const* operands, unsigned lanes, const Place& at) EMULATOR_UNCHECKED {
     for (unsigned i = 0; i < kWarp; ++i) {
       if (!(lanes >> i & 1)) continue;
       Operand& to = *static_cast<Operand*>(operands[i]);
@@ -67,31 +70,12 @@ inline unsigned ballot(unsigned mask, bool predicate, const Place& place) {
     unsigned result;
   };
   Operand operand = {predicate, 0};
-  meet(mask, &operand, [](void* const* operands, unsigned lanes, const Place&) {
+  meet(mask, &operand, [](void* const* operands, unsigned lanes, const Place&) EMULATOR_UNCHECKED {
     unsigned result = 0;
     for (unsigned i = 0; i < kWarp; ++i)
       if (lanes >> i & 1) result |= unsigned(static_cast<Operand*>(operands[i])->predicate) << i;
     for (unsigned i = 0; i < kWarp; ++i)
       if (lanes >> i & 1) static_cast<Operand*>(operands[i])->result = result;
-  }, place);
-  return operand.result;
-}
-
-// The lanes of the mask with the same value.
-template <class T>
-unsigned match(unsigned mask, T value, const Place& place) {
-  struct Operand {
-    T value;
-    unsigned result;
-  };
-  Operand operand = {value, 0};
-  meet(mask, &operand, [](void* const* operands, unsigned lanes, const Place&) {
-    for (unsigned i = 0; i < kWarp; ++i)
-      for (unsigned j = 0; j < kWarp; ++j) {
-        if (!(lanes >> i & 1) || !(lanes >> j & 1)) continue;
-        Operand& to = *static_cast<Operand*>(operands[i]);
-        to.result |= unsigned(static_cast<Operand*>(operands[j])->value == to.value) << j;
-      }
   }, place);
   return operand.result;
 }
@@ -127,9 +111,24 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Place place = emul
   return emulator::ballot(mask, predicate == 0, place) == 0;
 }
 
+// The lanes that have the same value.
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, emulator::Place place = emulator::Place::current()) {
-  return emulator::match(mask, value, place);
+  struct Operand {
+    T value;
+    unsigned result;
+  };
+  Operand operand = {value, 0};
+  emulator::meet(mask, &operand, [](void* const* operands, unsigned lanes, const emulator::Place&) EMULATOR_UNCHECKED {
+    for (unsigned i = 0; i < emulator::kWarp; ++i) {
+      if (!(lanes >> i & 1)) continue;
+      Operand& of = *static_cast<Operand*>(operands[i]);
+      of.result = 0;
+      for (unsigned j = 0; j < emulator::kWarp; ++j)
+        if (lanes >> j & 1 && static_cast<Operand*>(operands[j])->value == of.value) of.result |= 1u << j;
+    }
+  }, place);
+  return operand.result;
 }
 
 template <class T>

@@ -104,7 +104,11 @@ std::string lines_of(uint32_t instruction) {
   return lines.empty() ? "?" : lines;
 }
 
+// Inline functions of the standard library may be the kernels' copies, whose accesses are checked: not while a failure is told.
+bool failing = false;
+
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail_at(uint32_t instruction, const char* format, ...) {
+  stop_checking();
   static char message[4096];
   std::snprintf(message, sizeof message, "%s: ", lines_of(instruction).c_str());
   const size_t length = std::strlen(message);
@@ -116,6 +120,7 @@ std::string lines_of(uint32_t instruction) {
 }
 
 [[noreturn]] void fail_race(const Range& range, size_t offset, bool writes, const Event& event, bool other_writes, uint32_t by) {
+  stop_checking();
   static char other[1024];
   std::snprintf(other, sizeof other, "%s", lines_of(event.by).c_str());
   const bool same_block = event.interval >= first_of_block;
@@ -218,7 +223,10 @@ uintptr_t end_of_dynamic_shared() { return dynamic_shared.first + kMostSharedByt
 
 }  // namespace
 
+void stop_checking() { failing = true; }
+
 void begin_launch(const Kernel& kernel, size_t dynamic_shared_bytes) {
+  failing = false;
   torchcnn::cuda::dynamic_shared[0] = 0;  // only then does the segment exist for this host thread
   static_cast<Bytes&>(dynamic_shared) = bytes_of(torchcnn::cuda::dynamic_shared, dynamic_shared_bytes);
   dl_iterate_phdr(find_module, nullptr);
@@ -273,7 +281,7 @@ bool is_shared(const void* at, size_t bytes) {
 }
 
 void access(const void* address, size_t bytes, Access kind, const void* by) {
-  if (!kChecks || !in_a_kernel()) return;
+  if (!kChecks || failing || !in_a_kernel()) return;
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);
   if (stack_of_thread().hold(at, bytes)) return;
   if (dynamic_shared.hold(at, bytes)) return access_range(dynamic_shared, at, bytes, kind, in_module(by));

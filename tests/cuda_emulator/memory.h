@@ -22,6 +22,9 @@ void begin_block();
 // All accesses before it come before all accesses after it.
 void begin_interval();
 
+// Until the next launch.
+void stop_checking();
+
 // Whether the memory was declared.
 bool set_memory(void* first, int value, size_t bytes);
 

@@ -260,6 +260,7 @@ Bytes stack_of_thread() {
 }
 
 void fail_with(const char* message) {
+  stop_checking();
   combining = false;
   keep_error(std::string(message) + " [thread " + text(threadIdx) + " of block " + text(blockIdx) + "]");
   leave(true);

@@ -1,0 +1,277 @@
+// Depthwise convolution of NCHW tensors by 3x3 filters with padding 1 and stride 1 or 2, the layers of mobile networks: rows are
+// read where they lie, and vectors run along them. Such a layer waits for memory, so that a block of output rows walks along the
+// rows beside each other, each input is loaded for all rows of the block, and what comes next is prefetched.
+//
+//   forward     output[i][j] = sum_{r,s} weight[r][s] input[stride i - 1 + r][stride j - 1 + s]
+//   grad_input  stride 1: the same of grad_output, with the filter turned by 180 degrees. Stride 2, with a, b = grad_output[i][j],
+//               [i][j + 1] and c, d below them and w = weight: grad_input[2 i + (0, 1)][2 j + (0, 1)] =
+//                 w11 a            w10 b + w12 a
+//                 w01 c + w21 a    w00 d + w02 c + w20 b + w22 a
+//   grad_weight[r][s] = sum_{n,i,j} grad_output[i][j] input[stride i - 1 + r][stride j - 1 + s]
+//
+// Outside the image there are zeros: a row of them above and below, lanes left and right. In forward and grad_input they do no harm
+// if the weights are finite, which the caller sees to; in grad_weight a sum that is not finite is made again without them.
+// Every element is summed in an order that its place does not change.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../geometry.h"
+#include "conv2d_depthwise_axes.h"
+#include "conv2d_depthwise_nchw.h"
+#include "conv2d_depthwise_transpose.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace torchcnn::TORCHCNN_ISA::depthwise::rows {
+
+template <class T>
+bool applies(const Conv2dGeometry& g) {
+  return g.layout == Layout::nchw && g.K == g.C && g.R == 3 && g.S == 3 && g.pad_h == 1 && g.pad_w == 1 && g.dilation_h == 1 &&
+         g.dilation_w == 1 && g.stride_h == g.stride_w && g.stride_h <= 2 && 4 * g.Q >= 3 * kLanes<T>;
+}
+
+// Output rows of a block, of 9 weights or sums, as many vectors and 3 more of the registers there are.
+inline constexpr int64_t correlate_rows = 4, dot_rows = TORCHCNN_VECTOR_REGISTERS >= 32 ? 4 : 2;
+
+// What is used a few hundred cycles later. Planes follow each other in memory, so that this may be the next one.
+template <class T>
+[[gnu::always_inline]] inline void prefetch(const T* at) {
+  __builtin_prefetch(at + 4096 / sizeof(T));
+}
+
+// before[last lane], v[0], v[1], ...
+template <class T>
+[[gnu::always_inline]] inline Vec<T> shifted_right(Vec<T> before, Vec<T> v) {
+  return shuffled<T>(before, v, [](int64_t lane) { return lane + kLanes<T> - 1; }, kEachLane<T>);
+}
+// v[1], v[2], ..., after[0]
+template <class T>
+[[gnu::always_inline]] inline Vec<T> shifted_left(Vec<T> v, Vec<T> after) {
+  return shuffled<T>(v, after, [](int64_t lane) { return lane + 1; }, kEachLane<T>);
+}
+
+template <class T, bool partial>
+[[gnu::always_inline]] inline Vec<T> load_some(const T* from, int64_t count) {
+  return partial ? load_partial(from, std::max<int64_t>(0, count)) : load(from);
+}
+
+// What filter columns 0, 1, 2 read for a vector of outputs: at[stride lane - 1 + column]. first, last: the vector is the first or
+// the last of its row, of which `rest` elements are left.
+template <class T, int64_t stride, bool first, bool last>
+[[gnu::always_inline]] inline void load_columns(const T* at, int64_t rest, Vec<T> (&column)[3]) {
+  if constexpr (stride == 1) {
+    column[1] = load_some<T, last>(at, rest);
+    column[0] = first ? shifted_right<T>(Vec<T>{}, column[1]) : load_some<T, last>(at - 1, rest + 1);
+    column[2] = last ? shifted_left<T>(column[1], Vec<T>{}) : load(at + 1);
+  } else {
+    const Vec<T> low = load_some<T, last>(at, rest), high = load_some<T, last>(at + kLanes<T>, rest - kLanes<T>);
+    column[1] = every_second<T>(low, high, 0, kEachLane<T>);
+    column[2] = every_second<T>(low, high, 1, kEachLane<T>);
+    column[0] = shifted_right<T>(first ? Vec<T>{} : broadcast(at[-1]), column[2]);
+  }
+}
+
+// tile(j, first, last) for the vectors of a row of Q outputs.
+template <class T, class Tile>
+[[gnu::always_inline]] inline void for_tiles(int64_t Q, const Tile& tile) {
+  constexpr int64_t lanes = kLanes<T>;
+  const std::true_type yes;
+  const std::false_type no;
+  if (Q <= lanes) return tile(0, yes, yes);
+  tile(0, yes, no);
+  int64_t j = lanes;
+  for (; j + lanes < Q; j += lanes) tile(j, no, no);
+  tile(j, no, yes);
+}
+
+// block(first row, number of rows) for blocks of at most `rows` rows.
+template <int64_t rows, class Block>
+[[gnu::always_inline]] inline void for_blocks(int64_t begin, int64_t end, const Block& block) {
+  for (; begin + rows <= end; begin += rows) block(begin, std::integral_constant<int64_t, rows>{});
+  if constexpr (rows > 1) for_blocks<rows / 2>(begin, end, block);
+}
+
+// run(plane, first row, end): whole planes, or strips of rows where there are few of them. Strips begin at multiples of 4.
+template <class Run>
+void for_strips(int64_t planes, int64_t rows, int64_t row_cost, const Run& run) {
+  const int64_t wanted = 4 * thread_count();
+  const int64_t strip = planes >= wanted ? rows : ceil_div(ceil_div(rows * planes, wanted), 4) * 4;
+  const int64_t strips = ceil_div(rows, strip);
+  parallel_for(planes * strips, strip * row_cost, [&](int64_t task) {
+    const int64_t row = task % strips * strip;
+    run(task / strips, row, std::min(rows, row + strip));
+  });
+}
+
+// The rows h, h + 1, ... of a plane, zeros where it has none.
+template <class T>
+struct Plane {
+  const T* data;
+  int64_t height, width;
+  const T* zeros;
+
+  template <int64_t count>
+  [[gnu::always_inline]] void get(int64_t h, const T* (&row)[count]) const {
+    unrolled<count>(
+        [&](auto d) __attribute__((always_inline)) { row[d] = h + d < 0 || h + d >= height ? zeros : data + (h + d) * width; });
+  }
+};
+
+template <class T>
+const T* row_of_zeros(int64_t width) {
+  T* zeros = workspace<T>(Slot::patches, width + kLanes<T>);
+  for (int64_t x = 0; x < width; x += kLanes<T>) store(zeros + x, Vec<T>{});
+  return zeros;
+}
+
+// Forward, and grad_input of stride 1.
+template <class T, int64_t stride>
+void correlate(const Correlation<T>& c, bool turned) {
+  const int64_t H = c.axes.h.source_size, W = c.axes.w.source_size, P = c.axes.h.output_size, Q = c.axes.w.output_size;
+  for_strips(c.N * c.C, P, 9 * ceil_div(Q, kLanes<T>), [&](int64_t plane, int64_t row_begin, int64_t row_end) {
+    const Plane<T> source{c.source + plane * H * W, H, W, row_of_zeros<T>(W)};
+    const T* const filter = c.weight + plane % c.C * 9;
+    const Vec<T> start = broadcast(c.epilogue.bias == nullptr ? T(0) : c.epilogue.bias[plane % c.C]);
+    const bool relu = c.epilogue.relu;
+    T* const output = c.output + plane * P * Q;
+    Vec<T> weight[9];
+    unrolled<9>([&](auto t) __attribute__((always_inline)) { weight[t] = broadcast(filter[turned ? 8 - t : int64_t(t)]); });
+    for_blocks<correlate_rows>(row_begin, row_end, [&](int64_t i, auto rows) __attribute__((always_inline)) {
+      constexpr int64_t count = rows, input_rows = (count - 1) * stride + 3;
+      const T* from[input_rows];
+      source.template get<input_rows>(i * stride - 1, from);
+      for_tiles<T>(Q, [&](int64_t j, auto first, auto last) __attribute__((always_inline)) {
+        unrolled<count * stride>([&](auto d) __attribute__((always_inline)) {
+          prefetch(source.data + (i * stride + d) * W + j * stride);
+          if (stride == 2) prefetch(source.data + (i * stride + d) * W + j * stride + kLanes<T>);
+        });
+        Vec<T> sum[count];
+        unrolled<count>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
+        unrolled<input_rows>([&](auto d) __attribute__((always_inline)) {
+          Vec<T> column[3];
+          load_columns<T, stride, first, last>(from[d] + j * stride, W - j * stride, column);
+          unrolled<3>([&](auto s) __attribute__((always_inline)) {
+            unrolled<count>([&](auto v) __attribute__((always_inline)) {
+              constexpr int64_t r = d - v * stride;
+              if constexpr (r >= 0 && r < 3) sum[v] += weight[r * 3 + s] * column[s];
+            });
+          });
+        });
+        unrolled<count>([&](auto v) __attribute__((always_inline)) {
+          T* const to = output + (i + v) * Q + j;
+          prefetch(to);
+          if (relu) sum[v] = rectified<T>(sum[v]);
+          last ? store_partial(to, sum[v], Q - j) : store(to, sum[v]);
+        });
+      });
+    });
+  });
+}
+
+// grad_input of stride 2.
+template <class T>
+void grad_input_stride2(const Correlation<T>& c) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t P = c.axes.h.source_size, Q = c.axes.w.source_size, H = c.axes.h.output_size, W = c.axes.w.output_size;
+  for_strips(c.N * c.C, P, 12 * ceil_div(Q, lanes), [&](int64_t plane, int64_t row_begin, int64_t row_end) {
+    const Plane<T> source{c.source + plane * P * Q, P, Q, row_of_zeros<T>(Q)};
+    const T* const filter = c.weight + plane % c.C * 9;
+    T* const output = c.output + plane * H * W;
+    Vec<T> w[9];
+    unrolled<9>([&](auto t) __attribute__((always_inline)) { w[t] = broadcast(filter[t]); });
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      const T* from[2];
+      source.template get<2>(i, from);
+      for_tiles<T>(Q, [&](int64_t j, auto, auto last) __attribute__((always_inline)) {
+        prefetch(from[0] + j);
+        Vec<T> here[2], right[2];  // a and c, b and d
+        unrolled<2>([&](auto r) __attribute__((always_inline)) {
+          here[r] = load_some<T, last>(from[r] + j, Q - j);
+          right[r] = last ? shifted_left<T>(here[r], Vec<T>{}) : load(from[r] + j + 1);
+        });
+        const auto store_pairs = [&](T* row, Vec<T> even, Vec<T> odd) __attribute__((always_inline)) {
+          unrolled<2>([&](auto half) __attribute__((always_inline)) {
+            T* const to = row + 2 * j + half * lanes;
+            const Vec<T> pairs = interleave<T>(even, odd, half, kEachLane<T>);
+            prefetch(to);
+            last ? store_partial(to, pairs, std::max<int64_t>(0, W - 2 * j - half * lanes)) : store(to, pairs);
+          });
+        };
+        T* const to = output + 2 * i * W;
+        store_pairs(to, w[4] * here[0], w[5] * here[0] + w[3] * right[0]);
+        if (2 * i + 1 == H) return;
+        store_pairs(to + W, w[7] * here[0] + w[1] * here[1], w[8] * here[0] + w[6] * right[0] + w[2] * here[1] + w[0] * right[1]);
+      });
+    }
+  });
+}
+
+// A task is a channel. Lanes and strips of rows are summed on their own first, which keeps rounding errors small.
+template <class T, int64_t stride>
+void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  constexpr int64_t strip = 32;
+  const Axes axes = forward_axes(g);
+  const int64_t H = g.H, W = g.W, P = g.P, Q = g.Q;
+  parallel_for(g.C, g.N * P * ceil_div(Q, kLanes<T>) * 9, [&](int64_t k) {
+    const T* const zeros = row_of_zeros<T>(W);
+    Vec<T> total[9] = {};
+    for (int64_t n = 0; n < g.N; ++n) {
+      const Plane<T> source{input + (n * g.C + k) * H * W, H, W, zeros};
+      const T* const gradients = grad_output + (n * g.C + k) * P * Q;
+      for (int64_t begin = 0; begin < P; begin += strip) {
+        Vec<T> sum[9] = {};
+        for_blocks<dot_rows>(begin, std::min(P, begin + strip), [&](int64_t i, auto rows) __attribute__((always_inline)) {
+          constexpr int64_t count = rows, input_rows = (count - 1) * stride + 3;
+          const T* from[input_rows];
+          source.template get<input_rows>(i * stride - 1, from);
+          for_tiles<T>(Q, [&](int64_t j, auto first, auto last) __attribute__((always_inline)) {
+            Vec<T> gradient[count];
+            unrolled<count * stride>([&](auto d) __attribute__((always_inline)) {
+              prefetch(source.data + (i * stride + d) * W + j * stride);
+              if (stride == 2) prefetch(source.data + (i * stride + d) * W + j * stride + kLanes<T>);
+            });
+            unrolled<count>([&](auto v) __attribute__((always_inline)) {
+              const T* const at = gradients + (i + v) * Q + j;
+              prefetch(at);
+              gradient[v] = load_some<T, last>(at, Q - j);
+            });
+            unrolled<input_rows>([&](auto d) __attribute__((always_inline)) {
+              Vec<T> column[3];
+              load_columns<T, stride, first, last>(from[d] + j * stride, W - j * stride, column);
+              unrolled<count>([&](auto v) __attribute__((always_inline)) {
+                constexpr int64_t r = d - v * stride;
+                if constexpr (r >= 0 && r < 3)
+                  unrolled<3>([&](auto s) __attribute__((always_inline)) { sum[r * 3 + s] += gradient[v] * column[s]; });
+              });
+            });
+          });
+        });
+        unrolled<9>([&](auto t) __attribute__((always_inline)) { total[t] += sum[t]; });
+      }
+    }
+    T* const to = grad_weight + k * 9;
+    unrolled<9>([&](auto t) __attribute__((always_inline)) { to[t] = horizontal_sum<T>(total[t]); });
+    if (all_finite(to, 9)) return;
+    for (int64_t t = 0; t < 9; ++t) to[t] = nchw::grad_weight_element(g, axes, grad_output, input, k, t / 3, t % 3);
+  });
+}
+
+template <class T>
+void conv2d_forward(const Correlation<T>& c, int64_t stride) {
+  stride == 1 ? correlate<T, 1>(c, false) : correlate<T, 2>(c, false);
+}
+
+template <class T>
+void conv2d_grad_input(const Correlation<T>& c, int64_t stride) {
+  stride == 1 ? correlate<T, 1>(c, true) : grad_input_stride2(c);
+}
+
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  g.stride_h == 1 ? grad_weight_with<T, 1>(g, grad_output, input, grad_weight)
+                  : grad_weight_with<T, 2>(g, grad_output, input, grad_weight);
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA::depthwise::rows

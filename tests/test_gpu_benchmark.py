@@ -1,0 +1,193 @@
+"""The model of the CUDA kernels' work against counting, and the benchmark of GPUs as far as it runs without one."""
+
+import csv
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+MODULES = "contenders", "floors", "gpu", "gpu_model", "layers", "run", "timing"
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    loaded = {name: sys.modules.pop(name, None) for name in MODULES}
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name, module in loaded.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+# -------------------------------------------------------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize(("stride", "dilation", "pad"), list(itertools.product([1, 2, 3], [1, 2, 3], [0, 1, 4])))
+def test_phases_of_grad_input_are_the_products_that_exist(harness, stride, dilation, pad):
+    """Each phase multiplies its rows by its taps: all (h, r) with h + pad - r dilation divisible by the stride, no other."""
+    H, R = 13, 4
+    phases = harness.gpu_model.phases(None, H, R, stride, pad, dilation, True)
+    existing = sum((h + pad - r * dilation) % stride == 0 for h in range(H) for r in range(R))
+    assert sum(rows for rows, _ in phases) == H
+    assert sum(rows * taps for rows, taps in phases) == existing
+
+
+def test_flops_and_least_bytes_are_counted(harness):
+    layer = harness.layers.Conv(2, 6, 9, 4, (3, 2), 2, (1, 0), groups=2, W=8)
+    P, Q = 5, 4
+    products = sum(1 for _ in itertools.product(range(2), range(4), range(P), range(Q), range(3), range(3), range(2)))
+    for direction in ("forward", "grad_input", "grad_weight"):
+        work = harness.gpu_model.conv_work(layer, direction, "float32")
+        assert work.flops == 2 * products
+        assert work.least_bytes == 4 * (2 * 6 * 9 * 8 + 4 * 3 * 3 * 2 + 2 * 4 * P * Q)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "tf32", "float16"])
+def test_asked_bytes_are_those_of_a_loop_over_blocks(harness, arithmetic):
+    """forward, block by block: the rows of both operands that exist, in whole tiles of k; then the result, packing beside."""
+    layer = harness.layers.Conv(2, 20, 9, 70, 3, 1, 1)
+    size = harness.gpu_model.BYTES[arithmetic]
+    pixels, channels, depth = 2 * 9 * 9, 70, 20 * 9
+    block, block_k = 64, 64 // size
+    asked = done = blocks = 0
+    for m, n in itertools.product(range(0, pixels, block), range(0, channels, block)):
+        blocks += 1
+        for _ in range(0, depth, block_k):
+            asked += (min(block, pixels - m) + min(block, channels - n)) * block_k * size
+            done += 2 * block * block * block_k
+    weight = 70 * 20 * 9
+    asked += (pixels * channels + 2 * weight) * size
+    work = harness.gpu_model.conv_work(layer, "forward", arithmetic)
+    assert (work.asked_bytes, work.done_flops, work.blocks) == (asked, done, blocks)
+
+
+def test_grad_weight_parts_cover_the_pixels(harness):
+    """One part for every 16 tiles of pixels where they are few; scratch memory is written and read once."""
+    layer = harness.layers.Conv(4, 32, 32, 32, 3, 1, 1)
+    work = harness.gpu_model.conv_work(layer, "grad_weight", "float16")
+    tiles_n, parts = -(-32 * 9 // 64), 4 * 32 * 32 // 32 // 16
+    assert work.blocks == tiles_n * parts
+    assert work.done_bytes - work.least_bytes == 2 * parts * 32 * 32 * 9 * 4
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory(harness):
+    a100, h100 = harness.gpu_model.GPUS
+    heavy = harness.gpu_model.conv_work(harness.layers.Conv(8, 256, 14, 256, 3, 1, 1), "forward", "float32")
+    assert heavy.floor(a100) == pytest.approx(heavy.flops / 19.5e12 * 1e6) and heavy.bound(a100) == "flops"
+    light = harness.gpu_model.conv_work(harness.layers.depthwise(8, 512, 14, 3), "forward", "float16")
+    assert light.floor(h100) == pytest.approx(light.least_bytes / 3.35e12 * 1e6) and light.bound(h100) == "bytes"
+
+
+@pytest.mark.parametrize("table", ["conv", "pool"])
+def test_no_layer_is_below_its_floor(harness, tmp_path, capsys, table):
+    path = tmp_path / "model.csv"
+    harness.gpu_model.main([table, "--csv", str(path)])
+    assert capsys.readouterr().out.startswith("A model, not a measurement")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    groups = (
+        harness.layers.CONV if table == "conv" else ("max", "avg", "global max", "global avg", "adaptive max", "adaptive avg")
+    )
+    assert {row["class"] for row in rows} == set(groups)
+    for row in rows:
+        for gpu in ("A100", "H100"):
+            assert float(row[f"{gpu}_tiled_us"]) >= 0.999 * float(row[f"{gpu}_floor_us"]) > 0, row
+
+
+def test_model_names_an_unknown_class(harness):
+    with pytest.raises(SystemExit, match="no class of conv begins with '9x9'"):
+        harness.gpu_model.main(["conv", "--classes", "9x9"])
+
+
+# ---------------------------------------------------------------------------------------------------------- the benchmark
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(harness):
+    with pytest.raises(SystemExit, match=r"needs a GPU, and torch sees none; torch .* was built"):
+        harness.run.main(["conv", "--device", "cuda"])
+
+
+def test_dtypes_is_a_table_of_processors(harness, capsys):
+    with pytest.raises(SystemExit):
+        harness.run.parse(["dtypes", "--device", "cuda"])
+    assert "measures every dtype in conv and pool" in capsys.readouterr().err
+    assert harness.run.parse(["conv"]).device == "cpu"
+
+
+@pytest.fixture
+def without_gpu(harness, monkeypatch):
+    """Everything but the GPU and the clock: tensors on the processor, one layer a class, times that are given."""
+    one_conv, one_pool = [harness.layers.Conv(1, 4, 5, 4, 3, 1, 1)], [harness.layers.Pool(1, 2, 7, 3, 2, 1)]
+    for group in harness.layers.CONV:
+        monkeypatch.setitem(harness.layers.CONV, group, one_conv)
+    monkeypatch.setattr(harness.layers, "POOL", one_pool)
+    monkeypatch.setattr(harness.layers, "GLOBAL_POOL", [harness.layers.Pool(1, 3, 5, output=1)])
+    monkeypatch.setattr(harness.layers, "ADAPTIVE_POOL", [harness.layers.Pool(1, 2, 7, output=3)])
+    monkeypatch.setattr(harness.gpu, "require_gpu", lambda: "cpu")
+    conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
+    before = conv.fp32_precision, cudnn.benchmark, cudnn.deterministic
+
+    def run(*command, peers=10.0, ours=10.0):
+        def microseconds(functions, rounds):
+            for function in functions.values():
+                function()
+            return {name: ours if name == "torchcnn" else peers for name in functions}
+
+        monkeypatch.setattr(harness.gpu, "microseconds", microseconds)
+        machine = {"gpu": "NVIDIA A100-SXM4-80GB", "torch_version": torch.__version__, "layout": "nchw"}
+        return harness.gpu.main(harness.run.parse([*command, "--device", "cuda"]), machine)
+
+    with torch.backends.__allow_nonbracketed_mutation():  # PyTorch's test helpers bar the switches once imported
+        yield run
+        conv.fp32_precision, cudnn.benchmark, cudnn.deterministic = before
+
+
+@pytest.mark.parametrize("table", ["conv", "pool"])
+def test_every_case_is_checked_and_has_a_row(harness, without_gpu, tmp_path, capsys, table):
+    path = tmp_path / "rows.csv"
+    assert without_gpu(table, "--csv", str(path)) == 0
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    directions = {"conv": harness.floors.CONV, "pool": harness.floors.POOL}[table]
+    arithmetics = list(harness.gpu.DTYPES) if table == "conv" else ["float32", "float16", "bfloat16"]
+    expected = {(group, direction, name) for group in directions for direction in directions[group] for name in arithmetics}
+    assert {(row["class"], row["direction"], row["arithmetic"]) for row in rows} == expected
+    assert all(row["wrong"] == "False" and float(row["error"]) < 1e-2 for row in rows)
+    assert all(0 < float(row["floor"]) < 1 for row in rows if row["direction"] != harness.floors.TRAIN)
+    assert "MISS" not in capsys.readouterr().out
+
+
+def test_a_missed_aim_fails(without_gpu, tmp_path, capsys):
+    path = str(tmp_path / "rows.csv")
+    assert without_gpu("conv", "--classes", "1x1", "--csv", path, peers=7.9) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("MISS") == 3 * 3  # tensor cores: every direction of tf32, float16 and bfloat16, not of float32
+    assert without_gpu("conv", "--classes", "1x1", "--csv", path, peers=8.1) == 0
+    assert without_gpu("conv", "--classes", "depthwise", "--csv", path, peers=8.1) == 1
+
+
+def test_a_wrong_result_on_a_gpu_fails(harness, without_gpu, monkeypatch, tmp_path, capsys):
+    def wrong(layer, *tensors):
+        calls = right(layer, *tensors)
+        return {**calls, "forward": lambda: calls["forward"]() + 0.1}
+
+    right = harness.contenders.torchcnn_conv
+    monkeypatch.setattr(harness.contenders, "torchcnn_conv", wrong)
+    assert without_gpu("conv", "--classes", "5x5", "--csv", str(tmp_path / "rows.csv")) == 1
+    assert capsys.readouterr().out.count("wrong: 1,4,5,4 3x3 p1") == 4  # forward, in every arithmetic
+
+
+def test_cudnn_is_told_what_to_use(harness, without_gpu):
+    harness.gpu.use_arithmetic("tf32")
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.backends.cudnn.benchmark
+    harness.gpu.use_arithmetic("float32")
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    for value in (True, False):
+        assert harness.gpu.deterministic(lambda: torch.backends.cudnn.deterministic, value)() is value
