@@ -166,6 +166,25 @@ def test_mistake_is_found_by_asan(name):
     assert "self_test.cu" in done.stderr + done.stdout
 
 
+def find_cute():
+    """The headers of CUTLASS: pip install --no-deps nvidia-cutlass==4.2.*, or CUTLASS_HOME."""
+    folders = [Path(os.environ.get("CUTLASS_HOME", "")) / "include"]
+    folders += [Path(path) / "cutlass_library" / "source" / "include" for path in sys.path]
+    return next((folder for folder in folders if (folder / "cute" / "tensor.hpp").exists()), None)
+
+
+@pytest.mark.skipif(find_cute() is None, reason="there are no headers of CUTLASS (pip install --no-deps nvidia-cutlass==4.2.*)")
+def test_fragments_are_those_of_cute(tmp_path):
+    program, headers = tmp_path / "compare", build.find_headers()
+    includes = [word for folder in (headers, headers / "cccl", find_cute()) for word in ("-isystem", folder)]
+    source = HERE / "compare_with_cute.cpp"
+    subprocess.run([build.compiler(), "-std=c++20", "-w", "-I", HERE, *includes, source, "-o", program], check=True)
+    results = build.output_of(program).splitlines()
+    assert len(results) == 11
+    for result in results:
+        assert re.fullmatch(r".*: (64|128|256) compared, 0 elsewhere", result), result
+
+
 if __name__ == "__main__":  # library, names
     for test in sys.argv[2:]:
         for test_order in ORDERS:

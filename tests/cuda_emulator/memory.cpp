@@ -157,30 +157,34 @@ void note_read(Event& read, const Event& now, bool shared) {
 }
 
 // What an earlier block did to shared memory is forgotten.
+void access_byte(const Range& range, size_t offset, Cell& cell, Access kind, const Event& now) {
+  const bool writes = kind != Access::read;
+  const bool written = range.shared ? cell.write.interval >= first_of_block : cell.write.interval != 0;
+  if (!written && !writes && !range.initialised)
+    fail_at(now.by, "reads byte %zu of %s memory, which nothing has written so far", offset, range.shared ? "shared" : "global");
+  if (written) {
+    const bool arrives = kind == Access::arrival && cell.write.under_way && cell.write.thread == now.thread;
+    const bool under_way = cell.write.under_way && cell.write.interval >= first_of_block;
+    if (!arrives && (under_way || !has_happened_before(cell.write))) fail_race(range, offset, writes, cell.write, true, now.by);
+  }
+  if (!writes) return note_read(cell.read, now, range.shared);
+  const bool read = range.shared ? cell.read.interval >= first_of_block : cell.read.interval != 0;
+  if (read && !has_happened_before(cell.read)) fail_race(range, offset, writes, cell.read, false, now.by);
+  cell.write = now;
+  cell.write.under_way = kind == Access::issue;
+}
+
 void access_range(Range& range, uintptr_t at, size_t bytes, Access kind, uint32_t by) {
   const unsigned thread = thread_number();
   const Event now = {interval, by, clocks[thread][thread % kWarp], uint16_t(thread), 0, 0, 0, 0};
-  const bool writes = kind != Access::read;
   Cell* cells = range.cells_at(at);
+  const Cell first = cells[0];
   for (size_t i = 0; i < bytes; ++i) {
-    Cell& cell = cells[i];
-    const size_t offset = at - range.first + i;
-    const bool written = range.shared ? cell.write.interval >= first_of_block : cell.write.interval != 0;
-    if (!written && !writes && !range.initialised)
-      fail_at(by, "reads byte %zu of %s memory, which nothing has written so far", offset, range.shared ? "shared" : "global");
-    if (written) {
-      const bool arrives = kind == Access::arrival && cell.write.under_way && cell.write.thread == thread;
-      const bool under_way = cell.write.under_way && cell.write.interval >= first_of_block;
-      if (!arrives && (under_way || !has_happened_before(cell.write))) fail_race(range, offset, writes, cell.write, true, by);
-    }
-    if (!writes) {
-      note_read(cell.read, now, range.shared);
-      continue;
-    }
-    const bool read = range.shared ? cell.read.interval >= first_of_block : cell.read.interval != 0;
-    if (read && !has_happened_before(cell.read)) fail_race(range, offset, writes, cell.read, false, by);
-    cell.write = now;
-    cell.write.under_way = kind == Access::issue;
+    // The bytes of a number have mostly the same history, and then the same future.
+    if (i > 0 && std::memcmp(&cells[i], &first, sizeof first) == 0)
+      cells[i] = cells[0];
+    else
+      access_byte(range, at - range.first + i, cells[i], kind, now);
   }
 }
 
