@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(256) conv2d_depthwise_grad_input(const Problem
 
 // A block for one tap and one part of the pixels: parts[part][k][tap].
 template <class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     conv2d_depthwise_grad_weight_parts(const Problem problem, const T* grad_output, const T* input, int64_t channel_blocks,
                                        int64_t part_pixels, SumOf<T>* parts) {
   const Axis &h_axis = problem.h, &w_axis = problem.w;
