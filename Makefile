@@ -64,11 +64,15 @@ lint: $(STAMPS)/required ## check style and types: ruff, clang-format, mypy
 docs: ## check the documentation (not there yet)
 	@echo 'make docs: there is no documentation to check yet.' >&2; exit 1
 
-cuda-check: $(STAMPS)/built ## check the CUDA kernels without a GPU: compile, link, read, emulate; what is missing is skipped
+cuda-check: $(STAMPS)/built build/cutlass ## check the CUDA kernels without a GPU: compile, link, read, emulate; what is missing is skipped
 	$(PY) tests/cuda_check.py $(ARGS)
 
-cuda-check-full: $(STAMPS)/built ## the same for every architecture and with every test; up to 40 minutes
+cuda-check-full: $(STAMPS)/built build/cutlass ## the same for every architecture and with every test; up to 40 minutes
 	$(PY) tests/cuda_check.py --full $(ARGS)
+
+# CuTe's layouts, which the emulator's are compared with: headers alone. Where they cannot be had, that test is skipped.
+build/cutlass: | $(STAMPS)/required
+	-$(PIP) install --quiet --no-deps --target $@ nvidia-cutlass==4.2.0.0
 
 cuda-docs: $(STAMPS)/built ## write the table of docs/cuda_kernels.md anew, after a change to csrc/cuda
 	$(PY) tests/cuda_check.py --only build

@@ -67,7 +67,8 @@ def choose_compiler():
 
 def find_toolkit():
     """The folder of the CUDA toolkit, whether or not nvcc is in it; "" where there is none."""
-    guesses = [os.path.realpath(shutil.which("nvcc") or "").removesuffix("/bin/nvcc"), "/usr/local/cuda"]
+    guesses = [f"{path}/nvidia/cu13" for path in sys.path if os.path.exists(f"{path}/nvidia/cu13/bin/nvcc")]  # of PyPI
+    guesses += [os.path.realpath(shutil.which("nvcc") or "").removesuffix("/bin/nvcc"), "/usr/local/cuda"]
     guess = next((folder for folder in guesses if os.path.exists(f"{folder}/include/cuda_runtime.h")), "")
     return os.environ.get("CUDA_HOME") or guess
 

@@ -33,11 +33,14 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = ["8.0", "9.0+PTX"]  # --full: all of setup.py's
 # Besides those of setup.py, whose warnings they turn into errors. The same machine code comes out.
 STRICT = "-Werror=all-warnings -Xptxas=-Werror"
-# What the emulator runs, a process for each: in its fast build every operator test; in the build that checks memory, those with
-# exact results, which have the geometries at the borders of tiles, with the threads of a block in three orders.
+# What the emulator runs, a process for each: in its fast build every operator test, and those of 16-bit numbers as a GPU without
+# their tensor-core steps; in the build that checks memory, those with exact results, which have the geometries at the borders of
+# tiles, with the threads of a block in three orders; some of these once more under the address sanitizer, for the arrays of a
+# kernel's own.
 OPERATOR_TESTS = ["test_pool2d", "test_conv2d", "test_conv_transpose", "test_pool_backward", "test_depthwise", "test_cuda"]
 CHECKED_TESTS = ["test_conv2d", "test_pool2d"]
 CHECKED = os.environ.get("TORCHCNN_CHECKED_TESTS", "exact and not sliced and not (float64 and channels_last)")  # pytest -k
+SANITIZED = "exact and contiguous and not float64 and not bfloat16"
 ORDERS = os.environ.get("TORCHCNN_EMULATOR_ORDERS", "ascending,descending,random").split(",")
 
 
@@ -170,11 +173,12 @@ def emulate(mode, runs):
         raise SkippedError(reason)
     run(sys.executable, "tests/cuda_emulator/build.py", mode)
     folder = ROOT / "build" / "cuda-emulator" / mode
+    library = build.asan_environment() if mode == "asan" else {}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
 
     def passed(test, options, environment):
         # From the folder of the package, which then comes before the one in the root.
-        environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **environment}
+        environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **library, **environment}
         output = run(*pytest, *options, HERE / f"{test}.py", folder=folder, **environment)
         return int(re.search(r"(\d+) passed", output)[1])
 
@@ -188,6 +192,13 @@ def check_emulator_fast(args):
     return f"{emulate('fast', [(test, options, environment) for test in OPERATOR_TESTS])} tests"
 
 
+def check_emulator_older(args):
+    """emulator: sm_75"""
+    options = ["-m", "not slow", "-k", "exact and float16"]
+    environment = {"TORCHCNN_EMULATOR_SM": "75", "TORCHCNN_TEST_EXAMPLES": "3"}
+    return f"{emulate('fast', [('test_conv2d', options, environment)])} tests of 16-bit numbers"
+
+
 def check_emulator_memory(args):
     """emulator: races, bounds, memory"""
     options = ["-m", "not slow", "-k", "exact" if args.full else CHECKED]
@@ -197,6 +208,12 @@ def check_emulator_memory(args):
         for test in CHECKED_TESTS
     ]
     return f"{emulate('check', runs)} tests, threads {', '.join(ORDERS)}"
+
+
+def check_emulator_asan(args):
+    """emulator: address sanitizer"""
+    options = ["-m", "not slow", "-k", "exact" if args.full else SANITIZED]
+    return f"{emulate('asan', [(test, options, {'TORCHCNN_TEST_EXAMPLES': '3'}) for test in CHECKED_TESTS])} tests"
 
 
 def check_emulator_selftest(args):
@@ -209,7 +226,7 @@ def check_emulator_selftest(args):
 
 
 STEPS = [check_build, check_import, check_model, check_sass, check_docs]
-STEPS += [check_emulator_selftest, check_emulator_fast, check_emulator_memory]
+STEPS += [check_emulator_selftest, check_emulator_fast, check_emulator_older, check_emulator_memory, check_emulator_asan]
 
 
 def main(argv):

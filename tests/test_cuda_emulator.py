@@ -167,13 +167,13 @@ def test_mistake_is_found_by_asan(name):
 
 
 def find_cute():
-    """The headers of CUTLASS: pip install --no-deps nvidia-cutlass==4.2.*, or CUTLASS_HOME."""
-    folders = [Path(os.environ.get("CUTLASS_HOME", "")) / "include"]
-    folders += [Path(path) / "cutlass_library" / "source" / "include" for path in sys.path]
+    """The headers of CUTLASS: build/cutlass, where `make cuda-check` puts them, or CUTLASS_HOME."""
+    folders = [Path(os.environ["CUTLASS_HOME"]) / "include"] if "CUTLASS_HOME" in os.environ else []
+    folders += [build.ROOT / "build" / "cutlass" / "cutlass_library" / "source" / "include"]
     return next((folder for folder in folders if (folder / "cute" / "tensor.hpp").exists()), None)
 
 
-@pytest.mark.skipif(find_cute() is None, reason="there are no headers of CUTLASS (pip install --no-deps nvidia-cutlass==4.2.*)")
+@pytest.mark.skipif(find_cute() is None, reason="there are no headers of CUTLASS (make build/cutlass)")
 def test_fragments_are_those_of_cute(tmp_path):
     program, headers = tmp_path / "compare", build.find_headers()
     includes = [word for folder in (headers, headers / "cccl", find_cute()) for word in ("-isystem", folder)]
