@@ -1,5 +1,6 @@
 """The cases of each table: the same work by torch in both layouts and by torchcnn, and its result in float64."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ import floors
 import layers
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import torchcnn
 
@@ -218,8 +220,108 @@ def pool_table(groups, layout, quick):
             yield from pool_cases(group, layer, layout)
 
 
+# ----------------------------------------------------------------------------------------------------- calls and networks
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 layers around which the input is added again (He et al., "Deep residual learning", 2016, figure 2)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + x)
+
+
+def network(name):
+    if name == "ResNet-18 block":
+        return BasicBlock(layers.NETWORKS[name][1])
+    convolution = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(
+        *convolution, nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)
+    )
+
+
+def network_calls(model, input, grad_output, compiled):
+    """Outputs in eval mode; and the gradients of all parameters, which every optimizer then uses in the same way."""
+    evaluated, trained = (copy.deepcopy(model).train(mode) for mode in (False, True))
+    parameters = list(trained.parameters())
+    if compiled:
+        evaluated, trained = torch.compile(evaluated, fullgraph=True), torch.compile(trained, fullgraph=True)
+
+    def inference():
+        with torch.no_grad():
+            return evaluated(input)
+
+    calls = {
+        floors.INFERENCE: inference,
+        floors.STEP: lambda: torch.autograd.grad(trained(input), parameters, grad_output),
+    }
+    if compiled:  # now, not in the first turn that is timed
+        for call in calls.values():
+            call()
+    return calls
+
+
+def network_cases(group, name, layout):
+    model, input = network(name), torch.randn(layers.NETWORKS[name])
+    grad_output = torch.randn_like(model(input))
+
+    def calls(model, layout):
+        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        moved = copy.deepcopy(model).to(memory_format=memory_format)
+        return network_calls(moved, *in_layout(layout, input, grad_output), group == "compiled")
+
+    contenders = {"torch_nchw": calls(model, "nchw"), "torch_channels_last": calls(model, "channels_last")}
+    contenders["torchcnn"] = calls(torchcnn.convert(model), layout)
+    exact = network_calls(copy.deepcopy(model).double(), input.double(), grad_output.double(), False)
+    for direction in floors.NETWORKS[group]:
+        each = {who: directions[direction] for who, directions in contenders.items()}
+        yield Case(group, f"{name}, {len(input)} images", direction, "float32", each, exact[direction])
+
+
+def one_call_cases(group, layer, layout):
+    input, weight, bias, grad_output = conv_tensors(layer, torch.float32)
+
+    def calls(conv2d, *tensors):
+        x, w, b, g = tensors
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, w, b)]
+
+        def forward():
+            with torch.no_grad():
+                return conv2d(x, w, b, padding=layer.pad)
+
+        return {
+            floors.FORWARD: forward,
+            floors.TRAIN: lambda: torch.autograd.grad(conv2d(*leaves, padding=layer.pad), leaves, g),
+        }
+
+    tensors = input, weight, bias, grad_output
+    nchw, last = (calls(F.conv2d, *in_layout(name, *tensors)) for name in ("nchw", "channels_last"))
+    ours = calls(torchcnn.functional.conv2d, *in_layout(layout, *tensors))
+    exact = calls(F.conv2d, *(x.double() for x in tensors))
+    for direction in floors.NETWORKS[group]:
+        each = {"torch_nchw": nchw[direction], "torch_channels_last": last[direction], "torchcnn": ours[direction]}
+        yield Case(group, layer.name, direction, "float32", each, exact[direction])
+
+
+def networks_table(groups, layout, quick):
+    for group in groups:
+        if group == "one call":
+            for layer in layers.ONE_CALL:
+                yield from one_call_cases(group, layer, layout)
+        else:
+            for name in layers.NETWORKS:
+                if not (quick and name != "LeNet-5"):
+                    yield from network_cases(group, name, layout)
+
+
 TABLES = {
     "conv": (conv_table, floors.CONV, torch.inference_mode),
     "pool": (pool_table, floors.POOL, torch.enable_grad),
     "dtypes": (dtypes_table, floors.DTYPES, torch.inference_mode),
+    "networks": (networks_table, floors.NETWORKS, torch.enable_grad),
 }

@@ -4,6 +4,7 @@ A floor is a pair: for the geometric mean of a class, and for its worst layer. N
 """
 
 FORWARD, GRAD_INPUT, GRAD_WEIGHT, TRAIN = "forward", "grad_input", "grad_weight+bias", "forward+backward"
+INFERENCE, STEP = "inference", "training step"
 
 
 def _three(forward, grad_input, grad_weight):
@@ -54,9 +55,19 @@ DTYPES = {
 }
 HALF_SLOWDOWN = 1.3  # bfloat16 and float16: at most so much slower than torchcnn's own float32
 
+NETWORKS = {
+    "one call": {FORWARD: (None, None), TRAIN: (None, 1 / 1.7)},
+    "eager": {INFERENCE: (None, None), STEP: (None, None)},
+    "compiled": {INFERENCE: (None, 1.0), STEP: (None, 1.0)},
+}
+CALL_SAVES_US = -6.0  # a call without gradients takes at most 6 us longer than torch's
+
 # The largest error that a correct kernel makes on these layers, relative to the largest value of the result; bfloat16 and
 # float16 compute in float32, and may lose one rounding to the dtype on top.
 ERROR = {"float32": 2e-5, "float64": 5e-14, "bfloat16": 2e-5, "float16": 2e-5}
+# A network's gradients jump where a rounding moves the input of a rectifier across zero: of the 25,000 terms of a random sum that
+# is one, about 1/sqrt(25,000) of the result. tests/test_models.py compares them more strictly.
+NETWORK_GRADIENT_ERROR = 0.05
 
 # On a GPU (run.py --device cuda), of cuDNN's speed: where the tensor cores compute, and where memory or the call sets the pace.
 CUDA_TENSOR_CORES, CUDA_SMALL = 0.8, 1.0

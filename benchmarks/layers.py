@@ -137,6 +137,11 @@ ADAPTIVE_POOL = [
     Pool(8, 64, 55, output=13),
 ]
 
+ONE_CALL = [Conv(1, 1, 8, 1, 3, 1, 1)]  # no arithmetic to speak of
+
+# Size of the input of each network of contenders.py.
+NETWORKS = {"LeNet-5": (64, 1, 28, 28), "ResNet-18 block": (8, 64, 56, 56)}
+
 DTYPES = {
     "bfloat16 3x3": RESNET_AND_VGG,
     "float16 3x3": RESNET_AND_VGG,

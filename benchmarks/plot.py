@@ -15,14 +15,21 @@ import floors
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-TABLES = {"conv": floors.CONV, "pool": floors.POOL, "dtypes": floors.DTYPES}
-TITLES = {"conv": "Convolution, float32", "pool": "Pooling, float32", "dtypes": "Convolution in other dtypes"}
+TABLES = {"conv": floors.CONV, "pool": floors.POOL, "dtypes": floors.DTYPES, "networks": floors.NETWORKS}
+TITLES = {
+    "conv": "Convolution, float32",
+    "pool": "Pooling, float32",
+    "dtypes": "Convolution in other dtypes",
+    "networks": "Calls and networks, float32",
+}
 COLORS = {
     floors.FORWARD: "#0072b2",
     floors.GRAD_INPUT: "#e69f00",
     floors.GRAD_WEIGHT: "#009e73",
     "backward": "#e69f00",
     floors.TRAIN: "#cc79a7",
+    floors.INFERENCE: "#0072b2",
+    floors.STEP: "#cc79a7",
 }
 
 
