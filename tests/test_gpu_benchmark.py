@@ -114,10 +114,11 @@ def test_without_a_gpu_it_says_so(harness):
         harness.run.main(["conv", "--device", "cuda"])
 
 
-def test_dtypes_is_a_table_of_processors(harness, capsys):
+@pytest.mark.parametrize("table", ["dtypes", "networks"])
+def test_some_tables_are_of_processors(harness, table, capsys):
     with pytest.raises(SystemExit):
-        harness.run.parse(["dtypes", "--device", "cuda"])
-    assert "measures every dtype in conv and pool" in capsys.readouterr().err
+        harness.run.parse([table, "--device", "cuda"])
+    assert "measures conv and pool, in every dtype" in capsys.readouterr().err
     assert harness.run.parse(["conv"]).device == "cpu"
 
 

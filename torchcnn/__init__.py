@@ -3,6 +3,7 @@
 import torch  # noqa: F401  (its libraries must be loaded before torchcnn._C)
 
 from torchcnn import backends, functional, numpy, reference
+from torchcnn._pool_rules import AvgPool2dFunction, MaxPool2dFunction
 from torchcnn.backends import explain, isa, isas, show_config
 from torchcnn.conv import Conv2d, Conv2dFunction
 from torchcnn.conv_transpose import ConvTranspose2d
@@ -11,11 +12,9 @@ from torchcnn.pool import (
     AdaptiveAvgPool2d,
     AdaptiveMaxPool2d,
     AvgPool2d,
-    AvgPool2dFunction,
     GlobalAvgPool2d,
     GlobalMaxPool2d,
     MaxPool2d,
-    MaxPool2dFunction,
     MaxUnpool2d,
     MinPool2d,
 )

@@ -1,26 +1,11 @@
-"""Pooling: the public functions, their derivatives, the autograd Functions and the modules.
-
-Backward of an extreme (max, min, relu and max, adaptive max) needs to know where in its window it stands, and nothing else. An
-operator comes in three forms, which compute the same output: ``max_pool2d`` writes no positions, ``max_pool2d_with_offsets``
-small offsets r * S + s into the window, for backward, and ``max_pool2d_with_indices`` indices h * W + w into the plane, for
-whoever asks for them. Backward adds the gradient at the positions, its derivative takes values from there again::
-
-    max_pool2d                y = x[offsets]          d/dx: offset_pool2d_grad_input(g, offsets)
-    offset_pool2d_grad_input  x'[offsets] += g        d/dg: offset_pool2d(v, offsets) = v[offsets]
-    max_pool2d_with_indices   y = x[indices]          d/dx: max_pool2d_grad_input(g, indices)
-    max_pool2d_grad_input     x'[indices] += g        d/dg: max_unpool2d_grad_input(v, indices) = v[indices]
-    max_unpool2d              y[indices] = x          d/dx: max_unpool2d_grad_input(g, indices)
-
-Averages are linear: the derivative of ``avg_pool2d`` is ``avg_pool2d_grad_input``, whose derivative is ``avg_pool2d``. The
-schemas stand in csrc/pool2d.cpp.
-"""
+"""Pooling: the public functions and the modules. What autograd, compile and vmap have to know stands in _pool_rules.py."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 
-from torchcnn import _C
+from torchcnn import _C, _pool_rules
 from torchcnn._arguments import (
     FLOATING_DTYPES,
     INTEGER_DTYPES,
@@ -31,482 +16,9 @@ from torchcnn._arguments import (
     integer,
     overridable,
     pair,
-    sliding_output_size,
 )
-from torchcnn._autograd import (
-    LIBRARY,
-    attach,
-    attach_first,
-    autocast,
-    empty_activation,
-    fold_batch,
-    is_channels_last,
-    unfold_batch,
-)
-
-_ops = torch.ops.torchcnn
 
 OutputSize = int | Sequence[int | None] | None  # None in a pair keeps the size of the input
-
-
-# --------------------------------------------------------------------------------------------------- shapes without data
-
-
-def _pooled_size(input, window, ceil_mode):
-    kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = window
-    return (
-        *input.shape[:2],
-        sliding_output_size(input.shape[2], kernel_h, stride_h, pad_h, dilation_h, ceil_mode),
-        sliding_output_size(input.shape[3], kernel_w, stride_w, pad_w, dilation_w, ceil_mode),
-    )
-
-
-def _offset_dtype(window, relu):
-    """uint8 for windows of up to 256 elements (255 if one value must say that relu let none through), else int32."""
-    return torch.uint8 if window[0] * window[1] <= (255 if relu else 256) else torch.int32
-
-
-def _register_fakes(name, relu=False):
-    def output_alone(input, *window_and_mode):
-        return empty_activation(input, _pooled_size(input, window_and_mode[:8], window_and_mode[8]), is_channels_last(input))
-
-    def with_positions(dtype_of):
-        def both(input, *window_and_mode):
-            output = output_alone(input, *window_and_mode)
-            return output, empty_activation(input, output.shape, is_channels_last(input), dtype_of(window_and_mode))
-
-        return both
-
-    torch.library.register_fake(f"torchcnn::{name}", output_alone, lib=LIBRARY)
-    with_offsets = with_positions(lambda window: _offset_dtype(window, relu))
-    torch.library.register_fake(f"torchcnn::{name}_with_offsets", with_offsets, lib=LIBRARY)
-    if not relu:
-        with_indices = with_positions(lambda window: torch.int64)
-        torch.library.register_fake(f"torchcnn::{name}_with_indices", with_indices, lib=LIBRARY)
-
-
-_register_fakes("max_pool2d")
-_register_fakes("min_pool2d")
-_register_fakes("relu_max_pool2d", relu=True)
-
-
-@torch.library.register_fake("torchcnn::adaptive_max_pool2d", lib=LIBRARY)
-def _(input, P, Q):
-    return empty_activation(input, (*input.shape[:2], P, Q), is_channels_last(input))
-
-
-@torch.library.register_fake("torchcnn::adaptive_max_pool2d_with_indices", lib=LIBRARY)
-def _(input, P, Q):
-    channels_last = is_channels_last(input)
-    sizes = (*input.shape[:2], P, Q)
-    return empty_activation(input, sizes, channels_last), empty_activation(input, sizes, channels_last, torch.int64)
-
-
-@torch.library.register_fake("torchcnn::offset_pool2d", lib=LIBRARY)
-def _(input, offsets, *options):
-    return empty_activation(input, offsets.shape, is_channels_last(offsets))
-
-
-@torch.library.register_fake("torchcnn::offset_pool2d_grad_input", lib=LIBRARY)
-def _(grad_output, offsets, H, W, *options):
-    return empty_activation(grad_output, (*grad_output.shape[:2], H, W), options[-1])
-
-
-@torch.library.register_fake("torchcnn::max_pool2d_grad_input", lib=LIBRARY)
-def _(grad_output, indices, H, W, channels_last):
-    return empty_activation(grad_output, (*grad_output.shape[:2], H, W), channels_last)
-
-
-@torch.library.register_fake("torchcnn::max_unpool2d", lib=LIBRARY)
-def _(input, indices, H, W):
-    return empty_activation(input, (*input.shape[:2], H, W), is_channels_last(input))
-
-
-@torch.library.register_fake("torchcnn::max_unpool2d_grad_input", lib=LIBRARY)
-def _(grad_output, indices):
-    return empty_activation(grad_output, indices.shape, is_channels_last(indices))
-
-
-@torch.library.register_fake("torchcnn::avg_pool2d", lib=LIBRARY)
-def _(
-    input,
-    kernel_h,
-    kernel_w,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    ceil_mode,
-    count_include_pad,
-    divisor_override,
-):
-    window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, 1, 1)
-    return empty_activation(input, _pooled_size(input, window, ceil_mode), is_channels_last(input))
-
-
-@torch.library.register_fake("torchcnn::avg_pool2d_grad_input", lib=LIBRARY)
-def _(grad_output, H, W, *options):
-    return empty_activation(grad_output, (*grad_output.shape[:2], H, W), options[-1])
-
-
-@torch.library.register_fake("torchcnn::adaptive_avg_pool2d", lib=LIBRARY)
-def _(input, P, Q):
-    return empty_activation(input, (*input.shape[:2], P, Q), is_channels_last(input))
-
-
-@torch.library.register_fake("torchcnn::adaptive_avg_pool2d_grad_input", lib=LIBRARY)
-def _(grad_output, H, W, channels_last):
-    return empty_activation(grad_output, (*grad_output.shape[:2], H, W), channels_last)
-
-
-# ------------------------------------------------------------------------------------------------------------ derivatives
-
-
-class _PositionsRule:
-    """What the pools have in common that return positions beside their output."""
-
-    op: Any
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, *ctx.options = inputs
-        positions = output[1]
-        ctx.mark_non_differentiable(positions)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(positions)
-        ctx.save_for_forward(positions)
-        ctx.size = input.shape[2:]
-        ctx.channels_last = is_channels_last(input)
-
-    @classmethod
-    def vmap(cls, info, in_dims, input, *options):
-        output, positions = cls.op(fold_batch(input, in_dims[0], info.batch_size), *options)
-        return (unfold_batch(output, info.batch_size), unfold_batch(positions, info.batch_size)), (0, 0)
-
-
-class _OffsetsRule(_PositionsRule):
-    @staticmethod
-    def backward(ctx, saved, needs, grad_output, _grad_offsets):
-        if grad_output is None:
-            return (None,)
-        (offsets,) = saved
-        return (_ops.offset_pool2d_grad_input.default(grad_output, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
-
-    @staticmethod
-    def jvp(ctx, input_tangent, *_):
-        (offsets,) = ctx.saved_tensors
-        return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options), None
-
-
-class _IndicesRule(_PositionsRule):
-    @staticmethod
-    def backward(ctx, saved, needs, grad_output, _grad_indices):
-        if grad_output is None:
-            return (None,)
-        (indices,) = saved
-        return (_ops.max_pool2d_grad_input.default(grad_output, indices, *ctx.size, ctx.channels_last),)
-
-    @staticmethod
-    def jvp(ctx, input_tangent, *_):
-        (indices,) = ctx.saved_tensors
-        return _ops.max_unpool2d_grad_input.default(input_tangent, indices), None
-
-
-class _MaxPool2dRule(_OffsetsRule):
-    op = _ops.max_pool2d_with_offsets.default
-
-
-class _MinPool2dRule(_OffsetsRule):
-    op = _ops.min_pool2d_with_offsets.default
-
-
-class _ReluMaxPool2dRule(_OffsetsRule):
-    op = _ops.relu_max_pool2d_with_offsets.default
-
-
-class _MaxPool2dWithIndicesRule(_IndicesRule):
-    op = _ops.max_pool2d_with_indices.default
-
-
-class _MinPool2dWithIndicesRule(_IndicesRule):
-    op = _ops.min_pool2d_with_indices.default
-
-
-class _AdaptiveMaxPool2dRule(_IndicesRule):
-    op = _ops.adaptive_max_pool2d_with_indices.default
-
-
-class _OffsetPool2dRule:
-    op = _ops.offset_pool2d.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, offsets, *ctx.options = inputs
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
-        ctx.size = input.shape[2:]
-        ctx.channels_last = is_channels_last(input)
-
-    @staticmethod
-    def backward(ctx, saved, needs, v):
-        (offsets,) = saved
-        return (_ops.offset_pool2d_grad_input.default(v, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
-
-    @staticmethod
-    def jvp(ctx, input_tangent, *_):
-        (offsets,) = ctx.saved_tensors
-        return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options)
-
-    @staticmethod
-    def vmap(info, in_dims, input, offsets, *options):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, offsets), in_dims, strict=False))
-        return unfold_batch(_ops.offset_pool2d.default(*folded, *options), info.batch_size), 0
-
-
-class _OffsetPool2dGradInputRule:
-    op = _ops.offset_pool2d_grad_input.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _grad_output, offsets, *ctx.options = inputs
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
-
-    @staticmethod
-    def backward(ctx, saved, needs, v):
-        (offsets,) = saved
-        return (_ops.offset_pool2d.default(v, offsets, *ctx.options[2:-1]),)
-
-    @staticmethod
-    def jvp(ctx, grad_output_tangent, *_):
-        (offsets,) = ctx.saved_tensors
-        return _ops.offset_pool2d_grad_input.default(grad_output_tangent, offsets, *ctx.options)
-
-    @staticmethod
-    def vmap(info, in_dims, grad_output, offsets, *options):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, offsets), in_dims, strict=False))
-        return unfold_batch(_ops.offset_pool2d_grad_input.default(*folded, *options), info.batch_size), 0
-
-
-class _MaxPool2dGradInputRule:
-    op = _ops.max_pool2d_grad_input.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _grad_output, indices, *ctx.options = inputs
-        ctx.save_for_backward(indices)
-        ctx.save_for_forward(indices)
-
-    @staticmethod
-    def backward(ctx, saved, needs, v):
-        (indices,) = saved
-        return (_ops.max_unpool2d_grad_input.default(v, indices),)
-
-    @staticmethod
-    def jvp(ctx, grad_output_tangent, *_):
-        (indices,) = ctx.saved_tensors
-        return _ops.max_pool2d_grad_input.default(grad_output_tangent, indices, *ctx.options)
-
-    @staticmethod
-    def vmap(info, in_dims, grad_output, indices, *options):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, indices), in_dims, strict=False))
-        return unfold_batch(_ops.max_pool2d_grad_input.default(*folded, *options), info.batch_size), 0
-
-
-class _MaxUnpool2dRule:
-    op = _ops.max_unpool2d.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _input, indices, *ctx.size = inputs
-        ctx.save_for_backward(indices)
-        ctx.save_for_forward(indices)
-
-    @staticmethod
-    def backward(ctx, saved, needs, grad_output):
-        (indices,) = saved
-        return (_ops.max_unpool2d_grad_input.default(grad_output, indices),)
-
-    @staticmethod
-    def jvp(ctx, input_tangent, *_):
-        (indices,) = ctx.saved_tensors
-        return _ops.max_unpool2d.default(input_tangent, indices, *ctx.size)
-
-    @staticmethod
-    def vmap(info, in_dims, input, indices, *size):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, indices), in_dims, strict=False))
-        return unfold_batch(_ops.max_unpool2d.default(*folded, *size), info.batch_size), 0
-
-
-class _MaxUnpool2dGradInputRule:
-    op = _ops.max_unpool2d_grad_input.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad_output, indices = inputs
-        ctx.save_for_backward(indices)
-        ctx.save_for_forward(indices)
-        ctx.size = grad_output.shape[2:]
-        ctx.channels_last = is_channels_last(grad_output)
-
-    @staticmethod
-    def backward(ctx, saved, needs, v):
-        (indices,) = saved
-        return (_ops.max_pool2d_grad_input.default(v, indices, *ctx.size, ctx.channels_last),)
-
-    @staticmethod
-    def jvp(ctx, grad_output_tangent, *_):
-        (indices,) = ctx.saved_tensors
-        return _ops.max_unpool2d_grad_input.default(grad_output_tangent, indices)
-
-    @staticmethod
-    def vmap(info, in_dims, grad_output, indices):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, indices), in_dims, strict=True))
-        return unfold_batch(_ops.max_unpool2d_grad_input.default(*folded), info.batch_size), 0
-
-
-class _LinearPoolRule:
-    """A pool that is linear in its input: jvp and vmap are the operator itself."""
-
-    op: Any
-
-    @classmethod
-    def jvp(cls, ctx, tangent, *_):
-        return cls.op(tangent, *ctx.options)
-
-    @classmethod
-    def vmap(cls, info, in_dims, tensor, *options):
-        return unfold_batch(cls.op(fold_batch(tensor, in_dims[0], info.batch_size), *options), info.batch_size), 0
-
-
-class _AvgPool2dRule(_LinearPoolRule):
-    op = _ops.avg_pool2d.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, *ctx.options = inputs
-        ctx.size = input.shape[2:]
-        ctx.channels_last = is_channels_last(input)
-
-    @staticmethod
-    def backward(ctx, saved, needs, grad_output):
-        return (_ops.avg_pool2d_grad_input.default(grad_output, *ctx.size, *ctx.options, ctx.channels_last),)
-
-
-class _AvgPool2dGradInputRule(_LinearPoolRule):
-    op = _ops.avg_pool2d_grad_input.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _grad_output, *ctx.options = inputs
-
-    @staticmethod
-    def backward(ctx, saved, needs, v):
-        return (_ops.avg_pool2d.default(v, *ctx.options[2:-1]),)
-
-
-class _AdaptiveAvgPool2dRule(_LinearPoolRule):
-    op = _ops.adaptive_avg_pool2d.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, *ctx.options = inputs
-        ctx.size = input.shape[2:]
-        ctx.channels_last = is_channels_last(input)
-
-    @staticmethod
-    def backward(ctx, saved, needs, grad_output):
-        return (_ops.adaptive_avg_pool2d_grad_input.default(grad_output, *ctx.size, ctx.channels_last),)
-
-
-class _AdaptiveAvgPool2dGradInputRule(_LinearPoolRule):
-    op = _ops.adaptive_avg_pool2d_grad_input.default
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad_output, *ctx.options = inputs
-        ctx.output_size = grad_output.shape[2:]
-
-    @staticmethod
-    def backward(ctx, saved, needs, v):
-        return (_ops.adaptive_avg_pool2d.default(v, *ctx.output_size),)
-
-
-_max_pool2d_with_indices, _min_pool2d_with_indices, _adaptive_max_pool2d_with_indices = map(
-    attach, (_MaxPool2dWithIndicesRule, _MinPool2dWithIndicesRule, _AdaptiveMaxPool2dRule)
-)
-_max_pool2d = attach_first(_ops.max_pool2d.default, attach(_MaxPool2dRule))
-_min_pool2d = attach_first(_ops.min_pool2d.default, attach(_MinPool2dRule))
-_relu_max_pool2d = attach_first(_ops.relu_max_pool2d.default, attach(_ReluMaxPool2dRule))
-_adaptive_max_pool2d = attach_first(_ops.adaptive_max_pool2d.default, _adaptive_max_pool2d_with_indices)
-_max_unpool2d, _avg_pool2d, _adaptive_avg_pool2d = map(attach, (_MaxUnpool2dRule, _AvgPool2dRule, _AdaptiveAvgPool2dRule))
-for _rule in (
-    _MaxPool2dGradInputRule,
-    _OffsetPool2dRule,
-    _OffsetPool2dGradInputRule,
-    _MaxUnpool2dGradInputRule,
-    _AvgPool2dGradInputRule,
-    _AdaptiveAvgPool2dGradInputRule,
-):
-    attach(_rule)
-autocast(_MaxUnpool2dRule.op, "AutocastCPU", lambda: torch.float32)  # as torch's own list has it
-
-
-class MaxPool2dFunction(torch.autograd.Function):
-    """Max pooling as a ``torch.autograd.Function``: ``apply(input, kernel_size, stride, padding, dilation, ceil_mode)``.
-
-    Equivalent to: ``torch.nn.functional.max_pool2d(..., return_indices=True)`` with every argument given, `input` of shape
-    (N, C, H, W) and the others pairs of ints. Returns the output and the indices.
-    """
-
-    @staticmethod
-    def forward(input, kernel_size, stride, padding, dilation, ceil_mode):
-        return _MaxPool2dWithIndicesRule.op(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _MaxPool2dWithIndicesRule.setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_indices):
-        return (
-            *_MaxPool2dWithIndicesRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output, grad_indices),
-            *(None,) * 5,
-        )
-
-    @classmethod
-    def apply(cls, input, kernel_size, stride, padding, dilation, ceil_mode):
-        return _max_pool2d_with_indices(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
-
-
-class AvgPool2dFunction(torch.autograd.Function):
-    """Average pooling as a ``torch.autograd.Function``.
-
-    ``apply(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)``
-
-    Equivalent to: ``torch.nn.functional.avg_pool2d`` with every argument given, `input` of shape (N, C, H, W) and
-    `kernel_size`, `stride`, `padding` pairs of ints.
-    """
-
-    @staticmethod
-    def forward(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
-        return _AvgPool2dRule.op(input, *kernel_size, *stride, *padding, ceil_mode, count_include_pad, divisor_override)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, kernel_size, stride, padding, *rest = inputs
-        _AvgPool2dRule.setup_context(ctx, (input, *kernel_size, *stride, *padding, *rest), output)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return (*_AvgPool2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), *(None,) * 6)
-
-    @classmethod
-    def apply(cls, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
-        return _avg_pool2d(input, *kernel_size, *stride, *padding, ceil_mode, count_include_pad, divisor_override)
-
-
-# ---------------------------------------------------------------------------------------------------------- public functions
 
 
 def _window(op, kernel_size, stride, padding, dilation=1):
@@ -598,8 +110,8 @@ def max_pool2d(
     window = _window("max_pool2d", kernel_size, stride, padding, dilation)
     return _extremum(
         "max_pool2d",
-        _max_pool2d,
-        _max_pool2d_with_indices,
+        _pool_rules.max_pool2d,
+        _pool_rules.max_pool2d_with_indices,
         input,
         (*window, bool(ceil_mode)),
         FLOATING_DTYPES | INTEGER_DTYPES,
@@ -658,8 +170,8 @@ def min_pool2d(
     window = _window("min_pool2d", kernel_size, stride, padding, dilation)
     return _extremum(
         "min_pool2d",
-        _min_pool2d,
-        _min_pool2d_with_indices,
+        _pool_rules.min_pool2d,
+        _pool_rules.min_pool2d_with_indices,
         input,
         (*window, bool(ceil_mode)),
         FLOATING_DTYPES | INTEGER_DTYPES,
@@ -697,7 +209,7 @@ def relu_max_pool2d(
     check_tensors(op, input=input)
     check_dtype(op, input.dtype, FLOATING_DTYPES)
     input, unbatched = batched(op, "input", input)
-    output = _relu_max_pool2d(input, *_window(op, kernel_size, stride, padding, dilation), bool(ceil_mode))
+    output = _pool_rules.relu_max_pool2d(input, *_window(op, kernel_size, stride, padding, dilation), bool(ceil_mode))
     return output.squeeze(0) if unbatched else output
 
 
@@ -741,7 +253,7 @@ def avg_pool2d(
     window = _window(op, kernel_size, stride, padding)[:6]
     if divisor_override is not None:
         divisor_override = integer(op, "divisor_override", divisor_override)
-    output = _avg_pool2d(input, *window, bool(ceil_mode), bool(count_include_pad), divisor_override)
+    output = _pool_rules.avg_pool2d(input, *window, bool(ceil_mode), bool(count_include_pad), divisor_override)
     return output.squeeze(0) if unbatched else output
 
 
@@ -800,7 +312,7 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: OutputSize) -> torch.T
     check_tensors(op, input=input)
     check_dtype(op, input.dtype, FLOATING_DTYPES)
     input, unbatched = batched(op, "input", input)
-    output = _adaptive_avg_pool2d(input, *_adaptive_size(op, output_size, input))
+    output = _pool_rules.adaptive_avg_pool2d(input, *_adaptive_size(op, output_size, input))
     return output.squeeze(0) if unbatched else output
 
 
@@ -828,12 +340,12 @@ def adaptive_max_pool2d(input: torch.Tensor, output_size: OutputSize, return_ind
     input, unbatched = batched(op, "input", input)
     size = _adaptive_size(op, output_size, input)
     if return_indices:
-        output, indices = _adaptive_max_pool2d_with_indices(input, *size)
+        output, indices = _pool_rules.adaptive_max_pool2d_with_indices(input, *size)
         return (output.squeeze(0), indices.squeeze(0)) if unbatched else (output, indices)
     # The operator for adaptive windows itself refuses input without channels, so that the message names it.
     plain = input.shape[1] != 0 and not torch.compiler.is_compiling()
     window = _sliding_window(input.shape[2:], size) if plain else None
-    output = _adaptive_max_pool2d(input, *size) if window is None else _max_pool2d(input, *window, False)
+    output = _pool_rules.adaptive_max_pool2d(input, *size) if window is None else _pool_rules.max_pool2d(input, *window, False)
     return output.squeeze(0) if unbatched else output
 
 
@@ -909,7 +421,7 @@ def max_unpool2d(
     size = default if output_size is None else _unpool_size(op, output_size, default, strides)
     if min(size) < 1:
         raise RuntimeError(f"{op}: output size must be at least 1, got {size[0]} x {size[1]}")
-    output = _max_unpool2d(input, indices.unsqueeze(0) if unbatched else indices, *size)
+    output = _pool_rules.max_unpool2d(input, indices.unsqueeze(0) if unbatched else indices, *size)
     return output.squeeze(0) if unbatched else output
 
 
