@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 
 CSRC := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 
-.PHONY: help setup train test test-full test-models bench lint docs cuda-check cuda-check-full cuda-docs cross-check sanitize clean FORCE
+.PHONY: help setup train test test-full test-models bench lint cuda-check cuda-check-full cuda-docs cross-check sanitize clean FORCE
 
 help: ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,9 +60,6 @@ lint: $(STAMPS)/required ## check style and types: ruff, clang-format, mypy
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CSRC)
 	$(PY) -m mypy
 	$(PY) -m mypy --strict --follow-imports=silent tests/typed_use.py
-
-docs: ## check the documentation (not there yet)
-	@echo 'make docs: there is no documentation to check yet.' >&2; exit 1
 
 cuda-check: $(STAMPS)/built build/cutlass ## check the CUDA kernels without a GPU: compile, link, read, emulate; what is missing is skipped
 	$(PY) tests/cuda_check.py $(ARGS)
