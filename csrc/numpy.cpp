@@ -290,5 +290,29 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_workspaces", &release_workspaces);
   m.def("winograd_matrices", &all_winograd_matrices);
   m.def("sliding_output_size", &output_size);
+  // The rules alone, for tensors without data. What the tensors' own sizes are followed by are the options of the operators.
+  m.def("check_conv2d", [](const std::string& op, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t C_per_group,
+                           int64_t R, int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                           int64_t dilation_h, int64_t dilation_w, int64_t groups) {
+    conv2d_geometry(op.c_str(), N, C, H, W, K, C_per_group, R, S,
+                    {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, Layout::nchw);
+  });
+  m.def("check_conv_transpose2d",
+        [](const std::string& op, int64_t N, int64_t K, int64_t P, int64_t Q, int64_t weight_channels, int64_t C_per_group,
+           int64_t R, int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
+           int64_t dilation_w, int64_t groups, int64_t output_pad_h, int64_t output_pad_w) {
+    conv_transpose2d_geometry(op.c_str(), N, K, P, Q, weight_channels, C_per_group, R, S,
+                              {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, output_pad_h, output_pad_w,
+                              Layout::nchw);
+  });
+  m.def("check_pool2d", [](const std::string& op, int64_t N, int64_t C, int64_t H, int64_t W, int64_t kernel_h, int64_t kernel_w,
+                           int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
+                           int64_t dilation_w, bool ceil_mode) {
+    const Pool2dOptions options{kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, ceil_mode};
+    pool2d_geometry(op.c_str(), N, C, H, W, options, Layout::nchw);
+  });
+  m.def("check_adaptive_pool2d", [](const std::string& op, int64_t N, int64_t C, int64_t H, int64_t W, int64_t P, int64_t Q) {
+    adaptive_pool2d_geometry(op.c_str(), N, C, H, W, P, Q, Layout::nchw);
+  });
   m.def("explain_conv2d", &explain_conv2d);
 }

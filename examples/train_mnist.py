@@ -8,7 +8,8 @@
 
 Network: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998,
 section II.B, with ReLU, max pooling and a linear output layer. A run is the same to the last bit for a seed,
-whatever the number of threads. Several processes give its losses within rounding; so does --compile.
+whatever the number of threads. So does --compile within rounding, and so do several processes where every batch, the last of an
+epoch too, divides among them; else some digits of that batch count twice.
 """
 
 import argparse

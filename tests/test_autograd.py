@@ -381,27 +381,3 @@ def test_export():
     program = torch.export.export(model, (input,), dynamic_shapes=({0: batch},))
     larger = torch.randn(5, 2, 12, 12)
     torch.testing.assert_close(program.module()(larger), model(larger))
-
-
-def test_private_names_of_torch_are_there():
-    """What the binding takes from torch's private side; a new torch that lacks one is told by name."""
-    from torch import _C
-    from torch.autograd import function
-
-    missing = [
-        name
-        for owner, name in (
-            (function, "_SingleLevelFunction"),
-            (_C, "_AutoDispatchBelowAutograd"),
-            (_C, "_functorch"),
-            (_C, "_are_functorch_transforms_active"),
-            (_C, "_is_any_autocast_enabled"),
-            (_C, "_any_requires_grad"),
-            (_C, "_after_autograd_keyset"),
-            (_C, "_dispatch_has_kernel_for_dispatch_key"),
-            (_C, "_ExcludeDispatchKeyGuard"),
-            (_C, "DispatchKeySet"),
-        )
-        if not hasattr(owner, name)
-    ]
-    assert not missing

@@ -265,3 +265,23 @@ def test_same_bits_for_any_number_of_threads():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_border_wider_than_what_the_windows_cover(bias, layout):
+    """More padding than there is to take away from, before the output padding is added."""
+    input = torch.randn(2, 3, 1, 1).contiguous(memory_format=layout)
+    weight, bias = torch.randn(3, 4, 1, 1), torch.randn(4) if bias else None
+    arguments = weight, bias, 1, 2, 4, 1, 5
+    expected = torch.nn.functional.conv_transpose2d(input, *arguments)
+    output = torchcnn.functional.conv_transpose2d(input, *arguments)
+    torch.testing.assert_close(output, expected)
+    assert output.is_contiguous(memory_format=layout)
+
+
+def test_a_padding_mode_set_later_is_refused():
+    layer = torchcnn.ConvTranspose2d(1, 1, 1)
+    layer.padding_mode = "reflect"
+    with pytest.raises(ValueError, match="conv_transpose2d: padding_mode must be 'zeros', got 'reflect'"):
+        layer(torch.zeros(1, 1, 2, 2))

@@ -262,3 +262,20 @@ def test_compiled_after_conversion():
     assert_same_step(compiled._orig_mod, model)
     input = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(compiled(input), model(input), rtol=1e-4, atol=1e-5)
+
+
+def test_a_users_attributes_keep_their_names_and_mean_nothing():
+    """torch.nn.Conv2d has no activation and no init: what a user calls so is the user's."""
+    for activation, init in (("relu", True), (torch.nn.GELU(), "xavier"), ("swish", None)):
+        layer = torch.nn.Conv2d(2, 3, 3)
+        layer.activation, layer.init = activation, init
+        input = torch.randn(1, 2, 5, 5)
+        converted = torchcnn.convert(layer, inplace=True)
+        assert type(converted) is torchcnn.Conv2d
+        torch.testing.assert_close(converted(input), torch.nn.functional.conv2d(input, layer.weight, layer.bias))
+        assert (converted.activation, converted.init) == (activation, init)
+        converted.reset_parameters()
+        assert "activation=" not in repr(converted).splitlines()[0]
+        back = torchcnn.convert(converted, inverse=True, inplace=True)
+        assert type(back) is torch.nn.Conv2d
+        assert (back.activation, back.init) == (activation, init)

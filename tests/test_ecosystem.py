@@ -373,6 +373,8 @@ def test_jacobians_and_hessians(name):
                 torch.func.jacrev(function, 1)(*inputs),
                 torch.func.jacfwd(function, 1)(*inputs),
                 torch.func.hessian(scalar)(inputs[1], inputs[0]),
+                torch.func.jacfwd(torch.func.jacfwd(scalar, 0), 1)(inputs[1], inputs[0]),
+                torch.func.jvp(lambda x, w, f=function: torch.func.jvp(f, (x, w), (w.sum() * x, x.sum() * w))[1], inputs, inputs),
                 pullback(torch.ones_like(function(*inputs))),
                 torch.func.linearize(function, *inputs)[1](*inputs),
             )
@@ -521,3 +523,38 @@ def test_two_threads_at_once(nets):
     with ThreadPoolExecutor(4) as pool:
         actual = list(pool.map(lambda x: training_step(copy.deepcopy(net), x), batches))
     assert all(torch.equal(a, b) for ours, them in zip(actual, expected, strict=True) for a, b in zip(ours, them, strict=True))
+
+
+def test_vmap_without_images():
+    v = torch.randn(3, 4, 2, 3, 3)
+    ours_, theirs = (torch.vmap(lambda a, w, f=f: f.conv_transpose2d(a, w))(torch.empty(3, 0, 4, 9, 8), v) for f in (ours, F))
+    assert ours_.shape == theirs.shape
+
+    def gradient(f):
+        return torch.vmap(torch.func.grad(lambda w, a: f.conv2d(a, w).sum()))(v, torch.empty(3, 0, 2, 9, 8))
+
+    assert_close(gradient(ours), gradient(F))
+
+
+def test_compiled_autograd():
+    net = torch.nn.Sequential(torchcnn.Conv2d(2, 3, 3), torchcnn.MaxPool2d(2))
+    x = torch.randn(1, 2, 8, 8)
+    net(x).sum().backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def backward(loss):
+        loss.backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        backward(net(x).sum())
+    assert_close([parameter.grad for parameter in net.parameters()], expected)
+
+
+def test_names_of_nodes():
+    w = torch.ones(1, 1, 1, 1, requires_grad=True)
+    output = torchcnn.functional.conv2d(torch.ones(1, 1, 2, 2), w)
+    assert output.grad_fn.name() == "Conv2dBackward"
+    assert "Conv2dBackward" in repr(output.grad_fn)

@@ -468,3 +468,15 @@ def test_arguments_by_position_and_as_lists():
     for arguments in (([3, 2], [2, 1], [1, 0], True, False, 5), ((3,), (2,), (1,), False, True, None)):
         expected = F.avg_pool2d(input, *arguments)
         torch.testing.assert_close(torchcnn.functional.avg_pool2d(input, *arguments), expected)
+
+
+def test_numbers_of_numpy_are_strides():
+    np = pytest.importorskip("numpy")
+    x = torch.randn(1, 2, 8, 8)
+    two = np.int64(2)
+    expected = torch.nn.functional.avg_pool2d(x, 2)
+    torch.testing.assert_close(torchcnn.functional.avg_pool2d(x, 2, two), expected)
+    assert torch.equal(torchcnn.MaxPool2d(two)(x), torch.nn.functional.max_pool2d(x, 2))
+    assert torchcnn.functional.pool2d_output_size(8, 3, two) == (3, 3)
+    output, indices = torchcnn.functional.max_pool2d(x, 2, return_indices=True)
+    assert torchcnn.functional.max_unpool2d(output, indices, 2, two).shape == x.shape

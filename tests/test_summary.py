@@ -143,3 +143,10 @@ def test_show_config():
     for allow in (True, False):
         with torchcnn.backends.flags(allow_winograd=allow):
             assert f"allow_winograd: {allow}" in torchcnn.show_config()
+
+
+def test_a_parametrized_layer_is_one_line(capsys):
+    layer = torch.nn.utils.parametrizations.weight_norm(torchcnn.Conv2d(3, 4, 3))
+    rows = torchcnn.summary(torch.nn.Sequential(layer, torchcnn.MaxPool2d(2)), (1, 3, 8, 8))
+    assert [row.type for row in rows] == ["Conv2d", "MaxPool2d"]
+    assert (rows[0].parameters, rows[0].multiply_adds) == (4 * 27 + 4 + 4, 6 * 6 * 4 * 27)

@@ -68,6 +68,15 @@ assert_type(torchcnn.__version__, str)
 assert_type(torchcnn.backends.allow_winograd, bool)
 with torchcnn.backends.flags(allow_winograd=False):
     pass
+torchcnn.backends.workspace_limit = 1 << 20
+assert_type(torchcnn.backends.workspace_size(), int)
+torchcnn.backends.release_workspaces()
+assert_type(torchcnn.Conv2dFunction.apply(x, w, None, (1, 1), (0, 0), (1, 1), 1), Tensor)
+assert_type(torchcnn.MaxPool2dFunction.apply(x, (2, 2), (2, 2), (0, 0), (1, 1), False), tuple[Tensor, Tensor])
+assert_type(torchcnn.AvgPool2dFunction.apply(x, (2, 2), (2, 2), (0, 0), False, True, None), Tensor)
 array = numpy.zeros((1, 4, 8, 8))
 assert_type(torchcnn.numpy.conv2d(array, numpy.zeros((4, 4, 3, 3)), padding=(1, 1)), NDArray[Any])
 assert_type(torchcnn.numpy.max_pool2d(array, 2, stride=None), tuple[NDArray[Any], NDArray[Any]])
+assert_type(torchcnn.reference.conv2d(array, numpy.zeros((4, 4, 3, 3)), stride=(1, 2)), NDArray[Any])
+assert_type(torchcnn.reference.max_pool2d(array, 2), tuple[NDArray[Any], NDArray[Any]])
+assert_type(torchcnn.reference.conv2d_output_size((8, 8), 3), tuple[int, int])

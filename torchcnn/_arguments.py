@@ -11,6 +11,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
+from torchcnn._autograd import has_kernel
+
 Pair = int | Sequence[int]  # (height, width), or one value for both
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,8 +74,9 @@ def check_tensors(op, **tensors):
                 f"{op}: {first_name} and {name} must be on the same device, got {first.device} and {tensor.device}"
             )
         first_name, first = name, tensor
-        if tensor.device.type not in ("cpu", "meta"):
-            raise NotImplementedError(f"{op}: device must be cpu (there are no other kernels yet), got {tensor.device}")
+        if tensor.device.type not in ("cpu", "meta") and not (tensor.is_cuda and has_kernel("torchcnn::conv2d", "CUDA")):
+            built = "" if has_kernel("torchcnn::conv2d", "CUDA") else "; this build of torchcnn has no CUDA kernels"
+            raise NotImplementedError(f"{op}: device must be cpu or cuda, got {tensor.device}{built}")
 
 
 def check_dtype(op, dtype, supported):
@@ -91,6 +94,11 @@ def batched(op, name, tensor):
     raise RuntimeError(
         f"{op}: {name} must have 4 dimensions (N, C, H, W), or 3 without a batch, got {tensor.dim()}: {list(tensor.shape)}"
     )
+
+
+def stride_or_kernel(op, stride, kernel):
+    """The stride of a pool as a pair; without one, that of the kernel."""
+    return kernel if stride is None or (isinstance(stride, (tuple, list)) and not stride) else pair(op, "stride", stride)
 
 
 def sliding_output_size(size, kernel, stride, pad, dilation, ceil_mode=False):

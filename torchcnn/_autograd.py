@@ -1,4 +1,4 @@
-"""One door between the operators and autograd: every private name of PyTorch that torchcnn relies on stands in this file.
+"""One door between the operators and autograd: every private name of PyTorch that they rely on stands in this file.
 
 An operator (``torch.ops.torchcnn.*``, C++) gets its derivatives from a rule: a class of static methods with
 
@@ -6,7 +6,7 @@ An operator (``torch.ops.torchcnn.*``, C++) gets its derivatives from a rule: a 
     setup_context(ctx, inputs, output)  what backward and jvp need later
     backward(ctx, saved, needs, *grad_outputs)
                                         gradients of the leading tensor arguments, None where ``needs[i]`` is False
-    jvp(ctx, *tangents)                 forward-mode derivative
+    jvp(ctx, saved, *tangents)          forward-mode derivative
     vmap(info, in_dims, *args)          the operator over a batch of arguments
 
 Rules call operators themselves, which are right however they are reached: eager, torch.compile, torch.func, forward-mode AD,
@@ -53,6 +53,10 @@ def attach(rule):
 
     class Node(_SingleLevelFunction):  # its `apply` is C, without the signature inspection of autograd.Function
         @staticmethod
+        def _compiled_autograd_key(ctx):
+            return (ctx._autograd_function_id,)
+
+        @staticmethod
         def forward(ctx, keys, *args):
             # keys: the dispatch keys still to visit when the dispatcher called, None when `call` did.
             if keys is None:
@@ -81,10 +85,17 @@ def attach(rule):
 
         @staticmethod
         def jvp(ctx, _, *tangents):
-            return rule.jvp(ctx, *tangents)
+            if not _functorch_active():
+                return rule.jvp(ctx, ctx.saved_tensors, *tangents)
+            # As in forward; and of what was saved, outer levels' tangents count, this level's have had their turn.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                saved = [forward_ad.unpack_dual(tensor, level=0).primal for tensor in ctx.saved_tensors]
+                return rule.jvp(ctx, saved, *tangents)
 
-    # What grad_fn prints: Conv2dBackward, as torch has ConvolutionBackward0.
-    Node._backward_cls.__name__ = rule.__name__.strip("_").removesuffix("Rule") + "Backward"
+    # What a profiler and grad_fn print: Conv2d and Conv2dBackward, as torch has ConvolutionBackward0.
+    name = rule.__name__.strip("_").removesuffix("Rule")
+    Node.__name__ = Node.__qualname__ = name
+    Node._backward_cls.__name__ = Node._backward_cls.__qualname__ = f"{name}Backward"
     apply = Node.apply  # type: ignore[attr-defined]
 
     def autograd_kernel(keys, *args):
@@ -173,6 +184,30 @@ def is_channels_last(*tensors):
     return False
 
 
+def check_fake(op, check, *options, bias=None, **tensors):
+    """What an operator checks before it computes, for its fake kernel: ranks, dtypes, and sizes by a function of csrc/geometry.h.
+
+    Of a symbolic size its value in the example counts, without a guard; where one has none yet, the operator itself will check.
+    """
+    (first_name, first), *others = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            raise RuntimeError(f"{op}: {name} must have 4 dimensions, got shape {list(tensor.shape)}")
+    for name, tensor in [*others, *([] if bias is None else [("bias", bias)])]:
+        if tensor.dtype != first.dtype:
+            raise RuntimeError(f"{op}: {first_name} and {name} must have the same dtype, got {first.dtype} and {tensor.dtype}")
+    known = [
+        (size.node.hint if size.node.has_hint() else None) if isinstance(size, torch.SymInt) else size
+        for size in (*(size for tensor in tensors.values() for size in tensor.shape), *options)
+    ]
+    if None in known:
+        return
+    try:
+        check(op, *known)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
+
+
 def empty_activation(like, sizes, channels_last, dtype=None):
     """What an operator's fake kernel returns: a tensor of the sizes, layout and dtype of the real one."""
     if like.device.type != "meta" and not isinstance(like, FakeTensor):
@@ -185,9 +220,9 @@ def empty_activation(like, sizes, channels_last, dtype=None):
 def fold_batch(tensor, dim, batch_size):
     """(..., B, ...) -> (B * N, C, H, W): a vmapped dimension becomes part of the batch."""
     tensor = tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.reshape(-1, *tensor.shape[2:])
+    return tensor.reshape(batch_size * tensor.shape[1], *tensor.shape[2:])
 
 
 def unfold_batch(tensor, batch_size):
     """The inverse of `fold_batch`; the vmapped dimension is the first."""
-    return tensor.reshape(batch_size, -1, *tensor.shape[1:])
+    return tensor.reshape(batch_size, tensor.shape[0] // batch_size, *tensor.shape[1:])

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from torchcnn import _C
 from torchcnn._arguments import sliding_output_size
 from torchcnn._autograd import (
     LIBRARY,
     attach,
     attach_first,
     autocast,
+    check_fake,
     empty_activation,
     fold_batch,
     is_channels_last,
@@ -36,7 +38,8 @@ _ops = torch.ops.torchcnn
 # --------------------------------------------------------------------------------------------------- shapes without data
 
 
-def _pooled_size(input, window, ceil_mode):
+def _pooled_size(op, input, window, ceil_mode):
+    check_fake(op, _C.check_pool2d, *window, bool(ceil_mode), input=input)
     kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = window
     return (
         *input.shape[:2],
@@ -52,7 +55,8 @@ def _offset_dtype(window, relu):
 
 def _register_fakes(name, relu=False):
     def output_alone(input, *window_and_mode):
-        return empty_activation(input, _pooled_size(input, window_and_mode[:8], window_and_mode[8]), is_channels_last(input))
+        size = _pooled_size(name, input, window_and_mode[:8], window_and_mode[8])
+        return empty_activation(input, size, is_channels_last(input))
 
     def with_positions(dtype_of):
         def both(input, *window_and_mode):
@@ -76,11 +80,13 @@ _register_fakes("relu_max_pool2d", relu=True)
 
 @torch.library.register_fake("torchcnn::adaptive_max_pool2d", lib=LIBRARY)
 def _(input, P, Q):
+    check_fake("adaptive_max_pool2d", _C.check_adaptive_pool2d, P, Q, input=input)
     return empty_activation(input, (*input.shape[:2], P, Q), is_channels_last(input))
 
 
 @torch.library.register_fake("torchcnn::adaptive_max_pool2d_with_indices", lib=LIBRARY)
 def _(input, P, Q):
+    check_fake("adaptive_max_pool2d", _C.check_adaptive_pool2d, P, Q, input=input)
     channels_last = is_channels_last(input)
     sizes = (*input.shape[:2], P, Q)
     return empty_activation(input, sizes, channels_last), empty_activation(input, sizes, channels_last, torch.int64)
@@ -103,6 +109,11 @@ def _(grad_output, indices, H, W, channels_last):
 
 @torch.library.register_fake("torchcnn::max_unpool2d", lib=LIBRARY)
 def _(input, indices, H, W):
+    if indices.dtype != torch.int64:
+        raise RuntimeError(f"max_unpool2d: indices must be int64, got {indices.dtype}")
+    if input.shape != indices.shape:
+        shapes = f"{list(indices.shape)} and {list(input.shape)}"
+        raise RuntimeError(f"max_unpool2d: indices must have the shape of input, got {shapes}")
     return empty_activation(input, (*input.shape[:2], H, W), is_channels_last(input))
 
 
@@ -125,7 +136,9 @@ def _(
     divisor_override,
 ):
     window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, 1, 1)
-    return empty_activation(input, _pooled_size(input, window, ceil_mode), is_channels_last(input))
+    if divisor_override == 0:
+        raise RuntimeError("avg_pool2d: divisor_override must not be 0, got 0")
+    return empty_activation(input, _pooled_size("avg_pool2d", input, window, ceil_mode), is_channels_last(input))
 
 
 @torch.library.register_fake("torchcnn::avg_pool2d_grad_input", lib=LIBRARY)
@@ -135,6 +148,7 @@ def _(grad_output, H, W, *options):
 
 @torch.library.register_fake("torchcnn::adaptive_avg_pool2d", lib=LIBRARY)
 def _(input, P, Q):
+    check_fake("adaptive_avg_pool2d", _C.check_adaptive_pool2d, P, Q, input=input)
     return empty_activation(input, (*input.shape[:2], P, Q), is_channels_last(input))
 
 
@@ -177,8 +191,8 @@ class _OffsetsRule(_PositionsRule):
         return (_ops.offset_pool2d_grad_input.default(grad_output, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
 
     @staticmethod
-    def jvp(ctx, input_tangent, *_):
-        (offsets,) = ctx.saved_tensors
+    def jvp(ctx, saved, input_tangent, *_):
+        (offsets,) = saved
         return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options), None
 
 
@@ -191,8 +205,8 @@ class _IndicesRule(_PositionsRule):
         return (_ops.max_pool2d_grad_input.default(grad_output, indices, *ctx.size, ctx.channels_last),)
 
     @staticmethod
-    def jvp(ctx, input_tangent, *_):
-        (indices,) = ctx.saved_tensors
+    def jvp(ctx, saved, input_tangent, *_):
+        (indices,) = saved
         return _ops.max_unpool2d_grad_input.default(input_tangent, indices), None
 
 
@@ -237,8 +251,8 @@ class _OffsetPool2dRule:
         return (_ops.offset_pool2d_grad_input.default(v, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
 
     @staticmethod
-    def jvp(ctx, input_tangent, *_):
-        (offsets,) = ctx.saved_tensors
+    def jvp(ctx, saved, input_tangent, *_):
+        (offsets,) = saved
         return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options)
 
     @staticmethod
@@ -262,8 +276,8 @@ class _OffsetPool2dGradInputRule:
         return (_ops.offset_pool2d.default(v, offsets, *ctx.options[2:-1]),)
 
     @staticmethod
-    def jvp(ctx, grad_output_tangent, *_):
-        (offsets,) = ctx.saved_tensors
+    def jvp(ctx, saved, grad_output_tangent, *_):
+        (offsets,) = saved
         return _ops.offset_pool2d_grad_input.default(grad_output_tangent, offsets, *ctx.options)
 
     @staticmethod
@@ -287,8 +301,8 @@ class _MaxPool2dGradInputRule:
         return (_ops.max_unpool2d_grad_input.default(v, indices),)
 
     @staticmethod
-    def jvp(ctx, grad_output_tangent, *_):
-        (indices,) = ctx.saved_tensors
+    def jvp(ctx, saved, grad_output_tangent, *_):
+        (indices,) = saved
         return _ops.max_pool2d_grad_input.default(grad_output_tangent, indices, *ctx.options)
 
     @staticmethod
@@ -312,8 +326,8 @@ class _MaxUnpool2dRule:
         return (_ops.max_unpool2d_grad_input.default(grad_output, indices),)
 
     @staticmethod
-    def jvp(ctx, input_tangent, *_):
-        (indices,) = ctx.saved_tensors
+    def jvp(ctx, saved, input_tangent, *_):
+        (indices,) = saved
         return _ops.max_unpool2d.default(input_tangent, indices, *ctx.size)
 
     @staticmethod
@@ -339,8 +353,8 @@ class _MaxUnpool2dGradInputRule:
         return (_ops.max_pool2d_grad_input.default(v, indices, *ctx.size, ctx.channels_last),)
 
     @staticmethod
-    def jvp(ctx, grad_output_tangent, *_):
-        (indices,) = ctx.saved_tensors
+    def jvp(ctx, saved, grad_output_tangent, *_):
+        (indices,) = saved
         return _ops.max_unpool2d_grad_input.default(grad_output_tangent, indices)
 
     @staticmethod
@@ -355,7 +369,7 @@ class _LinearPoolRule:
     op: Any
 
     @classmethod
-    def jvp(cls, ctx, tangent, *_):
+    def jvp(cls, ctx, saved, tangent, *_):
         return cls.op(tangent, *ctx.options)
 
     @classmethod
@@ -459,7 +473,15 @@ class MaxPool2dFunction(torch.autograd.Function):
         )
 
     @classmethod
-    def apply(cls, input, kernel_size, stride, padding, dilation, ceil_mode):
+    def apply(  # type: ignore[override]
+        cls,
+        input: torch.Tensor,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        ceil_mode: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return max_pool2d_with_indices(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
 
 
@@ -486,5 +508,14 @@ class AvgPool2dFunction(torch.autograd.Function):
         return (*_AvgPool2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), *(None,) * 6)
 
     @classmethod
-    def apply(cls, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+    def apply(  # type: ignore[override]
+        cls,
+        input: torch.Tensor,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> torch.Tensor:
         return avg_pool2d(input, *kernel_size, *stride, *padding, ceil_mode, count_include_pad, divisor_override)

@@ -103,12 +103,12 @@ def flags(allow_winograd: bool) -> Iterator[None]:
         _C.set_allow_winograd(former)
 
 
-def workspace_size():
+def workspace_size() -> int:
     """Bytes of scratch memory that all threads hold now."""
     return _C.workspace_size()
 
 
-def release_workspaces():
+def release_workspaces() -> None:
     """Give back the scratch memory of the calling thread and of the threads that work for it; it comes back as needed."""
     _C.release_workspaces()
 
@@ -121,6 +121,7 @@ def _tf32_is_allowed() -> bool:
 # A module has no properties of its own; its class may.
 if TYPE_CHECKING:
     allow_winograd: bool
+    workspace_limit: int
 
 
 class _Backends(types.ModuleType):

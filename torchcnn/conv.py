@@ -31,6 +31,7 @@ from torchcnn._autograd import (
     LIBRARY,
     attach,
     autocast,
+    check_fake,
     empty_activation,
     fold_batch,
     is_channels_last,
@@ -48,6 +49,11 @@ _forward, _grad_input, _grad_weight, _grad_bias = (
 
 @torch.library.register_fake("torchcnn::conv2d", lib=LIBRARY)
 def _(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, relu):
+    options = stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups
+    check_fake("conv2d", _C.check_conv2d, *options, bias=bias, input=input, weight=weight)
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        shapes = f"{list(bias.shape)} for weight of shape {list(weight.shape)}"
+        raise RuntimeError(f"conv2d: bias must have shape [weight.shape[0]], got {shapes}")
     P = sliding_output_size(input.shape[2], weight.shape[2], stride_h, pad_h, dilation_h)
     Q = sliding_output_size(input.shape[3], weight.shape[3], stride_w, pad_w, dilation_w)
     return empty_activation(input, (input.shape[0], weight.shape[0], P, Q), is_channels_last(input, weight))
@@ -80,11 +86,11 @@ def _add(a, b):
 def _fold_channels(tensor, dim, batch_size):
     """(..., B, ...) -> (N, B * C, H, W): a vmapped dimension of an activation becomes groups."""
     tensor = tensor.unsqueeze(1).expand(-1, batch_size, -1, -1, -1) if dim is None else tensor.movedim(dim, 1)
-    return tensor.reshape(tensor.shape[0], -1, *tensor.shape[3:])
+    return tensor.reshape(tensor.shape[0], batch_size * tensor.shape[2], *tensor.shape[3:])
 
 
 def _unfold_channels(tensor, batch_size):
-    return tensor.reshape(tensor.shape[0], batch_size, -1, *tensor.shape[2:])
+    return tensor.reshape(tensor.shape[0], batch_size, tensor.shape[1] // batch_size, *tensor.shape[2:])
 
 
 def _through_relu(gradient, output=None):
@@ -118,8 +124,8 @@ class _Conv2dRule:
         return grad_input, grad_weight, grad_bias
 
     @staticmethod
-    def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):
-        input, weight, *output = ctx.saved_tensors
+    def jvp(ctx, saved, input_tangent, weight_tangent, bias_tangent, *_):
+        input, weight, *output = saved
         tangent = None
         if input_tangent is not None:
             tangent = _forward(input_tangent, weight, None, *ctx.options, False)
@@ -170,8 +176,8 @@ class _Conv2dGradInputRule:
         )
 
     @staticmethod
-    def jvp(ctx, grad_output_tangent, weight_tangent, *_):
-        grad_output, weight = ctx.saved_tensors
+    def jvp(ctx, saved, grad_output_tangent, weight_tangent, *_):
+        grad_output, weight = saved
         tangent = None
         if grad_output_tangent is not None:
             tangent = _grad_input(grad_output_tangent, weight, *ctx.options)
@@ -214,8 +220,8 @@ class _Conv2dGradWeightRule:
         )
 
     @staticmethod
-    def jvp(ctx, grad_output_tangent, input_tangent, *_):
-        grad_output, input = ctx.saved_tensors
+    def jvp(ctx, saved, grad_output_tangent, input_tangent, *_):
+        grad_output, input = saved
         tangent = None
         if grad_output_tangent is not None:
             tangent = _grad_weight(grad_output_tangent, input, *ctx.options)
@@ -249,7 +255,7 @@ class _Conv2dGradBiasRule:
         return (v[:, None, None].expand(ctx.shape),)
 
     @staticmethod
-    def jvp(ctx, grad_output_tangent):
+    def jvp(ctx, saved, grad_output_tangent):
         return _grad_bias(grad_output_tangent)
 
     @staticmethod
@@ -288,7 +294,16 @@ class Conv2dFunction(torch.autograd.Function):
         return (*_Conv2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), None, None, None, None)
 
     @classmethod
-    def apply(cls, input, weight, bias, stride, padding, dilation, groups):
+    def apply(  # type: ignore[override]
+        cls,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> torch.Tensor:
         # Dynamo traces forward and backward above (and tells by the number of parameters whether forward takes a ctx: no
         # defaults there); everything else goes through the operator, which also has jvp and vmap.
         return _conv2d(input, weight, bias, *stride, *padding, *dilation, groups, False)
@@ -453,9 +468,10 @@ class Conv2d(torch.nn.Conv2d):
         activation: "relu" to rectify the output in the same pass, or None.
     """
 
-    # Also for layers that did not come through the constructor.
-    init: str | Callable[[torch.Tensor], object] | None = None
-    activation: str | None = None
+    init: str | Callable[[torch.Tensor], object] | None
+    activation: str | None
+    # False where the constructor was torch's: attributes of these names are then the user's, as on any layer of torch.nn.
+    _has_options = False
 
     def __init__(
         self,
@@ -469,13 +485,13 @@ class Conv2d(torch.nn.Conv2d):
         if init is not None and not isinstance(init, str) and not callable(init):
             raise TypeError(f"Conv2d: init must be 'kaiming', 'xavier', a function or None, got {init!r}")
         # Before torch's constructor, which calls reset_parameters; a plain attribute set that early would be refused.
-        object.__setattr__(self, "init", init)
+        vars(self).update(init=init, _has_options=True)
         super().__init__(*args, **kwargs)
         _is_relu(activation)
         self.activation = activation
 
     def reset_parameters(self) -> None:
-        if self.init is None:
+        if not self._has_options or self.init is None:
             super().reset_parameters()
             return
         with torch.no_grad():
@@ -485,6 +501,8 @@ class Conv2d(torch.nn.Conv2d):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
+        if not self._has_options:
+            return text
         if self.init is not None:
             text += f", init={self.init if isinstance(self.init, str) else getattr(self.init, '__name__', repr(self.init))}"
         return text if self.activation is None else f"{text}, activation={self.activation}"
@@ -494,4 +512,6 @@ class Conv2d(torch.nn.Conv2d):
         if self.padding_mode != "zeros":
             input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self.activation)
+        return conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, self.activation if self._has_options else None
+        )

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from torchcnn import _C
 from torchcnn._arguments import FLOATING_DTYPES, Pair, batched, check_dtype, check_tensors, integer, overridable, pair
-from torchcnn._autograd import LIBRARY, attach, autocast, empty_activation, fold_batch, is_channels_last, unfold_batch
+from torchcnn._autograd import LIBRARY, attach, autocast, check_fake, empty_activation, fold_batch, is_channels_last, unfold_batch
 from torchcnn.conv import _add, _fold_channels, _forward, _grad_bias, _grad_weight, _unfold_channels
 
 _transposed = torch.ops.torchcnn.conv_transpose2d.default
@@ -23,6 +24,11 @@ def _transposed_size(size, kernel, stride, pad, dilation, output_pad):
 
 @torch.library.register_fake("torchcnn::conv_transpose2d", lib=LIBRARY)
 def _(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, output_pad_h, output_pad_w):
+    options = stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, output_pad_h, output_pad_w
+    check_fake("conv_transpose2d", _C.check_conv_transpose2d, *options, bias=bias, input=input, weight=weight)
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[1] * groups):
+        shapes = f"{list(bias.shape)} for weight of shape {list(weight.shape)} and groups={groups}"
+        raise RuntimeError(f"conv_transpose2d: bias must have shape [weight.shape[1] * groups], got {shapes}")
     H = _transposed_size(input.shape[2], weight.shape[2], stride_h, pad_h, dilation_h, output_pad_h)
     W = _transposed_size(input.shape[3], weight.shape[3], stride_w, pad_w, dilation_w, output_pad_w)
     return empty_activation(input, (input.shape[0], weight.shape[1] * groups, H, W), is_channels_last(input, weight))
@@ -53,8 +59,8 @@ class _ConvTranspose2dRule:
         return grad_input, grad_weight, grad_bias
 
     @staticmethod
-    def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):
-        input, weight = ctx.saved_tensors
+    def jvp(ctx, saved, input_tangent, weight_tangent, bias_tangent, *_):
+        input, weight = saved
         options = *ctx.options, *ctx.output_pads
         tangent = None
         if input_tangent is not None:
@@ -164,10 +170,12 @@ def _with_wide_border(input, weight, bias, strides, pads, dilations, groups, ext
     H, W = output.shape[2] - 2 * pad_h + extra_h, output.shape[3] - 2 * pad_w + extra_w
     if min(H, W) < 1:
         raise RuntimeError(f"conv_transpose2d: output size must be at least 1, got {H} x {W}")
-    border = -pad_w, extra_w - pad_w, -pad_h, extra_h - pad_h
-    covered = torch.nn.functional.pad(torch.ones(output.shape[2:], dtype=torch.bool, device=output.device), border)
-    output = torch.nn.functional.pad(output, border)
-    return output if bias is None else torch.where(covered, output, bias.to(output.dtype)[:, None, None])
+    covered = torch.ones(output.shape[2:], dtype=torch.bool, device=output.device)
+    output, covered = (
+        torch.nn.functional.pad(plane, (0, extra_w, 0, extra_h))[..., pad_h : pad_h + H, pad_w : pad_w + W]
+        for plane in (output, covered)
+    )
+    return output.clone() if bias is None else torch.where(covered, output, bias.to(output.dtype)[:, None, None])
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
@@ -178,6 +186,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """
 
     def forward(self, input: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
+        if self.padding_mode != "zeros":
+            raise ValueError(f"conv_transpose2d: padding_mode must be 'zeros', got {self.padding_mode!r}")
         window: Any = self.stride, self.padding, self.kernel_size, 2, self.dilation
         output_padding: Any = self._output_padding(input, output_size, *window)  # type: ignore[arg-type]
         options: Any = self.stride, self.padding, output_padding, self.groups, self.dilation

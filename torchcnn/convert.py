@@ -71,9 +71,8 @@ def convert(model: Model, inplace: bool = False, inverse: bool = False) -> Model
             vars(layer).update(output_size=1)
         elif isinstance(layer, GlobalMaxPool2d):
             vars(layer).update(output_size=1, return_indices=False)
-        elif inverse and isinstance(layer, Conv2d):
-            for ours_alone in ("init", "activation"):
-                vars(layer).pop(ours_alone, None)
+        elif inverse and isinstance(layer, Conv2d) and vars(layer).pop("_has_options", False):
+            del layer.init, layer.activation
         layer.__class__ = _parametrized(type(layer), target) if parametrize.is_parametrized(layer) else target
     return model
 
@@ -85,7 +84,7 @@ def _require_inverse(model: torch.nn.Module) -> None:
             "MinPool2d"
             if kind is MinPool2d
             else f"Conv2d with activation={layer.activation!r}"
-            if kind is Conv2d and layer.activation is not None
+            if kind is Conv2d and layer._has_options and layer.activation is not None
             else None
         )
         if lacking:

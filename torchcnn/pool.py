@@ -16,6 +16,7 @@ from torchcnn._arguments import (
     integer,
     overridable,
     pair,
+    stride_or_kernel,
 )
 
 OutputSize = int | Sequence[int | None] | None  # None in a pair keeps the size of the input
@@ -24,7 +25,7 @@ OutputSize = int | Sequence[int | None] | None  # None in a pair keeps the size 
 def _window(op, kernel_size, stride, padding, dilation=1):
     """The eight ints of a sliding window as the operators take them."""
     kernel = pair(op, "kernel_size", kernel_size)
-    stride = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
+    stride = stride_or_kernel(op, stride, kernel)
     return *kernel, *stride, *pair(op, "padding", padding), *pair(op, "dilation", dilation)
 
 
@@ -408,7 +409,7 @@ def max_unpool2d(
     check_tensors(op, input=input, indices=indices)
     check_dtype(op, input.dtype, FLOATING_DTYPES)
     kernel = pair(op, "kernel_size", kernel_size)
-    strides = kernel if stride is None or stride in ([], ()) else pair(op, "stride", stride)
+    strides = stride_or_kernel(op, stride, kernel)
     pad = pair(op, "padding", padding)
     if indices.shape != input.shape:
         raise RuntimeError(f"{op}: indices must have the shape of input, got {list(indices.shape)} and {list(input.shape)}")

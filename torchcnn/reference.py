@@ -1,4 +1,4 @@
-"""The specification: every operator and every gradient in NumPy, as a textbook writes them.
+"""The specification: convolution, pooling and their gradients in NumPy, as a textbook writes them.
 
     Z[n, k, p, q] = sum(A_slice * W[k]) + b[k]         convolution
     dW[k] += A_slice * dZ[n, k, p, q]                  its gradients, each window in turn
@@ -14,13 +14,21 @@ in the dtype of the arrays, so small integers give exact results. Only NumPy is 
 """
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Pair = int | Sequence[int]
 
 # Sizes and windows
 
 
-def conv2d_output_size(input_size, kernel_size, stride=1, padding=0, dilation=1):
+def conv2d_output_size(
+    input_size: Pair, kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1
+) -> tuple[int, int]:
     """Size of a convolution's output: P = floor((H + 2 padding - dilation (R - 1) - 1) / stride) + 1, and Q likewise.
 
     A kernel of R taps spans dilation (R - 1) + 1 pixels; it starts at 0, stride, 2 stride, ... as long as it fits.
@@ -32,7 +40,14 @@ def conv2d_output_size(input_size, kernel_size, stride=1, padding=0, dilation=1)
     return tuple(map(size, input_size, *map(_pair, (kernel_size, stride, padding, dilation))))
 
 
-def pool2d_output_size(input_size, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+def pool2d_output_size(
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> tuple[int, int]:
     """Size of a pooling's output: that of a convolution, or rounded up where ceil_mode lets a last window run over the edge.
 
     ceil_mode: P = ceil((H + 2 padding - dilation (R - 1) - 1) / stride) + 1, and one less when the last window would start
@@ -49,7 +64,9 @@ def pool2d_output_size(input_size, kernel_size, stride=None, padding=0, dilation
     return tuple(map(size, input_size, *map(_pair, (kernel_size, stride or kernel_size, padding, dilation))))
 
 
-def max_unpool2d_output_size(input_size, kernel_size, stride=None, padding=0):
+def max_unpool2d_output_size(
+    input_size: Pair, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0
+) -> tuple[int, int]:
     """Size of the plane that a max pooling came from, if its windows fitted: H = (P - 1) stride - 2 padding + R."""
 
     def size(length, taps, step, pad):
@@ -82,7 +99,15 @@ def _adaptive_window(p, P, length):
 # Convolution
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Array:
     """Convolution: Z[n, k, p, q] = sum(A_slice * W[k]) + b[k].
 
     A_slice holds the C / groups channels that filter k sees: group g = k // (K / groups) reads the g-th part of the channels.
@@ -107,7 +132,9 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     return output
 
 
-def conv2d_backward(grad_output, input, weight, stride=1, padding=0, dilation=1, groups=1):
+def conv2d_backward(
+    grad_output: Array, input: Array, weight: Array, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1, groups: int = 1
+) -> tuple[Array, Array, Array]:
     """Gradients of the convolution, every output pixel in turn, dZ = grad_output[n, k, p, q]:
 
     dA_slice += W[k] * dZ,  dW[k] += A_slice * dZ,  db[k] += dZ.  Returns (grad_input, grad_weight, grad_bias).
@@ -148,7 +175,9 @@ def _group_channels(k, K, group_channels, groups):
 # Max and min pooling
 
 
-def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+def max_pool2d(
+    input: Array, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0, dilation: Pair = 1, ceil_mode: bool = False
+) -> tuple[Array, Array]:
     """Maximum of every window, and where it is: Z[n, c, p, q] = max(A_slice). Returns (output, indices).
 
     The index is h W + w, a position in the input plane. Among equals the first in row-major order wins; a NaN is greater than
@@ -157,7 +186,9 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     return _extreme_pool2d(input, operator.gt, kernel_size, stride, padding, dilation, ceil_mode)
 
 
-def min_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+def min_pool2d(
+    input: Array, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0, dilation: Pair = 1, ceil_mode: bool = False
+) -> tuple[Array, Array]:
     """Minimum of every window, and where it is: Z[n, c, p, q] = min(A_slice). Returns (output, indices).
 
     The rules are those of max_pool2d with the comparison turned around; a NaN wins here too. It is not -max(-A): -A does not
@@ -191,7 +222,7 @@ def _extreme_pool2d(input, beats, kernel_size, stride, padding, dilation, ceil_m
     return output, indices
 
 
-def max_pool2d_backward(grad_output, indices, input_size):
+def max_pool2d_backward(grad_output: Array, indices: Array, input_size: Pair) -> Array:
     """Gradient of max and min pooling: dA[n, c, indices[n, c, p, q]] += dZ[n, c, p, q], to the chosen pixel only.
 
     input_size is (H, W). Windows that overlap may choose the same pixel: their gradients add up.
@@ -208,7 +239,7 @@ def max_pool2d_backward(grad_output, indices, input_size):
     return grad_input
 
 
-def max_unpool2d(input, indices, output_size):
+def max_unpool2d(input: Array, indices: Array, output_size: Pair) -> Array:
     """Puts every value back where its maximum came from: output[n, c, indices[n, c, p, q]] = input[n, c, p, q], zero elsewhere.
 
     output_size is (H, W). When an index occurs twice the last value in row-major order stays.
@@ -225,7 +256,7 @@ def max_unpool2d(input, indices, output_size):
     return output
 
 
-def max_unpool2d_backward(grad_output, indices):
+def max_unpool2d_backward(grad_output: Array, indices: Array) -> Array:
     """Gradient of max unpooling: grad_input[n, c, p, q] = grad_output[n, c, indices[n, c, p, q]]."""
     N, C, P, Q = indices.shape
     W = grad_output.shape[3]
@@ -242,7 +273,15 @@ def max_unpool2d_backward(grad_output, indices):
 # Average pooling
 
 
-def avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
+def avg_pool2d(
+    input: Array,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Array:
     """Average of every window: Z[n, c, p, q] = sum(A_slice) / divisor.
 
     The divisor is divisor_override if given; else the number of pixels of the window, those of the padding included
@@ -263,15 +302,15 @@ def avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, coun
 
 
 def avg_pool2d_backward(
-    grad_output,
-    input_size,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
+    grad_output: Array,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Array:
     """Gradient of average pooling: dA_slice += dZ[n, c, p, q] / divisor, spread evenly. input_size is (H, W)."""
     (N, C, P, Q), (H, W) = grad_output.shape, input_size
     grad_input = np.zeros((N, C, H, W), grad_output.dtype)
@@ -303,7 +342,7 @@ def _avg_window(p, q, H, W, kernel_size, stride, padding, count_include_pad, div
 # Adaptive and global pooling
 
 
-def adaptive_avg_pool2d(input, output_size):
+def adaptive_avg_pool2d(input: Array, output_size: Pair) -> Array:
     """Average of each of P x Q windows that cover the input: Z[n, c, p, q] = mean(A_slice)."""
     (N, C, H, W), (P, Q) = input.shape, _pair(output_size)
     output = np.zeros((N, C, P, Q), input.dtype)
@@ -316,7 +355,7 @@ def adaptive_avg_pool2d(input, output_size):
     return output
 
 
-def adaptive_avg_pool2d_backward(grad_output, input_size):
+def adaptive_avg_pool2d_backward(grad_output: Array, input_size: Pair) -> Array:
     """Gradient of adaptive average pooling: dA_slice += dZ[n, c, p, q] / size of the window. input_size is (H, W)."""
     (N, C, P, Q), (H, W) = grad_output.shape, input_size
     grad_input = np.zeros((N, C, H, W), grad_output.dtype)
@@ -329,7 +368,7 @@ def adaptive_avg_pool2d_backward(grad_output, input_size):
     return grad_input
 
 
-def adaptive_max_pool2d(input, output_size):
+def adaptive_max_pool2d(input: Array, output_size: Pair) -> tuple[Array, Array]:
     """Maximum of each of P x Q windows that cover the input, and its index h W + w; ties and NaN as in max_pool2d.
 
     Its gradient is max_pool2d_backward.
@@ -352,11 +391,11 @@ def adaptive_max_pool2d(input, output_size):
     return output, indices
 
 
-def global_avg_pool2d(input):
+def global_avg_pool2d(input: Array) -> Array:
     """Average of every plane, N x C x 1 x 1: adaptive average pooling to one pixel."""
     return adaptive_avg_pool2d(input, 1)
 
 
-def global_max_pool2d(input):
+def global_max_pool2d(input: Array) -> Array:
     """Maximum of every plane, N x C x 1 x 1: adaptive max pooling to one pixel."""
     return adaptive_max_pool2d(input, 1)[0]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from torchcnn import _C
@@ -115,12 +116,15 @@ def summary(model: torch.nn.Module, input_size: Sequence[int] | Sequence[Sequenc
         counted.update(new)
         macs = (flops.get_total_flops() - flops_before) // 2
         chosen = ", ".join(dict.fromkeys(algorithms.names[algorithms_before:]))
-        rows.append(LayerSummary(name, type(layer).__name__, _first_size(output), sum(new.values()), macs, chosen))
+        kind = parametrize.type_before_parametrizations(layer).__name__
+        rows.append(LayerSummary(name, kind, _first_size(output), sum(new.values()), macs, chosen))
 
     training = {module: module.training for module in model.modules()}
     hooks = []
     for name, layer in model.named_modules():
-        if not any(layer.children()):
+        # What computes a parametrized weight belongs to the layer that uses it.
+        parts = [part for part, _ in layer.named_children() if part != "parametrizations"]
+        if not parts and "parametrizations" not in name.split("."):
             hooks.append(layer.register_forward_pre_hook(begin))
             hooks.append(layer.register_forward_hook(lambda layer, args, output, name=name: end(name, layer, output)))
     try:
