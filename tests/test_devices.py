@@ -1,4 +1,4 @@
-"""Public functions on tensors of another device and without data: fake ones that say cuda, in a build that says it has kernels."""
+"""Public functions on tensors of another device and without data: fake cuda tensors, in a build that says it has kernels."""
 
 import pytest
 import torch
