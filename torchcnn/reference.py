@@ -27,7 +27,7 @@ Pair = int | Sequence[int]
 
 
 def conv2d_output_size(
-    input_size: Pair, kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1
+    input_size: Sequence[int], kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1
 ) -> tuple[int, int]:
     """Size of a convolution's output: P = floor((H + 2 padding - dilation (R - 1) - 1) / stride) + 1, and Q likewise.
 
@@ -41,7 +41,7 @@ def conv2d_output_size(
 
 
 def pool2d_output_size(
-    input_size: Pair,
+    input_size: Sequence[int],
     kernel_size: Pair,
     stride: Pair | None = None,
     padding: Pair = 0,
@@ -65,7 +65,7 @@ def pool2d_output_size(
 
 
 def max_unpool2d_output_size(
-    input_size: Pair, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0
+    input_size: Sequence[int], kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0
 ) -> tuple[int, int]:
     """Size of the plane that a max pooling came from, if its windows fitted: H = (P - 1) stride - 2 padding + R."""
 
@@ -222,7 +222,7 @@ def _extreme_pool2d(input, beats, kernel_size, stride, padding, dilation, ceil_m
     return output, indices
 
 
-def max_pool2d_backward(grad_output: Array, indices: Array, input_size: Pair) -> Array:
+def max_pool2d_backward(grad_output: Array, indices: Array, input_size: Sequence[int]) -> Array:
     """Gradient of max and min pooling: dA[n, c, indices[n, c, p, q]] += dZ[n, c, p, q], to the chosen pixel only.
 
     input_size is (H, W). Windows that overlap may choose the same pixel: their gradients add up.
@@ -239,7 +239,7 @@ def max_pool2d_backward(grad_output: Array, indices: Array, input_size: Pair) ->
     return grad_input
 
 
-def max_unpool2d(input: Array, indices: Array, output_size: Pair) -> Array:
+def max_unpool2d(input: Array, indices: Array, output_size: Sequence[int]) -> Array:
     """Puts every value back where its maximum came from: output[n, c, indices[n, c, p, q]] = input[n, c, p, q], zero elsewhere.
 
     output_size is (H, W). When an index occurs twice the last value in row-major order stays.
@@ -303,7 +303,7 @@ def avg_pool2d(
 
 def avg_pool2d_backward(
     grad_output: Array,
-    input_size: Pair,
+    input_size: Sequence[int],
     kernel_size: Pair,
     stride: Pair | None = None,
     padding: Pair = 0,
@@ -355,7 +355,7 @@ def adaptive_avg_pool2d(input: Array, output_size: Pair) -> Array:
     return output
 
 
-def adaptive_avg_pool2d_backward(grad_output: Array, input_size: Pair) -> Array:
+def adaptive_avg_pool2d_backward(grad_output: Array, input_size: Sequence[int]) -> Array:
     """Gradient of adaptive average pooling: dA_slice += dZ[n, c, p, q] / size of the window. input_size is (H, W)."""
     (N, C, P, Q), (H, W) = grad_output.shape, input_size
     grad_input = np.zeros((N, C, H, W), grad_output.dtype)
