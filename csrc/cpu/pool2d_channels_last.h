@@ -117,13 +117,6 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
   }
 }
 
-// The end of the positions from w on that lie in the same windows.
-inline int64_t end_of_run(const Cover& columns, int64_t w, int64_t W) {
-  int64_t end = w + 1;
-  while (end < W && columns.first[end] == columns.first[w] && columns.last[end] == columns.last[w]) ++end;
-  return end;
-}
-
 // Windows without dilation.
 template <class T, class Offset>
 void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {

@@ -66,31 +66,47 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
     const A* row = rows.data + (p - p_begin) * g.stride_h * rows.pitch;
     const int64_t to = (nc * g.P + p) * Q, origin = (p * g.stride_h - g.pad_h) * g.W - g.pad_w;
     const int64_t top = p * g.stride_h - g.pad_h;
+    const RowsInside inside = rows_inside(g, rows, p);
+    const bool cut = inside.end - inside.begin < R;
     const I first_row = top < 0 ? static_cast<I>(ceil_div(-top, g.dilation_h)) * plan.row_code : 0;
-    for (int64_t q = 0; q < Q; q += L) {
-      if (q + L > Q && Q >= L) q = Q - L;  // overlap the last vector instead of a scalar tail
-      const A* at = row + q * step;
-      if constexpr (stride_ == 2 && S_ >= 2)
-        if (Q >= L) prefetch_pair<0, A>(row + 4 * q);
-      // Rows are searched on their own, so that one search need not wait for the other; then the best of each is offered.
+    // Rows are searched on their own, so that one search need not wait for the other; then the best of each is offered.
+    const auto best_at = [&]<bool edge>(int64_t q) __attribute__((always_inline)) {
+      const InsideColumns<A, edge> in{g, q * step - g.pad_w, kLeast<A>};
+      const int64_t r_begin = edge ? inside.begin : 0, r_end = edge ? inside.end : R;
+      const A* at = row + q * step + r_begin * row_step;
       Best<A> best{};
-      for (int64_t r = 0; r < R; ++r, at += row_step) {
+      for (int64_t r = r_begin; r < r_end; ++r, at += row_step) {
         const I* codes = plan.codes + r * S;
         Best<A> of_row;
         if constexpr (stride_ == 2 && S_ >= 2) {
-          const Vec<A> a = load(at), b = load(at + L);
+          const Vec<A> a = in(load(at), 0), b = in(load(at + L), L);
           of_row = {evens_blocked<A>(a, b), broadcast(codes[0])};
           of_row.offer(odds_blocked<A>(a, b), broadcast(codes[1]));
-          if constexpr (S_ == 3) of_row.offer(load_evens_blocked(at + 2), broadcast(codes[2]));
+          if constexpr (S_ == 3)
+            of_row.offer(every_second_blocked<0, 1, A>(in(load(at + 2), 2), in(load(at + L + 1), L + 1), kEachLane<A>),
+                         broadcast(codes[2]));
         } else {
-          of_row = {load_tap<stride_>(at, step), broadcast(codes[0])};
-          for (int64_t s = 1; s < S; ++s) of_row.offer(load_tap<stride_>(at + s * column_step, step), broadcast(codes[s]));
+          of_row = {in(load_tap<stride_>(at, step), 0), broadcast(codes[0])};
+          for (int64_t s = 1; s < S; ++s)
+            of_row.offer(in(load_tap<stride_>(at + s * column_step, step), s), broadcast(codes[s]));
         }
-        if (r == 0) {
+        if (r == r_begin) {
           best = of_row;
         } else {
           best.offer(of_row.value, of_row.code);
         }
+      }
+      return best;
+    };
+    for (int64_t q = 0; q < Q; q += L) {
+      if (q + L > Q && Q >= L) q = Q - L;  // overlap the last vector instead of a scalar tail
+      if constexpr (stride_ == 2 && S_ >= 2)
+        if (Q >= L) prefetch_pair<0, A>(row + 4 * q);
+      Best<A> best;
+      if (kCanBeOpen<S_, stride_> && rows.open && (cut || reaches_beyond<A>(g, q))) {
+        best = best_at.template operator()<true>(q);
+      } else {
+        best = best_at.template operator()<false>(q);
       }
       best = {ordered<stride_, A>(best.value), ordered<stride_, I>(best.code)};
       // A window of nothing but -inf points to its first value, not to the padding.
@@ -111,6 +127,53 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
   }
 }
 
+// Two rows of windows a vector, one in each half, from rows of the plane that are no longer than a vector and need no padding.
+template <class A, int R, int S, PositionKind kind>
+void extremum_row_pairs(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_t p_begin, int64_t p_end, A* values,
+                        void* positions) {
+  using I = IndexOf<A>;
+  constexpr int64_t L = kLanes<A>, half = L / 2;
+  constexpr auto each = kEachLane<A>;
+  const Pool2dGeometry& g = plan.g;
+  const int64_t Q = g.Q, pitch = rows.pitch;
+  Vec<I> steps = steps_of<I>(2);  // from the first window of the two rows, in the plane
+  steps = steps >= static_cast<I>(L) ? steps + static_cast<I>(g.stride_h * g.W - L) : steps;
+  for (int64_t p = p_begin; p < p_end; p += 2, values += 2 * Q) {
+    const A* row = rows.data + (p - p_begin) * g.stride_h * pitch;
+    const int64_t next = p + 1 < p_end ? g.stride_h * pitch : 0;
+    Best<A> best{};
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> a = load(row + r * pitch), b = load(row + next + r * pitch);
+      const I* codes = plan.codes + r * S;
+      const Vec<A> evens = every_second<A>(a, b, 0, each);
+      Best<A> of_row{evens, broadcast(codes[0])};
+      of_row.offer(every_second<A>(a, b, 1, each), broadcast(codes[1]));
+      if constexpr (S == 3) of_row.offer(lanes_from<1, A>(evens, each), broadcast(codes[2]));
+      if (r == 0) {
+        best = of_row;
+      } else {
+        best.offer(of_row.value, of_row.code);
+      }
+    }
+    if (plan.extremum.relu) best.rectify();
+    if (plan.extremum.minimum) best.value = -best.value;
+    if (kind == PositionKind::indices) best.code += steps + static_cast<I>(p * g.stride_h * g.W);
+    const auto write = [&](A* value, int64_t to, const Best<A>& row_best, int64_t count) {
+      store_partial(value, row_best.value, count);
+      if constexpr (kind == PositionKind::indices)
+        store_integers<I>(static_cast<int64_t*>(positions) + to, row_best.code, count);
+      if constexpr (kind == PositionKind::byte_offsets)
+        store_integers<I>(static_cast<uint8_t*>(positions) + to, row_best.code, count);
+    };
+    const int64_t to = (nc * g.P + p) * Q, left = (p_end - p) * Q;  // what lies beyond a row is written now, or in the next rows
+    write(values, to, best, std::min(L, left));
+    if (next > 0)
+      write(values + Q, to + Q, {lanes_from<half, A>(best.value, each), lanes_from<half, I>(best.code, each)},
+            std::min(L, left - Q));
+  }
+}
+
 template <class A>
 using ExtremumRows = void (*)(const ExtremumPlan<A>&, Rows<A>, int64_t, int64_t, int64_t, A*, void*);
 
@@ -118,6 +181,10 @@ template <class A, PositionKind kind>
 ExtremumRows<A> extremum_rows_for(const Pool2dGeometry& g) {
   if constexpr (kind != PositionKind::int_offsets) {
     const bool dense = g.dilation_h == 1 && g.dilation_w == 1;
+    if (dense && suits_row_pairs<A>(g) && windows_lie_inside(g)) {
+      if (g.R == 2 && g.S == 2) return extremum_row_pairs<A, 2, 2, kind>;
+      if (g.R == 3 && g.S == 3) return extremum_row_pairs<A, 3, 3, kind>;
+    }
     if (dense && g.R == 2 && g.S == 2 && g.stride_w == 2) return extremum_rows<A, 2, 2, 2, kind>;
     if (dense && g.R == 3 && g.S == 3 && g.stride_w == 2) return extremum_rows<A, 3, 3, 2, kind>;
     if (dense && g.R == 3 && g.S == 3 && g.stride_w == 1) return extremum_rows<A, 3, 3, 1, kind>;
@@ -154,7 +221,8 @@ void extremum_pool2d_sliding(const Pool2dGeometry& g, Extremum extremum, const T
     for (int64_t s = 0; s < g.S; ++s) codes[r * g.S + s] = static_cast<I>(r * row_code + s * column_code);
   const ExtremumPlan<A> plan{g, extremum, !windows_lie_inside(g), static_cast<I>(row_code), codes, first_column};
   const ExtremumRows<A> rows_kernel = extremum_rows_for<A>(g, positions.kind);
-  for_each_band(g, input, kLeast<A>, extremum.minimum, 5, [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
+  const bool may_be_open = reads_open<T>(g) && !extremum.minimum && positions.kind != PositionKind::int_offsets;
+  for_each_band(g, input, kLeast<A>, extremum.minimum, may_be_open, 5, [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
     T* to = output + (nc * g.P + p_begin) * g.Q;
     if constexpr (std::is_same_v<T, A>) {
       rows_kernel(plan, rows, nc, p_begin, p_end, to, positions.to);

@@ -4,8 +4,8 @@
 //   [l][lane] -> [lane][l]                                                             transposed
 //   result[l]  = best or sum, over the lanes, of [lane][l]                             by halves: lane i and lane i + kLanes / 2
 //
-// A plane of many blocks keeps four of them going, so that one need not wait for the other. The elements after the last whole
-// block are a block of their own, filled up with a neutral value. The order of every sum follows from H W alone.
+// A plane of many blocks keeps four of them going, so that one need not wait for the other. The last block ends with the plane; what
+// it shares with the one before it counts once. The order of every sum follows from H W alone.
 #pragma once
 
 #include "conv2d_gemm.h"
@@ -67,6 +67,77 @@ inline Best<Arithmetic<T>> best_of_plane(const T* plane, int64_t count, const T*
   return best;
 }
 
+// A bit for each lane where a and b are equal.
+template <class A>
+[[gnu::always_inline]] inline uint64_t equal_lanes(Vec<A> a, Vec<A> b) {
+#if TORCHCNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+  if constexpr (sizeof(A) == 8) return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+#elif TORCHCNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a == b)));
+  if constexpr (sizeof(A) == 8) return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)(a == b)));
+#endif
+  const Vec<IndexOf<A>> equal = a == b;
+  uint64_t bits = 0;
+  for (int64_t lane = 0; lane < kLanes<A>; ++lane) bits |= static_cast<uint64_t>(equal[lane] & 1) << lane;
+  return bits;
+}
+
+// The first element of a plane that equals `value`, which one does.
+template <class T>
+inline int64_t first_equal(const T* plane, int64_t count, Vec<Arithmetic<T>> value) {
+  using A = Arithmetic<T>;
+  constexpr int64_t L = kLanes<A>, block = 64;
+  for (int64_t x = 0;; x += block) {
+    uint64_t equal = 0;
+#pragma GCC unroll 32
+    for (int64_t v = 0; v < block; v += L) equal |= equal_lanes<A>(load_wide(plane + std::min(x + v, count - L)), value) << v;
+    if (equal == 0) continue;
+    const int64_t bit = __builtin_ctzll(equal);
+    return std::min(x + bit / L * L, count - L) + bit % L;
+  }
+}
+
+// The largest value of each lane of a plane without NaN, with the signs turned; the last vector overlaps the one before it. `trace`
+// becomes NaN if there is one after all.
+template <class T>
+inline Vec<Arithmetic<T>> largest_of_plane(const T* plane, int64_t count, Vec<IndexOf<Arithmetic<T>>> sign,
+                                           Vec<Arithmetic<T>>& trace) {
+  using A = Arithmetic<T>;
+  using I = IndexOf<A>;
+  constexpr int64_t L = kLanes<A>, chains = 4;
+  const auto at = [&](int64_t x) { return (Vec<A>)((Vec<I>)load_wide(plane + x) ^ sign); };
+  Vec<A> best = at(0);
+  trace += best;
+  int64_t x = L;
+  if (count >= 2 * chains * L) {
+    Vec<A> chain[chains], sum[chains];
+#pragma GCC unroll 4
+    for (int v = 0; v < chains; ++v) chain[v] = sum[v] = at(v * L);
+    for (x = chains * L; x + chains * L <= count; x += chains * L) {
+      prefetch_row<T, 8192>(plane + x, chains * L);
+#pragma GCC unroll 4
+      for (int v = 0; v < chains; ++v) {
+        const Vec<A> candidate = at(x + v * L);
+        chain[v] = candidate > chain[v] ? candidate : chain[v];
+        sum[v] += candidate;
+      }
+    }
+    chain[0] = chain[0] > chain[1] ? chain[0] : chain[1];
+    chain[2] = chain[2] > chain[3] ? chain[2] : chain[3];
+    best = chain[0] > chain[2] ? chain[0] : chain[2];
+    trace += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  for (; x < count; x += L) {
+    const Vec<A> candidate = at(std::min(x, count - L));
+    best = candidate > best ? candidate : best;
+    trace += candidate;
+  }
+  return best;
+}
+
+// Planes are searched for their largest value first, then for where it stands. That does not find a NaN: a group that has one is
+// searched for both at once.
 template <class T>
 void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
   using A = Arithmetic<T>;
@@ -75,27 +146,48 @@ void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T*
   const int64_t count = g.H * g.W;
   const T* end = input + g.N * g.C * count;
   const Vec<I> sign = broadcast(extremum.minimum ? std::numeric_limits<I>::min() : I(0));  // a minimum turns the sign bits
-  for_each_group_of_planes<A>(g, 6, [&](int64_t first, int64_t planes) {
-    Vec<A> value[L] = {};
-    Vec<A> code[L] = {};
-    for (int64_t l = 0; l < planes; ++l) {
-      const Best<A> best = best_of_plane(input + (first + l) * count, count, end, sign);
-      value[l] = best.value;
-      code[l] = (Vec<A>)best.code;
-    }
-    gemm::transpose<A>(value);
-    gemm::transpose<A>(code);
+  for_each_group_of_planes<A>(g, 3, [&](int64_t first, int64_t planes) {
+    Vec<A> value[L] = {}, trace{};
+    for (int64_t l = 0; l < planes; ++l) value[l] = largest_of_plane(input + (first + l) * count, count, sign, trace);
+    Best<A> best;
+    if (equal_lanes<A>(trace, trace) == equal_lanes<A>(Vec<A>{}, Vec<A>{})) {
+      gemm::transpose<A>(value);
 #pragma GCC unroll 4
-    for (int64_t half = L / 2; half > 0; half /= 2) {
+      for (int64_t half = L / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < half; ++i) {
-        Best<A> best{value[i], (Vec<I>)code[i]};
-        offer_anywhere<A>(best, value[i + half], (Vec<I>)code[i + half]);
-        value[i] = best.value;
-        code[i] = (Vec<A>)best.code;
+        for (int64_t i = 0; i < half; ++i) value[i] = value[i] > value[i + half] ? value[i] : value[i + half];
+      best.value = value[0];
+      A found[L];
+      I position[L] = {};
+      store(found, (Vec<A>)((Vec<I>)best.value ^ sign));
+      for (int64_t l = 0; l < planes; ++l) {
+        if (positions.kind == PositionKind::none && found[l] != 0) continue;
+        const T* plane = input + (first + l) * count;
+        position[l] = static_cast<I>(first_equal(plane, count, broadcast(found[l])));
+        if (found[l] == 0) found[l] = widen(plane[position[l]]);  // zeros of either sign are equal
       }
+      best = {(Vec<A>)((Vec<I>)load(found) ^ sign), load(position)};
+    } else {
+      Vec<A> code[L] = {};
+      for (int64_t l = 0; l < planes; ++l) {
+        const Best<A> of_plane = best_of_plane(input + (first + l) * count, count, end, sign);
+        value[l] = of_plane.value;
+        code[l] = (Vec<A>)of_plane.code;
+      }
+      gemm::transpose<A>(value);
+      gemm::transpose<A>(code);
+#pragma GCC unroll 4
+      for (int64_t half = L / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < half; ++i) {
+          Best<A> pair{value[i], (Vec<I>)code[i]};
+          offer_anywhere<A>(pair, value[i + half], (Vec<I>)code[i + half]);
+          value[i] = pair.value;
+          code[i] = (Vec<A>)pair.code;
+        }
+      }
+      best = {value[0], (Vec<I>)code[0]};
     }
-    Best<A> best{value[0], (Vec<I>)code[0]};
     if (extremum.relu) best.rectify();
     store_narrow_partial(output + first, (Vec<A>)((Vec<I>)best.value ^ sign), planes);
     switch (positions.kind) {
@@ -114,20 +206,23 @@ void fill_plane(T* to, int64_t count, T value) {  // count >= kLanes
   for (int64_t x = 0; x < count; x += kLanes<A>) store_narrow(to + std::min(x, count - kLanes<A>), wide);
 }
 
-// The plane is zero but for the one element.
+// Planes are zero but for one element each. Those of a group are zeroed together.
 template <class T, class Offset>
 void offset_pool2d_grad_input_global(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
   const int64_t count = g.H * g.W;
-  parallel_for(g.N * g.C, count / kLanes<Arithmetic<T>> + 4, [&](int64_t nc) {
-    T* plane = grad_input + nc * count;
-    fill_plane(plane, count, T{});
-    const uint64_t offset = static_cast<uint64_t>(offsets[nc]);
-    if (offset < static_cast<uint64_t>(count)) plane[offset] = grad_output[nc];
+  for_each_group_of_planes<Arithmetic<T>>(g, 1, [&](int64_t first, int64_t planes) {
+    T* group = grad_input + first * count;
+    fill_plane(group, planes * count, T{});
+    for (int64_t l = 0; l < planes; ++l) {
+      const uint64_t offset = static_cast<uint64_t>(offsets[first + l]);
+      if (offset < static_cast<uint64_t>(count)) group[l * count + static_cast<int64_t>(offset)] = grad_output[first + l];
+    }
   });
 }
 
+// The last vector overlaps the one before it: `fresh` are its lanes that do not.
 template <class T>
-inline Vec<Arithmetic<T>> sum_of_plane(const T* plane, int64_t count, const T* end) {
+inline Vec<Arithmetic<T>> sum_of_plane(const T* plane, int64_t count, Vec<IndexOf<Arithmetic<T>>> fresh) {
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
   constexpr int64_t L = kLanes<A>, chains = 4;
@@ -138,17 +233,14 @@ inline Vec<Arithmetic<T>> sum_of_plane(const T* plane, int64_t count, const T* e
 #pragma GCC unroll 4
     for (int v = 0; v < chains; ++v) chain[v] = load_wide(plane + v * L);
     for (x = chains * L; x + chains * L <= count; x += chains * L) {
+      prefetch_row<T, 8192>(plane + x, chains * L);
 #pragma GCC unroll 4
       for (int v = 0; v < chains; ++v) chain[v] += load_wide(plane + x + v * L);
     }
     sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
   }
   for (; x + L <= count; x += L) sum += load_wide(plane + x);
-  if (x < count) {
-    const Vec<A> last = load_row_end(plane + x, count - x, end);
-    sum += (Vec<A>)((Vec<I>)last & (steps_of<I>(1) < static_cast<I>(count - x)));
-  }
-  return sum;
+  return x < count ? sum + (Vec<A>)((Vec<I>)load_wide(plane + count - L) & fresh) : sum;
 }
 
 template <class T>
@@ -156,11 +248,11 @@ void avg_pool2d_global(const Pool2dGeometry& g, const Divisor& divisor, const T*
   using A = Arithmetic<T>;
   constexpr int64_t L = kLanes<A>;
   const int64_t count = g.H * g.W;
-  const T* end = input + g.N * g.C * count;
+  const Vec<IndexOf<A>> fresh = steps_of<IndexOf<A>>(1) >= static_cast<IndexOf<A>>(L - count % L);
   const A divide_by = static_cast<A>(divisor(row_window(g, 0), column_window(g, 0)));
   for_each_group_of_planes<A>(g, 2, [&](int64_t first, int64_t planes) {
     Vec<A> sum[L] = {};
-    for (int64_t l = 0; l < planes; ++l) sum[l] = sum_of_plane(input + (first + l) * count, count, end);
+    for (int64_t l = 0; l < planes; ++l) sum[l] = sum_of_plane(input + (first + l) * count, count, fresh);
     gemm::transpose<A>(sum);
 #pragma GCC unroll 4
     for (int64_t half = L / 2; half > 0; half /= 2)

@@ -6,13 +6,10 @@
 //              result[q][l]  = best or sum, over the columns w of window q, of columns[w][l]         vectors over l
 //              [p, q][l] -> [l][p, q]                                                                transposed back
 //
-//   backward   share[p, q][l] = grad_output[l][p, q] / divisor(p, q)                                 transposed
-//   (average)  sums[w][l]    = sum of share[p, q][l] over the windows that contain (h, w)            vectors over l
-//              [w][l] -> [l][w]                                                                      transposed back
-//
-// Rows h that lie in the same windows have the same sums and are written together. Lanes beyond the last plane repeat it.
+// A plane is read from its first row to its last before the next, as it lies in memory. Lanes beyond the last plane repeat it.
 #pragma once
 
+#include "pool2d_average_nchw.h"
 #include "pool2d_global_nchw.h"
 
 namespace torchcnn::TORCHCNN_ISA {
@@ -52,32 +49,11 @@ inline void lanes_to_rows(const A* from, int64_t count, Write write) {
   }
 }
 
-// Calls visit.template operator()<vectors>(at) for up to four vectors of a row at once; vector v starts at column at[v], the last
-// at W - kLanes to end with the row.
-template <class A, class Visit>
-inline void for_each_columns(int64_t W, Visit visit) {
-  constexpr int64_t L = kLanes<A>;
-  const int64_t last = std::max<int64_t>(0, W - L);
-  for (int64_t w = 0; w < W; w += 4 * L) {
-    const int64_t at[4] = {w, std::min(w + L, last), std::min(w + 2 * L, last), std::min(w + 3 * L, last)};
-    switch (std::min<int64_t>(4, ceil_div(W - w, L))) {
-      case 1: {
-        const int64_t only[1] = {std::min(w, last)};
-        visit.template operator()<1>(only);
-        break;
-      }
-      case 2: visit.template operator()<2>(at); break;
-      case 3: visit.template operator()<3>(at); break;
-      default: visit.template operator()<4>(at);
-    }
-  }
-}
-
-// How many rows of windows a task computes: what it keeps of them in lanes stays in L1.
+// How many rows of windows a task computes: what it keeps of them in lanes stays in L1, what it keeps of the rows near it.
 template <class A>
 inline int64_t windows_of_task(const Pool2dGeometry& g) {
-  constexpr int64_t kept = 16 * 1024 / TORCHCNN_VECTOR_BYTES;
-  return std::clamp<int64_t>(kept / g.Q, 1, g.P);
+  constexpr int64_t kept = 16 * 1024 / TORCHCNN_VECTOR_BYTES, kept_rows = 64 * 1024 / TORCHCNN_VECTOR_BYTES;
+  return std::clamp<int64_t>(std::min(kept / g.Q, kept_rows / round_up_to_lanes<A>(g.W)), 1, g.P);
 }
 
 // Calls visit(first plane, planes, p_begin, p_end).
@@ -129,6 +105,8 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
   constexpr bool coded = kind != PositionKind::none, of_plane = kind == PositionKind::indices;
   const Window* columns = windows_of_columns(g);
   const T* end = input + g.N * g.C * plane_size;
+  const bool whole_vectors = g.W >= L;
+  const auto load_in_row = [=, W = g.W](const T* from) { return whole_vectors ? load_wide(from) : load_row_end(from, W, end); };
   const int64_t pitch = round_up_to_lanes<A>(g.W), step = g.dilation_h * g.W;
   const I row_code = static_cast<I>(of_plane ? step : g.S);
   [[maybe_unused]] const I column_code = static_cast<I>(of_plane ? g.dilation_w : 1);
@@ -137,42 +115,47 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
   for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 5,
                     [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
     const int64_t results = round_up_to_lanes<A>((p_end - p_begin) * g.Q);
-    A* value_rows = workspace<A>(Slot::tile, 2 * L * pitch + L * results);
-    A *value_lanes = value_rows + L * pitch, *value_result = value_lanes + L * pitch;
-    I* code_rows = workspace<I>(Slot::partial_sums, coded ? 2 * L * pitch + L * results : 1);
-    I *code_lanes = code_rows + L * pitch, *code_result = code_lanes + L * pitch;
+    const int64_t rows_size = (p_end - p_begin) * L * pitch;
+    A* value_rows = workspace<A>(Slot::tile, rows_size + L * pitch + L * results);
+    A *value_lanes = value_rows + rows_size, *value_result = value_lanes + L * pitch;
+    I* code_rows = workspace<I>(Slot::partial_sums, coded ? rows_size + L * pitch + L * results : 1);
+    I *code_lanes = code_rows + rows_size, *code_result = code_lanes + L * pitch;
     int64_t result = 0;
     Vec<I> zeros{};
-    for (int64_t p = p_begin; p < p_end; ++p) {
-      const Window row = row_window(g, p);
-      const int64_t taps = ceil_div(row.end - row.begin, g.dilation_h);
-      I first_code = static_cast<I>(row.begin * g.W);
-      if (!of_plane) first_code = static_cast<I>((row.begin - p * g.stride_h + g.pad_h) / g.dilation_h * g.S);
-      for (int64_t l = 0; l < planes; ++l) {
+    for (int64_t l = 0; l < planes; ++l) {
+      for (int64_t p = p_begin; p < p_end; ++p) {
+        const Window row = row_window(g, p);
+        const int64_t taps = ceil_div(row.end - row.begin, g.dilation_h), to = ((p - p_begin) * L + l) * pitch;
+        I first_code = static_cast<I>(row.begin * g.W);
+        if (!of_plane) first_code = static_cast<I>((row.begin - p * g.stride_h + g.pad_h) / g.dilation_h * g.S);
         const T* plane = input + (first + l) * plane_size + row.begin * g.W;
+        for (int64_t r = 0; r < taps; ++r) prefetch_row<T, 8192>(plane + r * step, g.W);
         for_each_columns<A>(g.W, [&]<int vectors>(const int64_t* at) {
           Best<A> best[vectors];
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
-            best[v] = {(Vec<A>)((Vec<I>)load_row_end(plane + at[v], g.W, end) ^ sign), broadcast(first_code)};
+            best[v] = {(Vec<A>)((Vec<I>)load_in_row(plane + at[v]) ^ sign), broadcast(first_code)};
           }
           const T* from = plane + step;
           I code = first_code + row_code;
           for (int64_t r = 1; r < taps; ++r, from += step, code += row_code) {
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) {
-              best[v].offer((Vec<A>)((Vec<I>)load_row_end(from + at[v], g.W, end) ^ sign), broadcast(code));
+              best[v].offer((Vec<A>)((Vec<I>)load_in_row(from + at[v]) ^ sign), broadcast(code));
             }
           }
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
-            store(value_rows + l * pitch + at[v], best[v].value);
-            if (coded) store(code_rows + l * pitch + at[v], best[v].code);
+            store(value_rows + to + at[v], best[v].value);
+            if (coded) store(code_rows + to + at[v], best[v].code);
           }
         });
       }
-      rows_to_lanes(value_rows, pitch, g.W, value_lanes);
-      if (coded) rows_to_lanes(reinterpret_cast<const A*>(code_rows), pitch, g.W, reinterpret_cast<A*>(code_lanes));
+    }
+    for (int64_t p = p_begin; p < p_end; ++p) {
+      const int64_t from = (p - p_begin) * L * pitch;
+      rows_to_lanes(value_rows + from, pitch, g.W, value_lanes);
+      if (coded) rows_to_lanes(reinterpret_cast<const A*>(code_rows + from), pitch, g.W, reinterpret_cast<A*>(code_lanes));
       for (int64_t q = 0; q < g.Q; ++q, ++result) {
         const Window column = columns[q];
         Best<A> best{load(value_lanes + column.begin * L), Vec<I>{}};
@@ -241,31 +224,39 @@ void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T*
   const int64_t plane_size = g.H * g.W;
   const Window* columns = windows_of_columns(g);
   const T* end = input + g.N * g.C * plane_size;
+  const bool whole_vectors = g.W >= L;
+  const auto load_in_row = [=, W = g.W](const T* from) { return whole_vectors ? load_wide(from) : load_row_end(from, W, end); };
   const int64_t pitch = round_up_to_lanes<A>(g.W), window_rows = g.adaptive ? ceil_div(g.H, g.P) : std::min(g.R, g.H);
   for_each_group<A>(g, L * window_rows * ceil_div(g.W, L) * 2,
                     [&](int64_t first, int64_t planes, int64_t p_begin, int64_t p_end) {
     const int64_t results = round_up_to_lanes<A>((p_end - p_begin) * g.Q);
-    A* sum_rows = workspace<A>(Slot::tile, 2 * L * pitch + L * results);
-    A *sum_lanes = sum_rows + L * pitch, *mean = sum_lanes + L * pitch;
+    const int64_t rows_size = (p_end - p_begin) * L * pitch;
+    A* sum_rows = workspace<A>(Slot::tile, rows_size + L * pitch + L * results);
+    A *sum_lanes = sum_rows + rows_size, *mean = sum_lanes + L * pitch;
     int64_t result = 0;
-    for (int64_t p = p_begin; p < p_end; ++p) {
-      const Window row = row_window(g, p);
-      for (int64_t l = 0; l < planes; ++l) {
+    for (int64_t l = 0; l < planes; ++l) {
+      for (int64_t p = p_begin; p < p_end; ++p) {
+        const Window row = row_window(g, p);
+        const int64_t to = ((p - p_begin) * L + l) * pitch;
         const T* plane = input + (first + l) * plane_size + row.begin * g.W;
+        for (int64_t h = row.begin; h < row.end; ++h) prefetch_row<T, 8192>(plane + (h - row.begin) * g.W, g.W);
         for_each_columns<A>(g.W, [&]<int vectors>(const int64_t* at) {
           Vec<A> sum[vectors];
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) sum[v] = load_row_end(plane + at[v], g.W, end);
+          for (int v = 0; v < vectors; ++v) sum[v] = load_in_row(plane + at[v]);
           const T* from = plane + g.W;
           for (int64_t h = row.begin + 1; h < row.end; ++h, from += g.W) {
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) sum[v] += load_row_end(from + at[v], g.W, end);
+            for (int v = 0; v < vectors; ++v) sum[v] += load_in_row(from + at[v]);
           }
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) store(sum_rows + l * pitch + at[v], sum[v]);
+          for (int v = 0; v < vectors; ++v) store(sum_rows + to + at[v], sum[v]);
         });
       }
-      rows_to_lanes(sum_rows, pitch, g.W, sum_lanes);
+    }
+    for (int64_t p = p_begin; p < p_end; ++p) {
+      const Window row = row_window(g, p);
+      rows_to_lanes(sum_rows + (p - p_begin) * L * pitch, pitch, g.W, sum_lanes);
       for (int64_t q = 0; q < g.Q; ++q, ++result) {
         const Window column = columns[q];
         Vec<A> sum = load(sum_lanes + column.begin * L);
@@ -275,62 +266,6 @@ void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T*
     }
     store_group<T>(g, mean, first, planes, p_begin * g.Q, (p_end - p_begin) * g.Q,
                    [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
-  });
-}
-
-template <class T>
-void avg_pool2d_grad_input_planes(const Pool2dGeometry& g, const Divisor& divisor, const T* grad_output, T* grad_input) {
-  using A = Arithmetic<T>;
-  constexpr int64_t L = kLanes<A>;
-  int64_t* table = workspace<int64_t>(Slot::tables, 2 * (g.H + g.W));
-  const Cover rows = cover_of(g.H, g.P, table, [&](int64_t p) { return row_window(g, p); });
-  const Cover columns = cover_of(g.W, g.Q, table + 2 * g.H, [&](int64_t q) { return column_window(g, q); });
-  const T* end = grad_output + g.N * g.C * g.P * g.Q;
-  const int64_t planes = g.N * g.C, pitch = round_up_to_lanes<A>(g.Q), line_pitch = round_up_to_lanes<A>(g.W);
-  const int64_t band = std::clamp<int64_t>(16384 / g.W, 1, g.H), bands = ceil_div(g.H, band);
-  parallel_for(ceil_div(planes, L) * bands, band * g.W * 2, [&](int64_t task) {
-    const int64_t first = task / bands * L, used = std::min(L, planes - first);
-    const int64_t h_begin = task % bands * band, h_end = std::min(g.H, h_begin + band);
-    A* row_share = workspace<A>(Slot::tile, L * (pitch + 2 * line_pitch));
-    A *sums = row_share + L * pitch, *line = sums + L * line_pitch;
-    A* rows_of_share = workspace<A>(Slot::patches, L * pitch);
-    for (int64_t h = h_begin, run_end; h < h_end; h = run_end) {
-      run_end = h + 1;
-      while (run_end < h_end && rows.first[run_end] == rows.first[h] && rows.last[run_end] == rows.last[h]) ++run_end;
-      // The shares of the rows p are added up before they are transposed.
-      for (int64_t l = 0; l < used; ++l) {
-        for (int64_t q = 0; q < g.Q; q += L) {
-          Vec<A> sum{};
-          for (int64_t p = rows.first[h]; p <= rows.last[h]; ++p) {
-            const T* from = grad_output + ((first + l) * g.P + p) * g.Q + q;
-            const Window row = row_window(g, p);
-            sum += load_row_end(from, g.Q - q, end) / static_cast<A>(divisor(row, Window{0, 1, 1}));
-          }
-          store(rows_of_share + l * pitch + q, sum);
-        }
-      }
-      rows_to_lanes(rows_of_share, pitch, g.Q, row_share);
-      if (divisor.override_value == 0) {
-        for (int64_t q = 0; q < g.Q; ++q)
-          store(row_share + q * L, load(row_share + q * L) / static_cast<A>(divisor(Window{0, 1, 1}, column_window(g, q))));
-      }
-      for (int64_t w = 0; w < g.W; ++w) {
-        Vec<A> sum{};
-        for (int64_t q = columns.first[w]; q <= columns.last[w]; ++q) sum += load(row_share + q * L);
-        store(sums + w * L, sum);
-      }
-      lanes_to_rows<A>(sums, g.W, [&](int64_t l, int64_t w, Vec<A> v) { store(line + l * line_pitch + w, v); });
-      for (int64_t l = 0; l < used; ++l) {
-        for (int64_t row = h; row < run_end; ++row) {
-          T* to = grad_input + ((first + l) * g.H + row) * g.W;
-          for (int64_t block = 0; block < g.W; block += L) {
-            // What is written beyond a short row belongs to rows that follow.
-            const int64_t w = g.W >= L ? std::min(block, g.W - L) : 0;
-            store_narrow_partial(to + w, load(line + l * line_pitch + w), std::min(L, (h_end - row) * g.W - w));
-          }
-        }
-      }
-    }
   });
 }
 

@@ -24,6 +24,7 @@ template <class A>
 struct Rows {
   const A* data;
   int64_t pitch;
+  bool open = false;  // read in place, though windows reach beyond the plane: what lies there must be left out
 };
 
 // Rows that are read or written two at a time are streams that break off at every row, which the processor does not foresee. So
@@ -36,9 +37,9 @@ inline void prefetch_pair(const A* at) {
 }
 
 // The same for a row of `count` elements that is read alone.
-template <class T>
+template <class T, int64_t ahead = 4096>
 inline void prefetch_row(const T* row, int64_t count) {
-  constexpr int64_t ahead = 16384, line = 64;
+  constexpr int64_t line = 64;
   for (int64_t byte = 0; byte < count * int64_t(sizeof(T)); byte += line)
     __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead + byte);
 }
@@ -83,6 +84,52 @@ inline bool reads_in_place(const Pool2dGeometry& g) {
   return std::is_same_v<T, Arithmetic<T>> && windows_lie_inside(g);
 }
 
+// Rows of windows wider than a vector are also read in place if windows reach beyond the plane, where the kernels know to leave out
+// what lies there: it is memory of the rows before and after.
+template <int S, int stride>
+inline constexpr bool kCanBeOpen = (S == 3 && (stride == 1 || stride == 2)) || (S == 2 && stride == 2);
+
+template <class T>
+inline bool reads_open(const Pool2dGeometry& g) {
+  const bool shape = (g.S == 3 && g.stride_w <= 2) || (g.S == 2 && g.stride_w == 2);
+  return std::is_same_v<T, Arithmetic<T>> && !g.adaptive && !windows_lie_inside(g) && shape && g.R == g.S && g.dilation_h == 1 &&
+         g.dilation_w == 1 && 2 * g.pad_h <= g.R && 2 * g.pad_w <= g.S && g.Q >= kLanes<T> && g.W >= kLanes<T>;
+}
+
+// The taps r = begin ... end - 1 of window p that lie inside the plane, where that is for the kernel to see to.
+struct RowsInside {
+  int64_t begin, end;
+};
+
+template <class A>
+inline RowsInside rows_inside(const Pool2dGeometry& g, const Rows<A>& rows, int64_t p) {
+  if (!rows.open) return {0, g.R};
+  const int64_t top = p * g.stride_h - g.pad_h;
+  return {std::max<int64_t>(0, -top), std::min(g.R, g.H - top)};
+}
+
+// Whether a vector of windows from q on reads columns beyond the plane.
+template <class A>
+inline bool reaches_beyond(const Pool2dGeometry& g, int64_t q) {
+  const int64_t begin = q * g.stride_w - g.pad_w;
+  return begin < 0 || begin + (kLanes<A> - 1) * g.stride_w + g.S > g.W;
+}
+
+// Puts a neutral value in the lanes of a vector that lie beyond the plane; the vector starts at column `first + column`.
+template <class A, bool edge>
+struct InsideColumns {
+  const Pool2dGeometry& g;
+  int64_t first;
+  A neutral;
+
+  Vec<A> operator()(Vec<A> v, int64_t column) const {
+    if constexpr (!edge) return v;
+    using I = IndexOf<A>;
+    const Vec<I> w = steps_of<I>(1) + static_cast<I>(first + column);
+    return (w >= 0) & (w < static_cast<I>(g.W)) ? v : broadcast(neutral);
+  }
+};
+
 template <class A>
 inline int64_t staged_pitch(const Pool2dGeometry& g) {
   return round_up_to_lanes<A>(round_up_to_lanes<A>(g.Q) * g.stride_w + g.dilation_w * (g.S - 1) + 2 * kLanes<A>);
@@ -101,7 +148,7 @@ template <class T>
 inline int64_t windows_of_band(const Pool2dGeometry& g) {
   constexpr int64_t band_outputs = 8192, staged_bytes = 16 * 1024;
   const int64_t by_outputs = std::max<int64_t>(1, band_outputs / g.Q);
-  if (reads_in_place<T>(g)) return std::min(g.P, by_outputs);
+  if (reads_in_place<T>(g) || reads_open<T>(g)) return std::min(g.P, by_outputs);
   const int64_t rows = staged_bytes / static_cast<int64_t>(staged_pitch<Arithmetic<T>>(g) * sizeof(Arithmetic<T>));
   const int64_t by_rows = (rows - g.dilation_h * (g.R - 1) - 1) / g.stride_h + 1;
   return std::clamp<int64_t>(by_rows, 1, std::min(g.P, by_outputs));
@@ -164,10 +211,24 @@ Rows<Arithmetic<T>> stage_rows(const Pool2dGeometry& g, const T* plane, int64_t 
   return {staged + start, pitch};
 }
 
+// Whether two rows of windows of 2 and 3 columns fit a vector, and each row of the plane that they read, too.
+template <class A>
+inline bool suits_row_pairs(const Pool2dGeometry& g) {
+  return g.stride_w == 2 && (g.S == 2 || g.S == 3) && g.dilation_w == 1 && 2 * (g.Q - 1) + g.S <= kLanes<A>;
+}
+
+// Lanes first, first + 1, ..., then those before them.
+template <int first, class T, size_t... lane>
+inline Vec<T> lanes_from(Vec<T> v, std::index_sequence<lane...> each) {
+  constexpr int lanes = sizeof...(lane);
+  return shuffled<T, lanes>(v, v, [](int i) { return (i + first) % lanes; }, each);
+}
+
 // Calls visit(nc, p_begin, p_end, rows) for bands of windows that together cover every plane. `tap_cost` is the number of
-// instructions that a tap of a vector of windows costs, roughly.
+// instructions that a tap of a vector of windows costs, roughly. may_be_open: whether rows that windows reach beyond may be open.
 template <class T, class Visit>
-void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutral, bool negate, int64_t tap_cost, Visit visit) {
+void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutral, bool negate, bool may_be_open, int64_t tap_cost,
+                   Visit visit) {
   using A = Arithmetic<T>;
   const bool in_place = reads_in_place<T>(g) && !negate;
   // The vector of a row that is shorter than it reads beyond: into the next plane, but not beyond the last.
@@ -181,6 +242,10 @@ void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutra
       const int64_t reach = (g.Q - 1) * g.stride_w + g.dilation_w * (g.S - 1) + 1;
       if (in_place && (g.Q >= kLanes<A> || last + reach + beyond <= g.N * g.C * g.H * g.W))
         return visit(nc, p_begin, p_end, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
+      // Not at the ends of the tensor, beyond which nothing may be read.
+      const int64_t top = p_begin * g.stride_h - g.pad_h, bottom = std::min(g.H - 1, (p_end - 1) * g.stride_h - g.pad_h + g.R - 1);
+      if (may_be_open && (nc > 0 || top > 0) && (nc * g.H + bottom) * g.W - g.pad_w + reach <= g.N * g.C * g.H * g.W)
+        return visit(nc, p_begin, p_end, Rows<A>{plane + top * g.W - g.pad_w, g.W, true});
     }
     visit(nc, p_begin, p_end, stage_rows(g, plane, p_begin, p_end, neutral, negate));
   });
@@ -208,6 +273,34 @@ Cover cover_of(int64_t size, int64_t windows, int64_t* table, WindowOf window_of
     }
   }
   return {first, last};
+}
+
+// The end of the positions from w on that lie in the same windows.
+inline int64_t end_of_run(const Cover& columns, int64_t w, int64_t W) {
+  int64_t end = w + 1;
+  while (end < W && columns.first[end] == columns.first[w] && columns.last[end] == columns.last[w]) ++end;
+  return end;
+}
+
+// Calls visit.template operator()<vectors>(at) for up to four vectors of a row at once; vector v starts at column at[v], the last
+// at W - kLanes to end with the row.
+template <class A, class Visit>
+inline void for_each_columns(int64_t W, Visit visit) {
+  constexpr int64_t L = kLanes<A>;
+  const int64_t last = std::max<int64_t>(0, W - L);
+  for (int64_t w = 0; w < W; w += 4 * L) {
+    const int64_t at[4] = {w, std::min(w + L, last), std::min(w + 2 * L, last), std::min(w + 3 * L, last)};
+    switch (std::min<int64_t>(4, ceil_div(W - w, L))) {
+      case 1: {
+        const int64_t only[1] = {std::min(w, last)};
+        visit.template operator()<1>(only);
+        break;
+      }
+      case 2: visit.template operator()<2>(at); break;
+      case 3: visit.template operator()<3>(at); break;
+      default: visit.template operator()<4>(at);
+    }
+  }
 }
 
 // Windows of 2x2 that tile the plane; a row and a column may be left over.

@@ -169,6 +169,10 @@ inline void store_integers(To* to, Vec<I> v, int64_t count) {
     copy_few<L / 2>(lanes, count, to);
   } else if constexpr (sizeof(To) == sizeof(I)) {
     std::memcpy(to, &v, sizeof v);
+#if TORCHCNN_VECTOR_BYTES == 64
+  } else if constexpr (sizeof(To) == 1 && sizeof(I) == 4) {  // the compiler's own conversion takes a shuffled vector apart
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(__mmask16(-1), (__m512i)v));
+#endif
   } else if constexpr (TORCHCNN_VECTOR_BYTES == 64) {  // one instruction of AVX-512, whatever the widths
     using Stored [[gnu::vector_size(L * sizeof(To))]] = To;
     const Stored stored = __builtin_convertvector(v, Stored);
