@@ -180,6 +180,12 @@ template <class T, int rows, int vectors, class A>
 // How many rows the next tile of `rest` rows takes: 6, but the last two share evenly what would leave a sliver.
 inline int64_t tile_rows(int64_t rest) { return rest >= mr + 3 || rest <= mr ? std::min(rest, mr) : (rest + 1) / 2; }
 
+// Asks for `count` elements ahead of time: where one plane or row follows another at a distance, the processor does not guess it.
+template <class T>
+inline void prefetch(const T* from, int64_t count) {
+  for (int64_t x = 0; x < count; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + x);
+}
+
 // In every 16 bytes, units of `unit` elements alternate: a0 b0 a1 b1 ... from the first half of them (half = 0) or the second.
 template <class T, int unit, int half, size_t... lane>
 [[gnu::always_inline]] inline Vec<T> interleave_units(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {

@@ -137,6 +137,7 @@ const T* read_window(const View<const T>& source, const Window& w, int64_t n, in
         }
         const T* start = from + image * s.n + plane * s.c + h * s.h + (w.first_column + left * w.step_w) * s.w;
         zero_beyond(line, left * unit);
+        if (!channels_last) gemm::prefetch(start + 4 * s.c, inside * w.step_w);
         if (w.step_w > 1) {
           gather_strided(start, w.step_w, inside, line + left);
         } else if (s.w == unit) {
