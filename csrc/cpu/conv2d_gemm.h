@@ -31,9 +31,9 @@ inline constexpr int64_t max_depth = (24 << 10) / (nr<T> * sizeof(T));
 // A panel whose filters fill one vector only takes tiles twice as tall where there are registers for them.
 inline constexpr int64_t narrow_mr = TORCHCNN_VECTOR_REGISTERS == 32 ? 2 * mr : mr;
 
-template <class T>
+template <class T, int rows>
 struct IndirectA {
-  const T* row[narrow_mr];
+  const T* row[rows];
   const int64_t* offset;
   T at(int m) const { return row[m][*offset]; }
   void next() { ++offset; }
@@ -169,7 +169,7 @@ inline int64_t cut_into_runs(int64_t first, int64_t length, Run* to) {
 
 // c[rows][nr] (+)= A B over some runs of the terms, B packed; `vectors` is 1 where only the first of the two holds anything.
 template <class T, int rows, int vectors>
-[[gnu::noinline]] void tile_product(const Run* runs, int64_t count, IndirectA<T> a, const T* b, T* c, int64_t c_row,
+[[gnu::noinline]] void tile_product(const Run* runs, int64_t count, IndirectA<T, rows> a, const T* b, T* c, int64_t c_row,
                                     const Ends<T>& ends) {
   Tile<T, rows, vectors> total;
   if (ends.bias != nullptr)

@@ -392,7 +392,7 @@ void correlate(const Correlation<T>& p, const SumOrder& order, const T* packed_w
               const T* weight = packed_weight + (group * panels + panel) * patch_size * nr<T>;
               T* rows_at = rows_of(panel);
               const auto multiply = [&]<int count, int vectors>(int64_t x) {
-                gemm::IndirectA<T> a{{}, patch};
+                gemm::IndirectA<T, count> a{{}, patch};
                 for (int m = 0; m < count; ++m) a.row[m] = window + position[x + m];
                 gemm::tile_product<T, count, vectors>(runs, run_count, a, weight, rows_at + x * row_size, row_size, ends);
               };
@@ -642,7 +642,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           for (int64_t row = 0, tile_rows = 0; row < rows; row += tile_rows) {
             T* c = sums + (panel * rows + row) * nr<T>;
             const auto multiply = [&]<int count, int vectors>() {
-              gemm::IndirectA<T> a{{}, position};
+              gemm::IndirectA<T, count> a{{}, position};
               for (int m = 0; m < count; ++m) a.row[m] = window + patch[row + m];
               gemm::tile_product<T, count, vectors>(runs, run_count, a, b, c, nr<T>, {nullptr, true, false});
             };
