@@ -28,9 +28,12 @@ inline constexpr int64_t nr = 2 * kLanes<T>;
 template <class T>
 inline constexpr int64_t max_depth = (24 << 10) / (nr<T> * sizeof(T));
 
-template <class T>
+// A panel whose filters fill one vector only takes tiles twice as tall where there are registers for them.
+inline constexpr int64_t narrow_mr = TORCHCNN_VECTOR_REGISTERS == 32 ? 2 * mr : mr;
+
+template <class T, int rows>
 struct IndirectA {
-  const T* row[mr];
+  const T* row[rows];
   const int64_t* offset;
   T at(int m) const { return row[m][*offset]; }
   void next() { ++offset; }
@@ -66,29 +69,29 @@ struct Tile {
   Vec<T> sum[rows][vectors];
 
   [[gnu::always_inline]] void load_from(const T* c, int64_t c_row) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) sum[m][v] = load(c + m * c_row + v * kLanes<T>);
   }
   // What is in C is added last: the rounding errors of a long sum then grow with its pieces, not with every term.
   [[gnu::always_inline]] void add_from(const T* c, int64_t c_row) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) sum[m][v] += load(c + m * c_row + v * kLanes<T>);
   }
   [[gnu::always_inline]] void add(const Tile& other) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) sum[m][v] += other.sum[m][v];
   }
   // Row m starts at start[m], or at 0 without a start.
   [[gnu::always_inline]] void start_at(const T* start) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) sum[m][v] = start == nullptr ? Vec<T>{} : broadcast(start[m]);
   }
   // Leaves a and b behind the last term.
@@ -97,52 +100,47 @@ struct Tile {
     for (int64_t k = 0; k < depth; ++k, a.next(), b.next()) {
       if constexpr (vectors <= rows) {
         Vec<T> right[vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) right[v] = b.at(v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < rows; ++m) {
           const T left = a.at(m);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int v = 0; v < vectors; ++v) sum[m][v] += left * right[v];
         }
       } else {  // wide and low: hold the elements of A instead
         T left[rows];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < rows; ++m) left[m] = a.at(m);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) {
           const Vec<T> right = b.at(v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int m = 0; m < rows; ++m) sum[m][v] += left[m] * right;
         }
       }
     }
   }
   [[gnu::always_inline]] void rectify() {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) sum[m][v] = rectified<T>(sum[m][v]);
   }
   [[gnu::always_inline]] void store_to(T* c, int64_t c_row) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) store(c + m * c_row + v * kLanes<T>, sum[m][v]);
   }
 };
 
-// Calls run(std::integral_constant<int, rows>) for 1 <= rows <= 6.
-template <class Run>
+// Calls run(std::integral_constant<int, rows>) for 1 <= rows <= most.
+template <int most = mr, class Run>
 [[gnu::always_inline]] inline void with_rows(int64_t rows, Run run) {
-  switch (rows) {
-    case 6: return run(std::integral_constant<int, 6>());
-    case 5: return run(std::integral_constant<int, 5>());
-    case 4: return run(std::integral_constant<int, 4>());
-    case 3: return run(std::integral_constant<int, 3>());
-    case 2: return run(std::integral_constant<int, 2>());
-    default: return run(std::integral_constant<int, 1>());
-  }
+  if constexpr (most > 1)
+    if (rows < most) return with_rows<most - 1>(rows, run);
+  run(std::integral_constant<int, most>());
 }
 
 // How a tile of C begins and ends: it adds to what is there, or starts at `bias` (null: 0), one element for each column; at last
@@ -155,21 +153,36 @@ struct Ends {
 
 // Terms are added in runs of at most 48, then the runs: rounding errors grow with the longer of the two instead of the depth.
 inline constexpr int64_t max_run = 48;
+struct Run {
+  int64_t first, length;
+};
 
-// c[rows][nr] (+)= A B with B packed; `vectors` is 1 where only the first of the two holds anything.
-template <class T, int rows, int vectors, class A>
-[[gnu::noinline]] void tile_product(int64_t depth, A a, const T* b, T* c, int64_t c_row, const Ends<T>& ends) {
-  PackedB<T> right{b, nr<T>};
-  const int64_t runs = std::max<int64_t>(1, (depth + max_run - 1) / max_run);
+// Cuts `length` terms from `first` on into runs of about the same length; returns how many.
+inline int64_t cut_into_runs(int64_t first, int64_t length, Run* to) {
+  const int64_t runs = (length + max_run - 1) / max_run;
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t begin = run * length / runs;
+    to[run] = {first + begin, (run + 1) * length / runs - begin};
+  }
+  return runs;
+}
+
+// c[rows][nr] (+)= A B over some runs of the terms, B packed; `vectors` is 1 where only the first of the two holds anything.
+template <class T, int rows, int vectors>
+[[gnu::noinline]] void tile_product(const Run* runs, int64_t count, IndirectA<T, rows> a, const T* b, T* c, int64_t c_row,
+                                    const Ends<T>& ends) {
   Tile<T, rows, vectors> total;
   if (ends.bias != nullptr)
     total.load_from(ends.bias, 0);
   else
     total.start_at(nullptr);
-  for (int64_t run = 0; run < runs; ++run) {
+  const int64_t* const offset = a.offset;
+  for (const Run* run = runs; run < runs + count; ++run) {
+    a.offset = offset + run->first;
+    PackedB<T> right{b + run->first * nr<T>, nr<T>};
     Tile<T, rows, vectors> tile;
     tile.start_at(nullptr);
-    tile.accumulate((run + 1) * depth / runs - run * depth / runs, a, right);
+    tile.accumulate(run->length, a, right);
     total.add(tile);  // in registers where there are 32 of them
   }
   if (ends.add) total.add_from(c, c_row);
@@ -177,8 +190,16 @@ template <class T, int rows, int vectors, class A>
   total.store_to(c, c_row);
 }
 
-// How many rows the next tile of `rest` rows takes: 6, but the last two share evenly what would leave a sliver.
-inline int64_t tile_rows(int64_t rest) { return rest >= mr + 3 || rest <= mr ? std::min(rest, mr) : (rest + 1) / 2; }
+// How many rows the next tile of `rest` rows takes: `most`, but the last two share evenly what would leave a sliver.
+inline int64_t tile_rows(int64_t rest, int64_t most = mr) {
+  return rest >= most + most / 2 || rest <= most ? std::min(rest, most) : (rest + 1) / 2;
+}
+
+// Asks for `count` elements ahead of time: where one plane or row follows another at a distance, the processor does not guess it.
+template <class T>
+inline void prefetch(const T* from, int64_t count) {
+  for (int64_t x = 0; x < count; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + x);
+}
 
 // In every 16 bytes, units of `unit` elements alternate: a0 b0 a1 b1 ... from the first half of them (half = 0) or the second.
 template <class T, int unit, int half, size_t... lane>
@@ -231,7 +252,7 @@ template <class T>
     v[i] = interleave_units<T, 1, 0>(a, b, each), v[i + 1] = interleave_units<T, 1, 1>(a, b, each);
   }
   if constexpr (part == 4) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < lanes; i += 4) {
       const Vec<T> a = v[i], b = v[i + 1], c = v[i + 2], d = v[i + 3];
       v[i] = interleave_units<T, 2, 0>(a, c, each), v[i + 1] = interleave_units<T, 2, 1>(a, c, each);
@@ -273,7 +294,8 @@ void unpack_transposed(RowOf row_of, int64_t lanes, int64_t count, T* to, int64_
   for (int64_t first = 0; first < lanes; first += L) {
     const int64_t used = std::min(L, lanes - first);
     int64_t x = 0;
-    for (; x + L <= count; x += L) {
+    for (; x < count && count >= L; x += L) {
+      x = std::min(x, count - L);  // the last square overlaps the one before it
       Vec<T> v[L];
 #pragma GCC unroll 16
       for (int64_t l = 0; l < L; ++l) v[l] = finish(load(row_of(x + l) + first), first);

@@ -9,10 +9,10 @@
 //                w mod stride_w) of the input: only taps with (h + pad_h - r dilation_h) divisible by stride_h reach it
 //   grad_weight[(c,t)][k] = sum_x A(x, (c,t)) grad_output[x][k]
 //
-// A is a window of the source: the tensor itself where no tap leaves it, else a copy with the padding written out. The address of
-// A(x, (c,t)) is a sum of two table entries, position[x] + patch[(c,t)], for every stride, dilation, group and layout. B is packed
-// [k / nr][(c,t)][k % nr], or [k / nr][x][k % nr] for grad_weight; in channels_last the sum runs over (t,c), which is
-// contiguous there.
+// The positions fall into regions that meet the same taps; those in the padding are left out, where regions are large enough. A is
+// read from the source itself, or from a copy of a window of it with the padding written out. The address of A(x, (c,t)) is a sum
+// of two table entries, position[x] + patch[(c,t)], for every stride, dilation, group and layout. B is packed [k / nr][(c,t)][k % nr]
+// in blocks of channels (SumOrder), or [k / nr][x][k % nr] for grad_weight.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ using gemm::mr;
 using gemm::nr;
 
 // Positions computed together: 256 rows of 16 floats of the result (16 KiB) stay in L1 beside a panel of weights.
-inline constexpr int64_t block_positions = 256;
+inline constexpr int64_t block_positions = 320;
 // So many panels of weights pass by so many positions before the next: what a position reads lies far apart and should come to L1
 // once, while panels are read in order and come from L2 fast enough.
 inline constexpr int64_t panels_together = 8, positions_together = 8 * mr;
@@ -60,10 +60,10 @@ struct Window {
   int64_t step_h, step_w;  // from one element of it to the next in the source
 };
 
-// The window for blocks of `rows` rows of a grid of grid_rows x grid_columns positions.
+// The window for blocks of `rows` rows of a grid of grid_rows x grid_columns positions. `inside`: no position reads the padding.
 inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& source, int64_t source_rows, int64_t source_columns,
                         int64_t channels, int64_t rows, int64_t grid_rows, int64_t grid_columns, int64_t step_h, int64_t step_w,
-                        Layout layout, int64_t element_size) {
+                        Layout layout, int64_t element_size, bool inside) {
   Window w{taps[0].row, taps[0].column, 0, 0, false, source, 1, 1};
   int64_t last_row = taps[0].row, last_column = taps[0].column;
   for (int64_t t = 1; t < tap_count; ++t) {
@@ -74,8 +74,10 @@ inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& sourc
   if (tap_count == 1 && step_w > 1 && layout == Layout::nchw) w.step_h = step_h, w.step_w = step_w;
   w.rows = (rows - 1) * step_h / w.step_h + last_row - w.first_row + 1;
   w.columns = (grid_columns - 1) * step_w / w.step_w + last_column - w.first_column + 1;
-  w.in_place = w.step_w == 1 && w.first_row >= 0 && w.first_column >= 0 && (grid_rows - 1) * step_h + last_row < source_rows &&
-               (grid_columns - 1) * step_w + last_column < source_columns;
+  const bool no_padding = w.first_row >= 0 && w.first_column >= 0 && (grid_rows - 1) * step_h + last_row < source_rows &&
+                          (grid_columns - 1) * step_w + last_column < source_columns;
+  const bool spread = layout == Layout::channels_last || source.c * element_size % 1024 != 0;
+  w.in_place = w.step_w == 1 && (no_padding || (inside && spread));
   if (w.in_place) return w;
   if (layout == Layout::channels_last) {
     w.strides = {w.rows * w.columns * channels, 1, w.columns * channels, channels};
@@ -137,6 +139,7 @@ const T* read_window(const View<const T>& source, const Window& w, int64_t n, in
         }
         const T* start = from + image * s.n + plane * s.c + h * s.h + (w.first_column + left * w.step_w) * s.w;
         zero_beyond(line, left * unit);
+        if (!channels_last) gemm::prefetch(start + 4 * s.c, inside * w.step_w);
         if (w.step_w > 1) {
           gather_strided(start, w.step_w, inside, line + left);
         } else if (s.w == unit) {
@@ -151,22 +154,30 @@ const T* read_window(const View<const T>& source, const Window& w, int64_t n, in
   return copy_of;
 }
 
-// Where patch element (c, t) of a phase stands in the order of the sum, and its offset into the window.
-struct PatchOrder {
-  int64_t channel_step, tap_step;
-};
-inline PatchOrder patch_order(Layout layout, int64_t channels, int64_t taps) {
-  return layout == Layout::nchw ? PatchOrder{taps, 1} : PatchOrder{1, channels};
-}
-
-inline void fill_patch_offsets(const Tap* taps, const Phase& phase, int64_t channels, const Window& w, Layout layout,
-                               int64_t* offset) {
-  const PatchOrder order = patch_order(layout, channels, phase.taps);
-  for (int64_t t = 0; t < phase.taps; ++t) {
-    const Tap& tap = taps[phase.first_tap + t];
-    const int64_t first = (tap.row - w.first_row) * w.strides.h + (tap.column - w.first_column) * w.strides.w;
-    for (int64_t c = 0; c < channels; ++c) offset[c * order.channel_step + t * order.tap_step] = first + c * w.strides.c;
+// The order of the sum over channels and taps: blocks of channels, in each tap by tap. The taps that a position meets are then few
+// stretches of it, and a block of the packed weights stays in L1.
+struct SumOrder {
+  int64_t channels, taps, block;
+  int64_t width(int64_t c_begin) const { return std::min(block, channels - c_begin); }
+  int64_t at(int64_t c, int64_t t) const {
+    const int64_t begin = c / block * block;
+    return begin * taps + t * width(begin) + c - begin;
   }
+  // Calls visit(place, c, t) for all of it, in order.
+  template <class Visit>
+  void for_each(Visit visit) const {
+    int64_t place = 0;
+    for (int64_t begin = 0; begin < channels; begin += block)
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t c = begin; c < begin + width(begin); ++c) visit(place++, c, t);
+  }
+};
+
+// most_taps: of any position.
+template <class T>
+SumOrder sum_order(int64_t channels, int64_t taps, int64_t most_taps) {
+  const int64_t block = std::clamp<int64_t>(max_depth<T> / std::max<int64_t>(most_taps, 1), 1, channels);
+  return {channels, taps, ceil_div(channels, ceil_div(channels, block))};
 }
 
 // Small planes are taken several images at a time, large ones some rows at a time.
@@ -193,6 +204,89 @@ struct Correlation {
   int64_t tap_count;
 };
 
+// Positions begin ... end - 1 along an axis meet taps first ... first + taps - 1 of it: the others fall into the padding.
+struct Interval {
+  int64_t begin, end, first, taps;
+};
+
+// Tap t of position x is at x step + offset_of(t), which rises or falls with t.
+template <class OffsetOf>
+int64_t intervals_of(int64_t positions, int64_t step, int64_t size, int64_t taps, OffsetOf offset_of, Interval* to) {
+  int64_t count = 0;
+  for (int64_t x = 0; x < positions; ++x) {
+    const auto outside = [&](int64_t t) { return x * step + offset_of(t) < 0 || x * step + offset_of(t) >= size; };
+    int64_t first = 0, last = taps;
+    while (first < last && outside(first)) ++first;
+    while (first < last && outside(last - 1)) --last;
+    if (count > 0 && to[count - 1].first == first && to[count - 1].taps == last - first)
+      to[count - 1].end = x + 1;
+    else
+      to[count++] = {x, x + 1, first, last - first};
+  }
+  return count;
+}
+
+// A rectangle of the positions of a phase, and the taps that they meet.
+struct Region {
+  int64_t phase, first_tap, row_taps;  // of the phase; row_taps: in a row of the filter
+  Interval h, w;
+};
+struct Regions {
+  const Region* data;
+  int64_t count;
+  bool inside;  // no position of any meets a tap in the padding
+};
+
+// So many positions a region are worth the taps that they leave out; else a phase is one region, which reads zeros.
+inline constexpr int64_t region_positions = 2 * mr;
+
+template <class T>
+Regions regions_of(const Correlation<T>& p) {
+  const int64_t phases = p.phases_h * p.phases_w;
+  const auto row_taps = [&](const Phase& phase) {
+    int64_t count = 0;
+    while (count < phase.taps && p.taps[phase.first_tap + count].row == p.taps[phase.first_tap].row) ++count;
+    return count;
+  };
+  // Along an axis each tap begins and ends to be met once.
+  int64_t bound = 0;
+  for (int64_t f = 0; f < phases; ++f) {
+    const Phase& phase = p.phases[f];
+    const int64_t columns = row_taps(phase), rows = columns == 0 ? 0 : phase.taps / columns;
+    bound += std::min(phase.rows, 2 * rows + 1) * std::min(phase.columns, 2 * columns + 1);
+  }
+  Region* region = workspace<Region>(Slot::regions, bound);
+  Interval* h = workspace<Interval>(Slot::runs, p.phases[0].rows + p.phases[0].columns);
+  Interval* w = h + p.phases[0].rows;
+  Regions regions{region, 0, true};
+  for (int64_t f = 0; f < phases; ++f) {
+    const Phase& phase = p.phases[f];
+    const Tap* tap = p.taps + phase.first_tap;
+    const int64_t columns = row_taps(phase), rows = columns == 0 ? 0 : phase.taps / columns;
+    int64_t along_h = intervals_of(phase.rows, p.step_h, p.source.rows, rows, [&](int64_t t) { return tap[t * columns].row; }, h);
+    int64_t along_w =
+        intervals_of(phase.columns, p.step_w, p.source.columns, columns, [&](int64_t t) { return tap[t].column; }, w);
+    if (along_h * along_w > 1 && phase.rows * phase.columns < along_h * along_w * region_positions) {
+      along_h = along_w = 1;
+      h[0] = {0, phase.rows, 0, rows}, w[0] = {0, phase.columns, 0, columns};
+      regions.inside = false;
+    }
+    for (int64_t a = 0; a < along_h; ++a)
+      for (int64_t b = 0; b < along_w; ++b) region[regions.count++] = {f, phase.first_tap, columns, h[a], w[b]};
+  }
+  return regions;
+}
+
+// The runs that the positions of a region sum up, of the channels from c on and of some rows of the filter.
+inline int64_t fill_runs(const Region& region, const SumOrder& order, int64_t c, int64_t first_row, int64_t rows, gemm::Run* to) {
+  const int64_t width = order.width(c), row_size = region.row_taps * width, size = region.w.taps * width;
+  const int64_t first = c * order.taps + (region.first_tap + first_row * region.row_taps + region.w.first) * width;
+  if (size == row_size) return gemm::cut_into_runs(first, rows * size, to);
+  int64_t count = 0;
+  for (int64_t r = 0; r < rows; ++r) count += gemm::cut_into_runs(first + r * row_size, size, to + count);
+  return count;
+}
+
 // Adds the bias, rectifies.
 template <class T>
 struct Finish {
@@ -205,89 +299,109 @@ struct Finish {
   }
 };
 
-// Runs the correlation with packed weights [group][panel][patch element, phase by phase][nr].
+// Runs the correlation with packed weights [group][panel][SumOrder][nr].
 template <class T>
-void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T>& epilogue) {
+void correlate(const Correlation<T>& p, const SumOrder& order, const T* packed_weight, const Epilogue<T>& epilogue) {
   const Phase& largest = p.phases[0];
-  const Blocks blocks = blocks_of(p.N, largest.rows, largest.columns * p.phases_h * p.phases_w, block_positions);
-  const Window w = window_of(p.taps, p.tap_count, p.source.strides, p.source.rows, p.source.columns, p.channels, blocks.rows,
-                             largest.rows, largest.columns, p.step_h, p.step_w, p.layout, sizeof(T));
   const int64_t phases = p.phases_h * p.phases_w, patch_size = p.channels * p.tap_count;
   const int64_t panels = ceil_div(p.filters, nr<T>);
+  const Blocks blocks = blocks_of(p.N, largest.rows, largest.columns * phases, block_positions);
+  const Regions regions = regions_of(p);
+  const Window w = window_of(p.taps, p.tap_count, p.source.strides, p.source.rows, p.source.columns, p.channels, blocks.rows,
+                             largest.rows, largest.columns, p.step_h, p.step_w, p.layout, sizeof(T), regions.inside);
+  const int64_t row_step = p.step_h / w.step_h * w.strides.h, column_step = p.step_w / w.step_w * w.strides.w;
   int64_t* patch = workspace<int64_t>(Slot::offsets, patch_size);
-  for (int64_t f = 0; f < phases; ++f)
-    fill_patch_offsets(p.taps, p.phases[f], p.channels, w, p.layout, patch + p.phases[f].first_tap * p.channels);
+  order.for_each([&](int64_t place, int64_t c, int64_t t) {
+    const Tap& tap = p.taps[t];
+    patch[place] = (tap.row - w.first_row) * w.strides.h + (tap.column - w.first_column) * w.strides.w + c * w.strides.c;
+  });
 
-  // Few blocks are split by panels of filters as well; each part then copies the window anew.
-  const int64_t tasks = p.groups * blocks.count();
-  const int64_t parts = tasks < 4 * thread_count() ? std::min(panels, ceil_div(4 * thread_count(), tasks)) : 1;
-  const int64_t part_panels = ceil_div(panels, parts);
+  // A task takes a block through all panels of all groups, or some of them where there are few blocks.
+  const int64_t all_panels = p.groups * panels;
+  const int64_t parts =
+      blocks.count() < 4 * thread_count() ? std::min(all_panels, ceil_div(4 * thread_count(), blocks.count())) : 1;
+  const int64_t part_panels = ceil_div(all_panels, parts);
   const int64_t positions_bound = blocks.images * blocks.rows * largest.columns * phases;
-  parallel_for(tasks * parts, positions_bound * patch_size / phases * part_panels * 2, [&](int64_t task) {
-    const int64_t part = task % parts, block = task / parts % blocks.count(), group = task / parts / blocks.count();
+  parallel_for(blocks.count() * parts, positions_bound * patch_size / phases * part_panels * 2, [&](int64_t task) {
+    const int64_t begin = task % parts * part_panels, end = std::min(all_panels, begin + part_panels), block = task / parts;
     const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, p.N - n);
-    const int64_t i_begin = block % blocks.along_rows * blocks.rows;
-    const int64_t panel_begin = part * part_panels, panel_end = std::min(panels, panel_begin + part_panels);
-    if (panel_begin >= panel_end) return;
+    const int64_t i_begin = block % blocks.along_rows * blocks.rows, i_end = i_begin + blocks.rows;
+    const int64_t h_begin = i_begin * p.phases_h,
+                  image_size = (std::min(p.result.rows, i_end * p.phases_h) - h_begin) * p.result.columns;
+    if (begin >= end) return;
 
-    // For each phase: where its positions read and, in the same order, the rows of `tile` that they fill.
-    int64_t* position = workspace<int64_t>(Slot::positions, positions_bound + 2 * phases + 1 + p.result.columns);
-    int64_t* first_position = position + positions_bound;
-    int64_t* phase_rows = first_position + phases + 1;
-    int64_t* tile_column = phase_rows + phases;  // result column w: its j
+    // For each region: where its positions read and, in the same order, the rows of `tile` that they fill. For each element of the
+    // result, in its order: its row of `tile`.
+    int64_t* position = workspace<int64_t>(Slot::positions, 2 * positions_bound + regions.count + 1);
+    int64_t* tile_row = position + positions_bound;
+    int64_t* first_position = tile_row + positions_bound;
     int64_t count = 0;
-    for (int64_t f = 0; f < phases; ++f) {
+    for (int64_t f = 0; f < regions.count; ++f) {
+      const Region& region = regions.data[f];
+      const int64_t h = region.phase / p.phases_w - h_begin, column = region.phase % p.phases_w;
       first_position[f] = count;
-      phase_rows[f] = std::clamp<int64_t>(p.phases[f].rows - i_begin, 0, blocks.rows);
       for (int64_t image = 0; image < images; ++image)
-        for (int64_t i = 0; i < phase_rows[f]; ++i)
-          for (int64_t j = 0; j < p.phases[f].columns; ++j)
-            position[count++] =
-                image * w.strides.n + i * p.step_h / w.step_h * w.strides.h + j * p.step_w / w.step_w * w.strides.w;
+        for (int64_t i = std::max(region.h.begin, i_begin); i < std::min(region.h.end, i_end); ++i) {
+          const int64_t from = image * w.strides.n + (i - i_begin) * row_step;
+          int64_t* row = tile_row + image * image_size + (i * p.phases_h + h) * p.result.columns + column;
+          for (int64_t j = region.w.begin; j < region.w.end; ++j) {
+            row[j * p.phases_w] = count;
+            position[count++] = from + j * column_step;
+          }
+        }
     }
-    first_position[phases] = count;
-    for (int64_t column = 0; column < p.result.columns; ++column) tile_column[column] = column / p.phases_w;
-
-    const T* window = read_window(p.source, w, n, images, group * p.channels, p.channels, i_begin * p.step_h, p.layout);
+    first_position[regions.count] = count;
+    gemm::Run* runs = workspace<gemm::Run>(Slot::runs, p.tap_count * (order.block / gemm::max_run + 2));
     T* tiles = workspace<T>(Slot::tile, count * panels_together * nr<T>);
-    for (int64_t set = panel_begin; set < panel_end; set += panels_together) {
-      const int64_t set_end = std::min(panel_end, set + panels_together);
+
+    const T* window = nullptr;
+    for (int64_t next = begin, set_end = 0; next < end; next = next / panels * panels + set_end) {
+      const int64_t group = next / panels, set = next - group * panels;
+      set_end = std::min({panels, set + panels_together, end - group * panels});
+      if (next == begin || set == 0)
+        window = read_window(p.source, w, n, images, group * p.channels, p.channels, i_begin * p.step_h, p.layout);
       const auto lanes_of = [&](int64_t panel) { return std::min(nr<T>, p.filters - panel * nr<T>); };
       const auto filter_of = [&](int64_t panel) { return group * p.filters + panel * nr<T>; };
       const auto bias_of = [&](int64_t panel) { return epilogue.bias == nullptr ? nullptr : epilogue.bias + filter_of(panel); };
       // Where the positions of a block follow each other in the result, and the filters too, it is the tile.
       const auto direct = [&](int64_t panel) {
-        return p.layout == Layout::channels_last && phases == 1 && lanes_of(panel) % kLanes<T> == 0;
+        return p.layout == Layout::channels_last && regions.count == 1 && lanes_of(panel) % kLanes<T> == 0;
       };
       const auto rows_of = [&](int64_t panel) {
-        return direct(panel) ? p.result.data + n * p.result.strides.n + i_begin * p.result.strides.h + filter_of(panel)
+        return direct(panel) ? p.result.data + n * p.result.strides.n + h_begin * p.result.strides.h + filter_of(panel)
                              : tiles + (panel - set) * count * nr<T>;
       };
-      for (int64_t f = 0; f < phases; ++f) {
-        const int64_t depth = p.phases[f].taps * p.channels;
-        const int64_t depths = std::max<int64_t>(1, ceil_div(depth, max_depth<T>));  // a phase without taps is zero
+      for (int64_t f = 0; f < regions.count; ++f) {
+        const Region& region = regions.data[f];
+        // The sum is cut into blocks of channels and, if one is still too long, some rows of the filter.
+        const int64_t row_depth = order.block * region.row_taps,
+                      most_rows = std::max<int64_t>(1, max_depth<T> / std::max<int64_t>(1, row_depth));
+        const int64_t row_parts = std::max<int64_t>(1, ceil_div(region.h.taps, most_rows)),
+                      filter_rows = ceil_div(region.h.taps, row_parts);
+        const int64_t depths = region.h.taps * region.w.taps == 0 ? 1 : row_parts * ceil_div(p.channels, order.block);
         for (int64_t d = 0; d < depths; ++d) {
-          const int64_t k = d * depth / depths, k_count = (d + 1) * depth / depths - k,
-                        first = p.phases[f].first_tap * p.channels + k;
+          const int64_t first_row = d % row_parts * filter_rows, rows = std::min(filter_rows, region.h.taps - first_row);
+          const int64_t run_count = fill_runs(region, order, d / row_parts * order.block, region.h.first + first_row, rows, runs);
           for (int64_t x_begin = first_position[f]; x_begin < first_position[f + 1]; x_begin += positions_together) {
             const int64_t x_end = std::min(first_position[f + 1], x_begin + positions_together);
             for (int64_t panel = set; panel < set_end; ++panel) {
-              const int64_t lanes = lanes_of(panel), row_size = direct(panel) ? p.result.strides.w : nr<T>;
+              const bool narrow = lanes_of(panel) <= kLanes<T>;
+              const int64_t row_size = direct(panel) ? p.result.strides.w : nr<T>;
               const gemm::Ends<T> ends{direct(panel) && d == 0 ? bias_of(panel) : nullptr, d > 0,
                                        direct(panel) && epilogue.relu && d + 1 == depths};
-              const T* weight = packed_weight + ((group * panels + panel) * patch_size + first) * nr<T>;
+              const T* weight = packed_weight + (group * panels + panel) * patch_size * nr<T>;
               T* rows_at = rows_of(panel);
-              for (int64_t x = x_begin; x < x_end;) {
-                const int64_t rows = gemm::tile_rows(x_end - x);
-                gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
-                  gemm::IndirectA<T> a{{}, patch + first};
-                  for (int m = 0; m < count; ++m) a.row[m] = window + position[x + m];
-                  if (lanes > kLanes<T>)
-                    gemm::tile_product<T, count, 2>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
-                  else
-                    gemm::tile_product<T, count, 1>(k_count, a, weight, rows_at + x * row_size, row_size, ends);
-                });
-                x += rows;
+              const auto multiply = [&]<int count, int vectors>(int64_t x) {
+                gemm::IndirectA<T, count> a{{}, patch};
+                for (int m = 0; m < count; ++m) a.row[m] = window + position[x + m];
+                gemm::tile_product<T, count, vectors>(runs, run_count, a, weight, rows_at + x * row_size, row_size, ends);
+              };
+              for (int64_t x = x_begin, rows = 0; x < x_end; x += rows) {
+                rows = gemm::tile_rows(x_end - x, narrow ? gemm::narrow_mr : mr);
+                if (narrow)
+                  gemm::with_rows<gemm::narrow_mr>(rows, [&](auto m) { multiply.template operator()<m, 1>(x); });
+                else
+                  gemm::with_rows<mr>(rows, [&](auto m) { multiply.template operator()<m, 2>(x); });
               }
             }
           }
@@ -301,37 +415,15 @@ void correlate(const Correlation<T>& p, const T* packed_weight, const Epilogue<T
         const Finish<T> finish{bias_of(panel), lanes, epilogue.relu};
         const Strides& s = p.result.strides;
         for (int64_t image = 0; image < images; ++image) {
-          T* to = p.result.data + (n + image) * s.n + filter * s.c;
-          if (phases == 1 && p.layout == Layout::nchw) {  // whole rows follow each other
-            const T* from = tile + image * phase_rows[0] * largest.columns * nr<T>;
-            gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, phase_rows[0] * largest.columns,
-                                       to + i_begin * s.h, s.c, finish);
+          T* to = p.result.data + (n + image) * s.n + filter * s.c + h_begin * s.h;
+          const auto row_of = [&](int64_t x) { return tile + tile_row[image * image_size + x] * nr<T>; };
+          if (p.layout == Layout::nchw) {
+            gemm::unpack_transposed<T>(row_of, lanes, image_size, to, s.c, finish);
             continue;
           }
-          const int64_t h_end = std::min(p.result.rows, (i_begin + blocks.rows) * p.phases_h);
-          for (int64_t h = i_begin * p.phases_h; h < h_end; ++h) {
-            const int64_t row_phase = h % p.phases_h * p.phases_w, i = h / p.phases_h - i_begin;
-            const auto row_of = [&](int64_t column) {
-              const int64_t f = row_phase + column - tile_column[column] * p.phases_w;
-              const int64_t x = first_position[f] + (image * phase_rows[f] + i) * p.phases[f].columns + tile_column[column];
-              return tile + x * nr<T>;
-            };
-            if (p.layout == Layout::nchw) {
-              gemm::unpack_transposed<T>(row_of, lanes, p.result.columns, to + h * s.h, s.c, finish);
-              continue;
-            }
-            for (int64_t column = 0; column < p.result.columns; ++column) {
-              const T* from = row_of(column);
-              T* pixel = to + h * s.h + column * s.w;
-              for (int64_t first = 0; first < lanes; first += kLanes<T>) {
-                const Vec<T> v = finish(load(from + first), first);
-                if (lanes - first >= kLanes<T>)
-                  store(pixel + first, v);
-                else
-                  store_partial(pixel + first, v, lanes - first);
-              }
-            }
-          }
+          for (int64_t x = 0; x < image_size; ++x)
+            for (int64_t first = 0; first < lanes; first += kLanes<T>)
+              store_partial(to + x * s.w + first, finish(load(row_of(x) + first), first), lanes - first);
         }
       }
     }
@@ -352,20 +444,15 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
   input_taps(g, taps);
   const Phase phase{0, taps_count, g.P, g.Q};
 
+  const SumOrder order = sum_order<T>(C, taps_count, taps_count);
   T* packed_weight = workspace<T>(Slot::packed_weight, g.G * panels * patch_size * nr<T>);
-  const PatchOrder order = patch_order(g.layout, C, taps_count);
+  int64_t* place_of = workspace<int64_t>(Slot::positions, patch_size);
+  order.for_each([&](int64_t place, int64_t c, int64_t t) { place_of[c * taps_count + t] = place; });
   parallel_for(g.G * panels, patch_size * 2, [&](int64_t task) {
     const int64_t group = task / panels, panel = task % panels, lanes = std::min(nr<T>, K - panel * nr<T>);
     const T* from = weight + (group * K + panel * nr<T>)*patch_size;
-    T* to = packed_weight + task * patch_size * nr<T>;
-    if (g.layout == Layout::nchw || taps_count == 1) {
-      gemm::pack_transposed(from, patch_size, lanes, patch_size, to, [](int64_t x) { return x; });
-    } else {
-      int64_t* row = workspace<int64_t>(Slot::positions, patch_size);
-      for (int64_t c = 0; c < C; ++c)
-        for (int64_t t = 0; t < taps_count; ++t) row[c * taps_count + t] = c * order.channel_step + t * order.tap_step;
-      gemm::pack_transposed(from, patch_size, lanes, patch_size, to, [&](int64_t x) { return row[x]; });
-    }
+    gemm::pack_transposed(from, patch_size, lanes, patch_size, packed_weight + task * patch_size * nr<T>,
+                          [&](int64_t x) { return place_of[x]; });
   });
   correlate<T>({g.N,
                 g.G,
@@ -381,7 +468,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
                 taps,
                 &phase,
                 taps_count},
-               packed_weight, epilogue);
+               order, packed_weight, epilogue);
 }
 
 // The phases (h mod stride_h, w mod stride_w) of the input and the taps by which grad_output reaches each. The first tap exists
@@ -421,33 +508,27 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
   const InputPhases p = input_phases(g);
   const int64_t patch_size = K * p.tap_count, panels = ceil_div(C, nr<T>);
+  int64_t most_taps = 0;
+  for (int64_t f = 0; f < p.count(); ++f) most_taps = std::max(most_taps, p.data[f].taps);
+  const SumOrder order = sum_order<T>(K, p.tap_count, most_taps);
   T* packed_weight = workspace<T>(Slot::packed_weight, g.G * panels * patch_size * nr<T>);
+  int64_t* tap_of = workspace<int64_t>(Slot::positions, taps_count);  // of element r S + s of a filter; -1: it meets nothing
+  std::fill(tap_of, tap_of + taps_count, -1);
+  for (int64_t t = 0; t < p.tap_count; ++t) tap_of[p.taps[t].weight] = t;
   parallel_for(g.G * panels, patch_size * 2, [&](int64_t task) {
     const int64_t group = task / panels, c = task % panels * nr<T>, lanes = std::min(nr<T>, C - c);
     T* to = packed_weight + task * patch_size * nr<T>;
-    // Tap r S + s with grad_output channel k goes to row first[r S + s] + k step[r S + s].
-    int64_t* first = workspace<int64_t>(Slot::positions, 2 * taps_count);
-    int64_t* step = first + taps_count;
-    for (int64_t t = 0; t < taps_count; ++t) first[t] = -1, step[t] = 0;
-    for (int64_t f = 0; f < p.count(); ++f) {
-      const Phase& phase = p.data[f];
-      const PatchOrder order = patch_order(g.layout, K, phase.taps);
-      for (int64_t t = 0; t < phase.taps; ++t) {
-        const int64_t w = p.taps[phase.first_tap + t].weight;
-        first[w] = phase.first_tap * K + t * order.tap_step;
-        step[w] = order.channel_step;
-      }
-    }
     for (int64_t k = 0; k < K; ++k) {
       const T* from = weight + ((group * K + k) * C + c) * taps_count;
+      const int64_t first = order.at(k, 0), step = order.width(k / order.block * order.block);
+      const auto place_of = [&](int64_t t) { return first + tap_of[t] * step; };
       if (taps_count == 1 && lanes == nr<T> && p.tap_count == 1) {
-        for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + (first[0] + k * step[0]) * nr<T> + v, load(from + v));
+        for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + first * nr<T> + v, load(from + v));
       } else if (p.tap_count == taps_count) {
-        gemm::pack_transposed(from, taps_count, lanes, taps_count, to, [&](int64_t t) { return first[t] + k * step[t]; });
+        gemm::pack_transposed(from, taps_count, lanes, taps_count, to, place_of);
       } else {
         for (int64_t t = 0; t < taps_count; ++t)
-          if (first[t] >= 0)
-            gemm::pack_transposed(from + t, taps_count, lanes, 1, to, [&](int64_t) { return first[t] + k * step[t]; });
+          if (tap_of[t] >= 0) gemm::pack_transposed(from + t, taps_count, lanes, 1, to, [&](int64_t) { return place_of(t); });
       }
     }
   });
@@ -465,7 +546,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
                 p.taps,
                 p.data,
                 p.tap_count},
-               packed_weight, {nullptr, false});
+               order, packed_weight, {nullptr, false});
 }
 
 // grad_weight is cut into tasks of chunk_rows rows (c,t) by some filters: 288 x 128 sums are 144 KiB, which stay in L2. Where windows
@@ -488,7 +569,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t packed_filters = ceil_div(std::min(K, chunk_filters), nr<T>) * nr<T>;
   const Blocks blocks = blocks_of(g.N, g.P, g.Q, (int64_t(128) << 10) / (packed_filters * int64_t(sizeof(T))));
   const Window w = window_of(taps, taps_count, in, g.H, g.W, chunk_channels, blocks.rows, g.P, g.Q, g.stride_h, g.stride_w,
-                             g.layout, sizeof(T));
+                             g.layout, sizeof(T), false);
 
   // Too few tasks to share out among threads: cut the sum over positions into slices as well, added in order at the end. How
   // many is decided by the geometry alone, or the bits would depend on the number of threads.
@@ -507,7 +588,12 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     int64_t* patch = workspace<int64_t>(Slot::offsets, rows + max_positions);
     int64_t* position = patch + rows;
     int64_t known_positions = 0;
-    fill_patch_offsets(taps, {0, taps_count, g.P, g.Q}, channels, w, g.layout, patch);
+    const bool channels_first = g.layout == Layout::nchw || taps_count == 1;
+    const int64_t channel_step = channels_first ? taps_count : 1, tap_step = channels_first ? 1 : channels;
+    for (int64_t t = 0; t < taps_count; ++t)
+      for (int64_t c = 0; c < channels; ++c)
+        patch[c * channel_step + t * tap_step] =
+            (taps[t].row - w.first_row) * w.strides.h + (taps[t].column - w.first_column) * w.strides.w + c * w.strides.c;
     T* gradient = workspace<T>(Slot::gradient, panels * max_positions * nr<T>);
     T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
     for (int64_t i = 0; i < panels * rows * nr<T>; i += kLanes<T>) store(sums + i, Vec<T>{});
@@ -547,34 +633,35 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       }
       const int64_t depths = ceil_div(positions, gradient_depth);
       for (int64_t d = 0; d < depths; ++d) {
-        const int64_t x = d * positions / depths, depth = (d + 1) * positions / depths - x;
+        const int64_t x = d * positions / depths;
+        gemm::Run runs[gradient_depth / gemm::max_run];
+        const int64_t run_count = gemm::cut_into_runs(x, (d + 1) * positions / depths - x, runs);
         for (int64_t panel = 0; panel < panels; ++panel) {
-          const T* b = gradient + (panel * positions + x) * nr<T>;
+          const T* b = gradient + panel * positions * nr<T>;
           const bool narrow = filters - panel * nr<T> <= kLanes<T>;
-          for (int64_t row = 0; row < rows;) {
-            const int64_t tile_rows = gemm::tile_rows(rows - row);
+          for (int64_t row = 0, tile_rows = 0; row < rows; row += tile_rows) {
             T* c = sums + (panel * rows + row) * nr<T>;
-            gemm::with_rows(tile_rows, [&]<int count>(std::integral_constant<int, count>) {
-              gemm::IndirectA<T> a{{}, position + x};
+            const auto multiply = [&]<int count, int vectors>() {
+              gemm::IndirectA<T, count> a{{}, position};
               for (int m = 0; m < count; ++m) a.row[m] = window + patch[row + m];
-              if (narrow)
-                gemm::tile_product<T, count, 1>(depth, a, b, c, nr<T>, {nullptr, true, false});
-              else
-                gemm::tile_product<T, count, 2>(depth, a, b, c, nr<T>, {nullptr, true, false});
-            });
-            row += tile_rows;
+              gemm::tile_product<T, count, vectors>(runs, run_count, a, b, c, nr<T>, {nullptr, true, false});
+            };
+            tile_rows = gemm::tile_rows(rows - row, narrow ? gemm::narrow_mr : mr);
+            if (narrow)
+              gemm::with_rows<gemm::narrow_mr>(tile_rows, [&](auto m) { multiply.template operator()<m, 1>(); });
+            else
+              gemm::with_rows<mr>(tile_rows, [&](auto m) { multiply.template operator()<m, 2>(); });
           }
         }
       }
     }
 
-    const PatchOrder order = patch_order(g.layout, channels, taps_count);
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, filters - k);
       T* to = partial + slice * weights + (group * K + k_begin + k) * patch_size + c_begin * taps_count;
       const T* from = sums + panel * rows * nr<T>;
       const Finish<T> as_it_is{nullptr, lanes, false};
-      if (order.tap_step == 1 || taps_count == 1) {
+      if (channels_first) {
         gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, rows, to, patch_size, as_it_is);
       } else {
         for (int64_t c = 0; c < channels; ++c)

@@ -105,6 +105,8 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
       for (int64_t c = 0; c < depth; ++c) {  // plane by plane: the panels of a block are one stretch of it
         const T* from = source.data + (k + c) * source.strides.c;
         const bool in_place = source_dense && from_pieces == 1 && x_end - x_begin == count * nr<T>;
+        for (int64_t i = 0; i < from_pieces; ++i)
+          gemm::prefetch(from + 4 * source.strides.c + from_piece[i].at, from_piece[i].width * source.step_w);
         for (int64_t i = 0; i < (in_place ? 0 : from_pieces); ++i)
           gather_strided(from + from_piece[i].at, source.step_w, from_piece[i].width, line + from_piece[i].x);
         const T* pixels = in_place ? from + from_piece[0].at : line;

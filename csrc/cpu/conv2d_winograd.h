@@ -380,41 +380,30 @@ void correlate(const Correlation<T>& x) {
   }
 }
 
-// Computes again, by `direct`, the tiles whose results are not finite: as a batch of small images of their own. direct(g, source,
-// result) gets their geometry less the group's channels: `rows` x `rows` elements of the source to `results` x `results`.
+// Puts into the tiles whose results are not finite what implicit GEMM gives: direct(n, image) computes all of image n by it.
+// not_finite[group][tile].
 template <class F, class T, class Direct>
-void recompute_tiles(const Correlation<T>& x, int64_t results, Direct direct) {
-  const int64_t tiles = x.N * x.tiling.per_image();
-  constexpr int64_t L = kLanes<T>, batch = 64;
-  int64_t marked[batch];
-  for (int64_t tile = 0; tile < tiles;) {
-    int64_t count = 0;
-    for (; tile < tiles && count < batch; ++tile)
-      if (x.not_finite[tile]) marked[count++] = tile;
-    if (count == 0) return;
-    T* source = workspace<T>(Slot::gradient, count * (x.C * F::in * F::in + x.K * results * results));
-    T* result = source + count * x.C * F::in * F::in;
-    alignas(64) T band[std::max(F::in * F::in, F::out * F::out) * L];
-    for (int64_t b = 0; b < count; ++b) {
-      const Run run = run_at<F>(x.tiling, marked[b], marked[b] + 1);
-      for_each_vector<T>(x.C, [&](int64_t c) {
-        read_band(x.source, run.n, c, run.source_h, run.source_w, F::in, F::in, band);
-        T* to = source + (b * x.C + c) * F::in * F::in;
-        for (int64_t lane = 0; lane < L; ++lane)
-          for (int64_t e = 0; e < F::in * F::in; ++e) to[lane * F::in * F::in + e] = band[e * L + lane];
-      });
-    }
-    direct(count, source, result);
-    for (int64_t b = 0; b < count; ++b) {
-      const Run run = run_at<F>(x.tiling, marked[b], marked[b] + 1);
-      for_each_vector<T>(x.K, [&](int64_t k) {
-        const T* from = result + (b * x.K + k) * results * results;
-        for (int64_t lane = 0; lane < L; ++lane)
-          for (int64_t i = 0; i < F::out; ++i)
-            for (int64_t j = 0; j < F::out; ++j)
-              band[(i * F::out + j) * L + lane] = from[lane * results * results + i * results + j];
-        write_band(band, x.result, run.n, k, run.result_h, run.result_w, F::out, F::out);
-      });
+void recompute_tiles(int64_t N, int64_t groups, int64_t channels, const Tiling& tiling, const Images<T>& result,
+                     const unsigned char* not_finite, Direct direct) {
+  const int64_t per_image = tiling.per_image();
+  const Strides& s = result.strides;
+  for (int64_t n = 0; n < N; ++n) {
+    T* image = nullptr;
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t tile = n * per_image; tile < (n + 1) * per_image; ++tile) {
+        if (!not_finite[group * N * per_image + tile]) continue;
+        if (image == nullptr) direct(n, image = workspace<T>(Slot::gradient, s.n));
+        const Run run = run_at<F>(tiling, tile, tile + 1);
+        const Inside row(run.result_h, result.dilation_h, F::out, result.rows),
+            column(run.result_w, result.dilation_w, F::out, result.columns);
+        for (int64_t k = group * channels; k < (group + 1) * channels; ++k)
+          for (int64_t i = row.begin; i < row.end; ++i)
+            for (int64_t j = column.begin; j < column.end; ++j) {
+              const int64_t h = run.result_h + i * result.dilation_h, w = run.result_w + j * result.dilation_w;
+              const int64_t at = k * s.c + h * s.h + w * s.w;
+              result.data[n * s.n + at] = image[at];
+            }
+      }
     }
   }
 }
@@ -431,6 +420,9 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
   const Strides in = g.input_strides(), out = g.output_strides();
   const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
   const Tiling tiling{output_axis<F>(g.P, g.dilation_h, g.pad_h), output_axis<F>(g.Q, g.dilation_w, g.pad_w)};
+  const int64_t tiles = g.N * tiling.per_image();
+  unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
+  const Images<T> result{output, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
   for (int64_t group = 0; group < g.G; ++group) {
     const T* w = weight + group * K * C * taps;
     const Epilogue<T> end{epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K, epilogue.relu};
@@ -444,14 +436,13 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
                            C * taps,
                            taps,
                            end,
-                           cleared_flags<T>(g.N * tiling.per_image())};
+                           not_finite + group * tiles};
     correlate<F, false>(x);
-    recompute_tiles<F>(x, F::out, [&](int64_t count, const T* source, T* result) {
-      const Conv2dGeometry tile{count, C,         F::in,     F::in, K, F::r, F::r, F::out,      F::out,
-                                1,     F::stride, F::stride, 0,     0, 1,    1,    Layout::nchw};
-      implicit_gemm::conv2d_forward(tile, source, w, end, result);
-    });
   }
+  Conv2dGeometry one = g;
+  one.N = 1;
+  recompute_tiles<F>(g.N, g.G, K, tiling, result, not_finite,
+                     [&](int64_t n, T* image) { implicit_gemm::conv2d_forward(one, input + n * in.n, weight, epilogue, image); });
 }
 
 template <class F, class T>
@@ -459,6 +450,9 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   const Strides in = g.input_strides(), out = g.output_strides();
   const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
   const Tiling tiling{input_axis<F>(g.H, g.dilation_h, g.pad_h), input_axis<F>(g.W, g.dilation_w, g.pad_w)};
+  const int64_t tiles = g.N * tiling.per_image();
+  unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
+  const Images<T> result{grad_input, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
   for (int64_t group = 0; group < g.G; ++group) {
     const T* w = weight + group * K * C * taps;
     const Correlation<T> x{g.N,
@@ -471,16 +465,13 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
                            taps,
                            C * taps,
                            {nullptr, false},
-                           cleared_flags<T>(g.N * tiling.per_image())};
+                           not_finite + group * tiles};
     correlate<F, true>(x);
-    // The input whose output is a tile of the source: at stride 2 it has one row and column more than the result's tile.
-    constexpr int64_t results = F::stride == 1 ? F::out : F::out + 1, pad = F::stride == 1 ? F::r - 1 : 1;
-    recompute_tiles<F>(x, results, [&](int64_t count, const T* source, T* result) {
-      const Conv2dGeometry tile{count, C,         results,   results, K,   F::r, F::r, F::in,       F::in,
-                                1,     F::stride, F::stride, pad,     pad, 1,    1,    Layout::nchw};
-      implicit_gemm::conv2d_grad_input(tile, source, w, result);
-    });
   }
+  Conv2dGeometry one = g;
+  one.N = 1;
+  recompute_tiles<F>(g.N, g.G, C, tiling, result, not_finite,
+                     [&](int64_t n, T* image) { implicit_gemm::conv2d_grad_input(one, grad_output + n * out.n, weight, image); });
 }
 
 // grad_weight: sums run over `block` tiles in registers, then from block to block in U; in slices over half as many, whose V and D

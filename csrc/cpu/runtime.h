@@ -31,6 +31,8 @@ enum class Slot {
   row_pointers,
   phases,
   filter_rows,
+  regions,
+  runs,
   offsets,
   positions,
   packed_weight,

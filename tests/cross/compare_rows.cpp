@@ -133,6 +133,26 @@ Conv2dGeometry random_conv2d(Layout layout) {
   }
 }
 
+// What chance seldom meets: layers whose algorithms have paths of their own. Each is large enough for several blocks and panels.
+std::vector<Conv2dGeometry> named_conv2d(Layout layout) {
+  const auto layer = [&](int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t R, int64_t S, const Conv2dOptions& o) {
+    return conv2d_geometry("compare", N, C, H, W, K, C / o.groups, R, S, o, layout);
+  };
+  return {
+      layer(2, 24, 15, 19, 40, 1, 1, {2, 2, 0, 0, 1, 1, 1}),  // 1x1 of stride 2, where rows end between two steps
+      layer(3, 20, 17, 14, 28, 1, 1, {2, 3, 0, 0, 1, 1, 1}),
+      layer(2, 24, 12, 12, 40, 1, 1, {2, 2, 1, 1, 1, 1, 1}),   // with padding it is not pointwise
+      layer(2, 48, 20, 20, 48, 3, 3, {2, 2, 1, 1, 1, 1, 3}),   // narrow groups of stride 2: regions along two edges
+      layer(2, 40, 23, 21, 40, 3, 3, {2, 2, 1, 1, 1, 1, 5}),   // and along four
+      layer(2, 17, 17, 17, 35, 1, 7, {1, 1, 0, 3, 1, 1, 1}),   // regions of one column
+      layer(2, 17, 17, 17, 35, 7, 1, {1, 1, 3, 0, 1, 1, 1}),   // of one row
+      layer(1, 18, 26, 28, 20, 4, 3, {1, 1, 4, 2, 1, 2, 1}),   // positions that meet no tap at all
+      layer(1, 3, 40, 38, 35, 19, 18, {1, 1, 0, 0, 1, 1, 1}),  // a filter of one channel deeper than a block
+      layer(2, 32, 16, 16, 33, 5, 3, {1, 1, 2, 1, 1, 1, 1}),   // planes of a power of two: a copied window
+      layer(3, 21, 14, 12, 37, 2, 2, {2, 2, 0, 0, 1, 1, 1}),   // patches
+  };
+}
+
 Pool2dGeometry random_pool2d(Layout layout) {
   for (;;) {
     const int64_t R = between(1, 4), S = between(1, 4), H = between(1, 20), W = between(1, 40), stride_h = between(1, 3),
@@ -150,7 +170,14 @@ Pool2dGeometry random_pool2d(Layout layout) {
 int main(int argc, char** argv) {
   using namespace torchcnn;
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 200;
-  int failures = 0;
+  int failures = 0, comparisons = 8 * rounds;
+  for (const Layout layout : {Layout::nchw, Layout::channels_last}) {
+    for (const Conv2dGeometry& conv : named_conv2d(layout)) {
+      failures += !compare_conv2d<float>(conv, ROW::conv2d_f32, reference::conv2d_f32);
+      failures += !compare_conv2d<double>(conv, ROW::conv2d_f64, reference::conv2d_f64);
+      comparisons += 2;
+    }
+  }
   for (int round = 0; round < rounds; ++round) {
     for (const Layout layout : {Layout::nchw, Layout::channels_last}) {
       const Conv2dGeometry conv = random_conv2d(layout);
@@ -161,6 +188,6 @@ int main(int argc, char** argv) {
       failures += !compare_pool2d<double>(pool, ROW::pool2d_f64, reference::pool2d_f64);
     }
   }
-  std::printf("%d comparisons, %d failed\n", 8 * rounds, failures);
+  std::printf("%d comparisons, %d failed\n", comparisons, failures);
   return failures != 0;
 }
