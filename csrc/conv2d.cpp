@@ -252,7 +252,7 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
   require_rank(op, "input", input, 4);
   require_same_kind(op, "grad_output", grad_output, "input", input);
   require(groups > 0, op, "groups must be at least 1, got ", groups);
-  const Layout layout = layout_of(input);
+  const Layout layout = layout_of(input.size(1) == 1 ? grad_output : input);  // one channel fits both layouts
   const Conv2dGeometry g =
       conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), grad_output.size(1), input.size(1) / groups,
                       R, S, {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);

@@ -1,4 +1,4 @@
-"""Convolution with few channels, vectorised over pixels: geometries that cross its tiles, bands, vectors and blocks."""
+"""Convolution with few channels, vectorised over pixels or filters: geometries that cross tiles, bands, vectors and blocks."""
 
 import random
 
@@ -34,6 +34,13 @@ GEOMETRIES = {
     "wide_groups": ((2, 48, 15, 22), (36, 16, 3, 3), 2, 1, 1, 3),
     "many_source_channels": ((1, 4, 30, 200), (90, 4, 5, 5), 1, 2, 1, 1),
     "few_filters": ((2, 70, 20, 33), (3, 70, 3, 3), 1, 1, 1, 1),
+    "short_rows_in_blocks": ((2, 2, 200, 20), (5, 2, 4, 3), 1, 1, 1, 1),
+    "short_rows_of_images": ((5, 3, 9, 11), (11, 3, 3, 3), 1, 1, (1, 2), 1),
+    "filters": ((2, 3, 21, 40), (32, 3, 3, 3), 1, 1, 1, 1),
+    "filters_beside_half_a_panel": ((2, 2, 17, 25), (48, 2, 5, 3), 2, (2, 1), 1, 1),
+    "filters_of_groups": ((2, 12, 14, 13), (64, 3, 3, 3), 1, 1, 1, 4),
+    "filters_and_a_long_sum": ((1, 3, 50, 207), (16, 3, 11, 11), (4, 1), 2, 1, 1),
+    "filters_dilated": ((2, 5, 20, 20), (16, 5, 3, 4), (1, 2), 4, (3, 2), 1),
     "odd_everything": ((3, 19, 23, 47), (41, 19, 3, 2), 3, (2, 1), 1, 1),
 }
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -76,6 +83,13 @@ def test_rule_sends_few_channels_here():
         lines = torchcnn.explain((2, 1, 28, 28), (6, 1, 5, 5), 1, 2, 1, 1, channels_last).splitlines()
         for direction in DIRECTIONS:
             assert any(line.split()[:2] == [direction, "small_channels"] for line in lines), lines
+    for name, channels_last, directions in (
+        ("filters", True, ("forward", "grad_weight")),
+        ("filters_of_groups", False, ("forward",)),
+    ):
+        lines = torchcnn.explain(*GEOMETRIES[name], channels_last).splitlines()
+        for direction in directions:
+            assert any(line.startswith(direction) and "vectors of filters" in line for line in lines), lines
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -140,15 +154,17 @@ def test_what_is_not_finite_stays_where_it_belongs(value, memory_format):
 
 @pytest.mark.parametrize("relu", [False, True])
 def test_bias_and_relu(relu, dtype, memory_format):
-    """Also where the result passes through a tile: rows shorter than a vector, channels_last."""
-    for W in (9, 30):
-        input, weight, bias, _ = move(make_tensors((2, 3, 9, W), (7, 3, 3, 3), (1, 1), small_integers), dtype, memory_format)
+    """Also where the result passes through a tile: rows shorter than a vector, channels_last; and with vectors of filters."""
+    for W, K in ((9, 7), (30, 7), (9, 16), (30, 48)):
+        input, weight, bias, _ = move(make_tensors((2, 3, 9, W), (K, 3, 3, 3), (1, 1), small_integers), dtype, memory_format)
         expected = F.conv2d(input.double(), weight.double(), bias.double(), 1, 1)
         actual = torchcnn.functional.conv2d(input, weight, bias, 1, 1, activation="relu" if relu else None)
         assert_exact(actual, expected.relu() if relu else expected)
 
 
-@pytest.mark.parametrize("name", ["lenet", "stem", "narrow_groups", "patchify_4", "many_source_channels", "few_filters"])
+@pytest.mark.parametrize(
+    "name", ["lenet", "stem", "filters", "narrow_groups", "patchify_4", "many_source_channels", "few_filters"]
+)
 def test_bits_do_not_depend_on_threads(name, memory_format):
     input_size, weight_size, *options = GEOMETRIES[name]
     tensors = move(make_tensors(input_size, weight_size, options, torch.randn), torch.float32, memory_format)

@@ -11,6 +11,7 @@
 #include "conv2d_pointwise.h"
 #include "conv2d_reference.h"
 #include "conv2d_small_channels.h"
+#include "conv2d_small_channels_filters.h"
 #include "conv2d_small_channels_grad_weight.h"
 #include "conv2d_winograd.h"
 #include "convert.h"
@@ -45,7 +46,10 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
     case Algorithm::winograd_5x5_stride_2:
       return winograd::conv2d_forward<winograd::Stride2<5>>(g, input, weight, epilogue, output);
     case Algorithm::pointwise: return pointwise::conv2d_forward(g, input, weight, epilogue, output);
-    case Algorithm::small_channels: return small_channels::conv2d_forward(g, input, weight, epilogue, output);
+    case Algorithm::small_channels:
+      if (suits_vectors_of_filters(g, Direction::forward))
+        return small_channels::filters::conv2d_forward(g, input, weight, epilogue, output);
+      return small_channels::conv2d_forward(g, input, weight, epilogue, output);
     case Algorithm::depthwise: return depthwise::conv2d_forward(g, input, weight, epilogue, output);
     default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
   }
@@ -88,7 +92,10 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       return winograd::conv2d_grad_weight<winograd::Stride2<4>>(g, grad_output, input, grad_weight);
     case Algorithm::winograd_5x5_stride_2:
       return winograd::conv2d_grad_weight<winograd::Stride2<5>>(g, grad_output, input, grad_weight);
-    case Algorithm::small_channels: return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight);
+    case Algorithm::small_channels:
+      if (suits_vectors_of_filters(g, Direction::grad_weight))
+        return small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight);
+      return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight);
     case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }

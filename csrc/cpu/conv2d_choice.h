@@ -97,6 +97,16 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   return {Algorithm::winograd_2x2_3x3, "3x3, stride 1, few outputs: 16 products for 2x2 outputs instead of 36"};
 }
 
+// Whether the input has so few channels that filters, in whole vectors, meet it straight from its rows
+// (conv2d_small_channels_filters.h): in channels_last, where filters are adjacent, and where rows are too short or sums too long
+// for vectors of pixels.
+inline bool suits_vectors_of_filters(const Conv2dGeometry& g, Direction direction) {
+  const int64_t C = g.C_per_group(), terms = C * g.R * g.S;
+  if (g.K_per_group() % 16 != 0 || C > 16 || g.R * g.S == 1 || terms > 512) return false;
+  if (g.layout == Layout::channels_last) return direction != Direction::grad_input;
+  return direction == Direction::forward && g.Q >= 8 && (g.Q < 16 || terms > 160);
+}
+
 // Whether vectors of pixels beat vectors of channels (conv2d_small_channels*.h): rows long enough to fill vectors, and either so
 // few channels on the other side that most lanes of a panel would be empty, or so short a sum that moving panels around would
 // cost more than the products. channels_last with many filters has its vectors of channels in memory already.
@@ -127,6 +137,8 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   if (g.layout == Layout::nchw && direction != Direction::grad_weight && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 &&
       g.C_per_group() >= 8 && g.K_per_group() >= 8)
     return {Algorithm::pointwise, "1x1 without padding: the weight matrix times the planes of the tensor"};
+  if (suits_vectors_of_filters(g, direction))
+    return {Algorithm::small_channels, "few channels: vectors of filters, the input straight from its rows"};
   if (suits_small_channels(g, direction))
     return {Algorithm::small_channels, "few channels: vectors of pixels, straight from the rows of the image"};
   if (direction == Direction::grad_input && (g.stride_h > 1 || g.stride_w > 1))

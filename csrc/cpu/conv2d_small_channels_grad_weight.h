@@ -2,14 +2,15 @@
 //
 //   grad_weight[k,c,t] = sum_{n,i,j} grad_output[n,k,i,j] input[n, c, i stride_h + row_t, j stride_w + column_t]     t = (r, s)
 //
-// A vector of pixels of a row of grad_output is multiplied with the vectors of input that its taps see: both are read as they
-// lie, where the general kernel would transpose grad_output and leave the lanes beyond K empty. The register tile is some filters
-// by some (c, t); each of its elements is a vector of partial sums over the pixels of a block of rows. At the end of a block its
-// lanes are added and the result goes to sums[tile][element]: sums within a block and sums over blocks are short, and so are
-// their errors.
+// A vector of pixels of grad_output is multiplied with the vectors of input that its taps see: both are read as they lie, where
+// the general kernel would transpose grad_output and leave the lanes beyond K empty. The register tile is some filters by some
+// (c, t); each of its elements is a vector of partial sums over the pixels of a block of rows, which is added to
+// sums[tile][element]. Lanes are added at the end. Sums within a block and over blocks are short, and so are their errors.
 //
-// Input rows come from a padded copy (conv2d_planar_rows.h). Where the rows of grad_output are no whole vectors, lanes of zeros
-// make up for it, and meet inputs that no tap pairs them with: a result that holds a NaN is computed again by the general kernel.
+// Input rows come from a padded copy (conv2d_planar_rows.h). Where rows of grad_output would leave many lanes empty, they are
+// strung together to one for each image, and so is the input under each filter column s: flat[n][c][s][row][Q]. Where rows are
+// no whole vectors, lanes of zeros make up for it, and meet inputs that no tap pairs them with: a result that holds a NaN is
+// computed again by the general kernel.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +31,9 @@ namespace torchcnn::TORCHCNN_ISA::small_channels {
 inline constexpr int max_tile_filters = 4;
 constexpr int tile_taps(int filters) { return std::min(8, TORCHCNN_VECTOR_REGISTERS / 4 * 3 / filters); }
 
-// In both copies together, as many elements as in a block of conv2d_small_channels.h.
-inline constexpr int64_t gradient_block_elements = 24 * 1024;
+// Elements of grad_output of a tile's filters that a block should have, 24 KiB, since all taps pass by them in L1; and the most
+// of the input, which may come from L2.
+inline constexpr int64_t gradient_block_elements = 6 * 1024, input_block_elements = 24 * 1024;
 
 // In place: lane l of v[0] becomes the sum of all lanes of v[l].
 template <class T, int block = int(kLanes<T> / 2)>
@@ -54,12 +56,11 @@ struct GradientBlock {
   int64_t gradient_filter, gradient_row, input_row;
 };
 
-// sums[f taps + t] += sum over the block of gradient[f] input[offset[t]]; sums has room for whole vectors.
+// sums[f taps + t], a vector each, += the products over the block of gradient[f] and input[offset[t]]. `next` will be read soon.
 template <class T, int filters, int taps>
-[[gnu::noinline]] void gradient_tile(const GradientBlock<T>& block, const T* gradient, const T* input, const int64_t* offset,
-                                     T* sums) {
+[[gnu::noinline]] void gradient_tile(const GradientBlock<T>& block, const T* gradient, const T* next, const T* input,
+                                     const int64_t* offset, T* sums) {
   constexpr int64_t L = kLanes<T>;
-  constexpr int elements = filters * taps;
   const T* seen[taps];
   for (int t = 0; t < taps; ++t) seen[t] = input + offset[t];
   Vec<T> sum[filters][taps] = {};
@@ -79,6 +80,7 @@ template <class T, int filters, int taps>
     const T* left = gradient + i * block.gradient_row;
     const int64_t row = i * block.input_row;
     for (int64_t x = 0; x < whole; x += L) {
+      __builtin_prefetch(next + i * block.gradient_row + x, 0, 2);
       Vec<T> g[filters];
 #pragma GCC unroll 4
       for (int f = 0; f < filters; ++f) g[f] = load(left + x + f * block.gradient_filter);
@@ -92,23 +94,23 @@ template <class T, int filters, int taps>
       add_products(row + x, g);
     }
   }
-#pragma GCC unroll 16
-  for (int first = 0; first < elements; first += int(L)) {
-    Vec<T> v[L];
-#pragma GCC unroll 16
-    for (int l = 0; l < int(L); ++l) v[l] = first + l < elements ? sum[(first + l) / taps][(first + l) % taps] : Vec<T>{};
-    add_lanes<T>(v);
-    store(sums + first, load(sums + first) + v[0]);
+#pragma GCC unroll 4
+  for (int f = 0; f < filters; ++f) {
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) {
+      T* const total = sums + (f * taps + t) * L;
+      store(total, load(total) + sum[f][t]);
+    }
   }
 }
 
 template <class T, int filters, int taps = tile_taps(filters)>
-void gradient_tile_of(int64_t needed, const GradientBlock<T>& block, const T* gradient, const T* input, const int64_t* offset,
-                      T* sums) {
+void gradient_tile_of(int64_t needed, const GradientBlock<T>& block, const T* gradient, const T* next, const T* input,
+                      const int64_t* offset, T* sums) {
   if constexpr (taps > 1) {
-    if (needed < taps) return gradient_tile_of<T, filters, taps - 1>(needed, block, gradient, input, offset, sums);
+    if (needed < taps) return gradient_tile_of<T, filters, taps - 1>(needed, block, gradient, next, input, offset, sums);
   }
-  gradient_tile<T, filters, taps>(block, gradient, input, offset, sums);
+  gradient_tile<T, filters, taps>(block, gradient, next, input, offset, sums);
 }
 
 // How many filters the next tile of `rest` takes.
@@ -123,28 +125,36 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const planar_rows::View<const T> input_view{input, g.input_strides(), g.H, g.W},
       gradient_view{grad_output, g.output_strides(), g.P, g.Q};
 
-  // Rows of grad_output are read where they lie, or from a copy with zeros up to a whole vector.
-  const bool in_place = g.layout == Layout::nchw && g.Q >= L;
-  const int64_t vectors = ceil_div(g.Q, L), columns = in_place ? g.Q : vectors * L;
+  // Rows that fill no more than seven eighths of their vectors are strung together, if enough products pay for the copies.
+  const int64_t vectors = ceil_div(g.Q, L);
+  const bool flat = g.stride_h == 1 && K * g.R >= 16 && 8 * g.Q <= 7 * vectors * L;
   planar_rows::Buffer b{-g.pad_w, 0, g.stride_w, 0, 0, 0};
-  b.columns = (columns - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
+  b.columns = (vectors * L - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
   b.pitch = ceil_div(ceil_div(b.columns, g.stride_w), L) * L;
   b.channel_stride = g.stride_w * b.pitch;
   b.row_stride = C * b.channel_stride;
-  const int64_t halo = (g.R - 1) * g.dilation_h + 1;
-  // Rows of grad_output in a block: those of one tile of filters and the rows of input under them.
-  const int64_t row_elements = max_tile_filters * vectors * L + g.stride_h * b.row_stride;
-  const int64_t block_rows = std::clamp<int64_t>((gradient_block_elements - halo * b.row_stride) / row_elements,
-                                                 std::min<int64_t>(4, g.P), std::min<int64_t>(64, g.P));
-  const int64_t blocks_of_image = ceil_div(g.P, block_rows), blocks = g.N * blocks_of_image;
+  const int64_t halo = (g.R - 1) * g.dilation_h + 1, input_row = flat ? C * g.S * g.Q : b.row_stride;
+  const int64_t wanted_rows = std::min(gradient_block_elements / (max_tile_filters * g.Q),
+                                       (input_block_elements - halo * input_row) / (g.stride_h * input_row));
+  const int64_t blocks_of_image = ceil_div(g.P, std::clamp<int64_t>(wanted_rows, std::min<int64_t>(4, g.P), 64));
+  const int64_t block_rows = ceil_div(g.P, blocks_of_image);
+  // grad_output is read where it lies, or from a copy with zeros up to a whole vector.
+  const bool in_place = g.layout == Layout::nchw && (flat ? g.P / blocks_of_image * g.Q : g.Q) >= L;
+  const int64_t block_input_rows = (block_rows - 1) * g.stride_h + halo;
+  const int64_t flat_stride = block_input_rows * g.Q + L;  // from one filter column to the next
+  // Small planes are taken several images at a time.
+  const int64_t wanted_images = flat && in_place && blocks_of_image == 1 ? wanted_rows / g.P : 1;
+  const int64_t block_images = std::clamp<int64_t>(wanted_images, 1, g.N);
+  const int64_t blocks = ceil_div(g.N, block_images) * blocks_of_image;
 
   // Tiles of a group, in order: where their elements stand in sums, and the offset of each (c, t) into the buffer.
   int64_t* offset = workspace<int64_t>(Slot::offsets, patch_size);
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t t = 0; t < taps_count; ++t) {
-      const int64_t shift = taps[t].column + g.pad_w;
+      const int64_t row = taps[t].row + g.pad_h, shift = taps[t].column + g.pad_w;
       offset[c * taps_count + t] =
-          (taps[t].row + g.pad_h) * b.row_stride + c * b.channel_stride + shift % g.stride_w * b.pitch + shift / g.stride_w;
+          flat ? row * g.Q + (c * g.S + t % g.S) * flat_stride
+               : row * b.row_stride + c * b.channel_stride + shift % g.stride_w * b.pitch + shift / g.stride_w;
     }
   }
   // Calls visit(k, filters, first (c, t), taps, place in sums) for every tile and returns the size of sums.
@@ -156,7 +166,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * patch_size / tiles, count = (tile + 1) * patch_size / tiles - first;
         visit(k, filters, first, count, place);
-        place += ceil_div(filters * count, L) * L;
+        place += filters * count;
       }
     }
     return place;
@@ -168,44 +178,71 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
   parallel_for(g.G * slices, K * patch_size * vectors * g.P * g.N / slices, [&](int64_t task) {
     const int64_t slice = task % slices, group = task / slices;
-    T* buffer = workspace<T>(Slot::patches, ((block_rows - 1) * g.stride_h + halo) * b.row_stride + L);
-    T* gradient_copy = in_place ? nullptr : workspace<T>(Slot::gradient, max_tile_filters * block_rows * vectors * L);
-    const int64_t sums_size = each_tile([](auto...) {});
-    T* sums = workspace<T>(Slot::tile, sums_size);
-    for (int64_t x = 0; x < sums_size; x += L) store(sums + x, Vec<T>{});
+    T* buffer =
+        workspace<T>(Slot::patches, block_input_rows * b.row_stride + L + (flat ? block_images * C * g.S * flat_stride : 0));
+    T* flat_input = buffer + block_input_rows * b.row_stride + L;
+    T* gradient_copy = in_place ? nullptr : workspace<T>(Slot::gradient, max_tile_filters * (block_rows * vectors + 1) * L);
+    const int64_t elements = ceil_div(K * patch_size, L) * L;  // sums_of_lanes takes L of them at a time
+    T* sums = workspace<T>(Slot::tile, elements * L);
+    for (int64_t x = 0; x < elements; ++x) store(sums + x * L, Vec<T>{});
 
     for (int64_t block = slice * blocks / slices; block < (slice + 1) * blocks / slices; ++block) {
-      const int64_t n = block / blocks_of_image, i_begin = block % blocks_of_image * block_rows;
-      const int64_t rows = std::min(block_rows, g.P - i_begin), input_rows = (rows - 1) * g.stride_h + halo;
+      const int64_t n = block / blocks_of_image * block_images, images = std::min(block_images, g.N - n);
+      const int64_t part = block % blocks_of_image, i_begin = part * g.P / blocks_of_image;
+      const int64_t rows = (part + 1) * g.P / blocks_of_image - i_begin, input_rows = (rows - 1) * g.stride_h + halo;
       const int64_t row = i_begin * g.stride_h - g.pad_h;
       const int64_t begin = std::clamp<int64_t>(-row, 0, input_rows), end = std::clamp(g.H - row, begin, input_rows);
-      planar_rows::clear(C, begin, b, buffer);
-      planar_rows::fill(input_view, g.N, n, group * C, C, row + begin, end - begin, b, buffer + begin * b.row_stride);
-      planar_rows::clear(C, input_rows - end, b, buffer + end * b.row_stride);
+      for (int64_t image = 0; image < images; ++image) {
+        planar_rows::clear(C, begin, b, buffer);
+        planar_rows::fill(input_view, g.N, n + image, group * C, C, row + begin, end - begin, b, buffer + begin * b.row_stride);
+        planar_rows::clear(C, input_rows - end, b, buffer + end * b.row_stride);
+        for (int64_t line = 0; flat && line < C * g.S; ++line) {
+          const int64_t shift = line % g.S * g.dilation_w;
+          const T* from = buffer + line / g.S * b.channel_stride + shift % g.stride_w * b.pitch + shift / g.stride_w;
+          T* to = flat_input + (image * C * g.S + line) * flat_stride;
+          for (int64_t i = 0; i < input_rows; ++i, from += b.row_stride, to += g.Q)
+            for (int64_t x = 0; x < g.Q; x += L) store(to + x, load(from + x));  // the next row replaces what is too much
+          store(to, Vec<T>{});
+        }
+      }
 
-      int64_t copied = -1;
+      int64_t copied = -1, tile = 0;
       const T* gradient = nullptr;
-      GradientBlock<T> shape{rows, columns, 0, 0, g.stride_h * b.row_stride};
+      GradientBlock<T> shape{rows, in_place ? g.Q : vectors * L, 0, 0, g.stride_h * b.row_stride};
+      if (flat) shape.rows = images, shape.columns = rows * g.Q, shape.input_row = C * g.S * flat_stride;
       each_tile([&](int64_t k, int64_t filters, int64_t first, int64_t count, int64_t place) {
         if (k != copied) {
-          copied = k;
+          copied = k, tile = 0;
           if (in_place) {
             gradient = grad_output + n * gradient_view.strides.n + (group * K + k) * gradient_view.strides.c + i_begin * g.Q;
-            shape.gradient_filter = g.P * g.Q, shape.gradient_row = g.Q;
+            shape.gradient_filter = g.P * g.Q, shape.gradient_row = flat ? gradient_view.strides.n : g.Q;
           } else {
-            const planar_rows::Buffer of{0, g.Q, 1, vectors * L, vectors * L, rows * vectors * L};
+            const int64_t pitch = flat ? g.Q : vectors * L;
+            const planar_rows::Buffer of{0, g.Q, 1, pitch, pitch, (rows * vectors + 1) * L};
             planar_rows::fill(gradient_view, g.N, n, group * K + k, filters, i_begin, rows, of, gradient_copy);
+            for (int64_t f = 0; f < filters; ++f) store(gradient_copy + f * of.channel_stride + rows * pitch, Vec<T>{});
+            if (flat) shape.columns = ceil_div(rows * g.Q, L) * L;
             gradient = gradient_copy;
             shape.gradient_filter = of.channel_stride, shape.gradient_row = of.row_stride;
           }
         }
+        // Each tile fetches one of the filters that come after these.
+        const T* next = gradient + (filters + tile++ % filters) * shape.gradient_filter;
+        const T* seen = flat ? flat_input : buffer;
         switch (filters) {
-          case 4: return gradient_tile_of<T, 4>(count, shape, gradient, buffer, offset + first, sums + place);
-          case 3: return gradient_tile_of<T, 3>(count, shape, gradient, buffer, offset + first, sums + place);
-          case 2: return gradient_tile_of<T, 2>(count, shape, gradient, buffer, offset + first, sums + place);
-          default: return gradient_tile_of<T, 1>(count, shape, gradient, buffer, offset + first, sums + place);
+          case 4: return gradient_tile_of<T, 4>(count, shape, gradient, next, seen, offset + first, sums + place * L);
+          case 3: return gradient_tile_of<T, 3>(count, shape, gradient, next, seen, offset + first, sums + place * L);
+          case 2: return gradient_tile_of<T, 2>(count, shape, gradient, next, seen, offset + first, sums + place * L);
+          default: return gradient_tile_of<T, 1>(count, shape, gradient, next, seen, offset + first, sums + place * L);
         }
       });
+    }
+    for (int64_t x = 0; x < elements; x += L) {
+      Vec<T> v[L];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < L; ++l) v[l] = load(sums + (x + l) * L);
+      add_lanes<T>(v);
+      store(sums + x, v[0]);
     }
     each_tile([&](int64_t k, int64_t filters, int64_t first, int64_t count, int64_t place) {
       T* to = partial + slice * weights + (group * K + k) * patch_size + first;

@@ -1,0 +1,270 @@
+// Convolution with few input channels, vectorised over filters: where rows of pixels are too short to fill vectors, and in
+// channels_last, where filters are adjacent already. The general kernel looks up where each pixel of a tile lies, which costs
+// more than a short sum.
+//
+//   forward      output[x][k] = bias[k] + sum_{c,t} input(x, (c,t)) weight[(c,t)][k]      x = (n, i, j), t = (r, s)
+//   grad_weight  grad_weight[(c,t)][k] = sum_x input(x, (c,t)) grad_output[x][k]          channels_last only
+//
+// The input is broadcast, from a padded copy of its rows (conv2d_planar_rows.h) in which the pixels that a tap sees are adjacent
+// whatever the stride: in forward the register tile is some pixels of a row by up to two vectors of filters, in grad_weight some
+// (c, t) by up to two vectors. An element of forward is summed in runs of at most max_run terms; one of grad_weight over pieces
+// of rows, then over these.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../geometry.h"
+#include "conv2d_gemm.h"
+#include "conv2d_implicit_gemm.h"
+#include "conv2d_planar_rows.h"
+#include "conv2d_small_channels.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace torchcnn::TORCHCNN_ISA::small_channels::filters {
+
+using gemm::nr;
+
+// Elements of a block of the output before it is transposed to NCHW: 128 KiB, for an L2 cache.
+inline constexpr int64_t output_elements = 32 * 1024;
+// Pixels whose products are added before they meet the rest of the sum. All terms pass by them while they are in L1.
+inline constexpr int64_t gradient_pixels = 96;
+
+// Calls run(first, std::integral_constant<int, size>) for tiles of at most max_rows that share `count` evenly.
+template <class Run>
+[[gnu::always_inline]] inline void for_even_tiles(int64_t count, const Run& run) {
+  const int64_t tiles = ceil_div(count, max_rows);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * count / tiles;
+    with_rows((tile + 1) * count / tiles - first, [&](auto size) { run(first, size); });
+  }
+}
+
+// The copy of the rows under `rows` rows of the output, and where the terms (c, t) of the sum stand in it.
+template <class T>
+struct Input {
+  planar_rows::View<const T> view;
+  planar_rows::Buffer buffer;
+  int64_t pad, halo;
+
+  explicit Input(const Conv2dGeometry& g, const T* input)
+      : view{input, g.input_strides(), g.H, g.W}, buffer{-g.pad_w, 0, g.stride_w, 0, 0, 0}, pad(g.pad_h) {
+    buffer.columns = (g.Q - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
+    buffer.pitch = ceil_div(ceil_div(buffer.columns, g.stride_w), kLanes<T>) * kLanes<T>;
+    buffer.channel_stride = g.stride_w * buffer.pitch;
+    buffer.row_stride = g.C_per_group() * buffer.channel_stride;
+    halo = (g.R - 1) * g.dilation_h + 1;
+  }
+  int64_t input_rows(const Conv2dGeometry& g, int64_t rows) const { return (rows - 1) * g.stride_h + halo; }
+  int64_t rows_in(const Conv2dGeometry& g, int64_t elements) const {
+    return std::max<int64_t>(1, (elements / buffer.row_stride - halo) / g.stride_h + 1);
+  }
+  void fill_offsets(const Conv2dGeometry& g, int64_t* offset) const {
+    for (int64_t c = 0; c < g.C_per_group(); ++c) {
+      for (int64_t r = 0; r < g.R; ++r) {
+        for (int64_t s = 0; s < g.S; ++s) {
+          const int64_t shift = s * g.dilation_w;
+          *offset++ = r * g.dilation_h * buffer.row_stride + c * buffer.channel_stride + shift % g.stride_w * buffer.pitch +
+                      shift / g.stride_w;
+        }
+      }
+    }
+  }
+  const T* copy(const Conv2dGeometry& g, int64_t n, int64_t group, int64_t first_row, int64_t rows) const {
+    const int64_t C = g.C_per_group(), count = input_rows(g, rows), row = first_row * g.stride_h - pad;
+    const int64_t begin = std::clamp<int64_t>(-row, 0, count), end = std::clamp(g.H - row, begin, count);
+    T* to = workspace<T>(Slot::patches, count * buffer.row_stride + kLanes<T>);
+    planar_rows::clear(C, begin, buffer, to);
+    planar_rows::fill(view, g.N, n, group * C, C, row + begin, end - begin, buffer, to + begin * buffer.row_stride);
+    planar_rows::clear(C, count - end, buffer, to + end * buffer.row_stride);
+    return to;
+  }
+};
+
+// to[p][...] = bias + sum_d pixel[offset[d] + p] weight[d][...], rectified if need be.
+template <class T, int pixels, int vectors>
+[[gnu::noinline]] void output_tile(int64_t depth, const T* pixel, const int64_t* offset, const T* weight, const T* bias,
+                                   bool relu, T* to, int64_t to_row) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t run_length = ceil_div(depth, ceil_div(depth, max_run));
+  T total[pixels * vectors * L];
+  for (int64_t first = 0; first < depth; first += run_length) {
+    const int64_t end = std::min(depth, first + run_length);
+    Vec<T> sum[pixels][vectors];
+#pragma GCC unroll 12
+    for (int p = 0; p < pixels; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sum[p][v] = first == 0 && bias != nullptr ? load(bias + v * L) : Vec<T>{};
+    for (int64_t d = first; d < end; ++d) {
+      const T *at = pixel + offset[d], *w = weight + d * nr<T>;
+      Vec<T> right[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) right[v] = load(w + v * L);
+#pragma GCC unroll 12
+      for (int p = 0; p < pixels; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum[p][v] += at[p] * right[v];
+    }
+    if (first > 0) {
+#pragma GCC unroll 12
+      for (int p = 0; p < pixels; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum[p][v] += load(total + (p * vectors + v) * L);
+    }
+    const bool last = end == depth;
+    if (last && relu) {
+#pragma GCC unroll 12
+      for (int p = 0; p < pixels; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum[p][v] = rectified<T>(sum[p][v]);
+    }
+    T* out = last ? to : total;
+#pragma GCC unroll 12
+    for (int p = 0; p < pixels; ++p, out += last ? to_row : vectors * L)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) store(out + v * L, sum[p][v]);
+  }
+}
+
+// K / G is a multiple of a vector.
+template <class T>
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  const int64_t K = g.K_per_group(), depth = g.C_per_group() * g.R * g.S, panels = ceil_div(K, nr<T>);
+  const bool nchw = g.layout == Layout::nchw;
+  const Strides out = g.output_strides();
+  const Input<T> source(g, input);
+  int64_t* offset = workspace<int64_t>(Slot::offsets, depth);
+  source.fill_offsets(g, offset);
+  T* packed = workspace<T>(Slot::packed_weight, g.G * panels * depth * nr<T>);
+  for (int64_t group = 0; group < g.G; ++group)
+    for (int64_t panel = 0; panel < panels; ++panel)
+      gemm::pack_transposed(weight + (group * K + panel * nr<T>)*depth, depth, std::min(nr<T>, K - panel * nr<T>), depth,
+                            packed + (group * panels + panel) * depth * nr<T>, [](int64_t d) { return d; });
+
+  // Rows may be split at will, since that changes no sum.
+  const int64_t share = ceil_div(g.N * g.G * g.P, 4 * thread_count());
+  const int64_t wanted = std::min({source.rows_in(g, buffer_elements), output_elements / (K * g.Q), share, g.P});
+  const int64_t blocks = ceil_div(g.P, std::max<int64_t>(1, wanted));
+  parallel_for(g.N * g.G * blocks, g.P / blocks * g.Q * depth * panels * 2, [&](int64_t task) {
+    const int64_t block = task % blocks, n = task / blocks / g.G, group = task / blocks % g.G;
+    const int64_t begin = block * g.P / blocks, rows = (block + 1) * g.P / blocks - begin;
+    const T* buffer = source.copy(g, n, group, begin, rows);
+    T* result = output + n * out.n + group * K * out.c + begin * out.h;
+    T* tile = nchw ? workspace<T>(Slot::tile, panels * rows * g.Q * nr<T>) : nullptr;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t k = panel * nr<T>;
+        const T* w = packed + (group * panels + panel) * depth * nr<T>;
+        const T* bias = epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K + k;
+        T* const to = nchw ? tile + (panel * rows + i) * g.Q * nr<T> : result + i * out.h + k;
+        const int64_t to_row = nchw ? nr<T> : out.w;
+        const T* row = buffer + i * g.stride_h * source.buffer.row_stride;
+        for_even_tiles(g.Q, [&]<int pixels>(int64_t j, std::integral_constant<int, pixels>) {
+          if (K - k > kLanes<T>)
+            output_tile<T, pixels, 2>(depth, row + j, offset, w, bias, epilogue.relu, to + j * to_row, to_row);
+          else
+            output_tile<T, pixels, 1>(depth, row + j, offset, w, bias, epilogue.relu, to + j * to_row, to_row);
+        });
+      }
+    }
+    if (!nchw) return;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const T* from = tile + panel * rows * g.Q * nr<T>;
+      const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, K - k);
+      gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, rows * g.Q, result + k * out.c, out.c,
+                                 implicit_gemm::Finish<T>{nullptr, lanes, false});
+    }
+  });
+}
+
+// Rows of pixels of grad_output and of the input under them.
+struct GradientRows {
+  int64_t rows, columns, gradient_row, pixel_stride, input_row;
+};
+
+// sums[t][...] += sum_x input[offset[t] + x] gradient[x][...] over some rows.
+template <class T, int taps, int vectors>
+[[gnu::noinline]] void weight_tile(const GradientRows& at, const T* gradient, const T* input, const int64_t* offset, T* sums) {
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> sum[taps][vectors] = {};
+  for (int64_t i = 0; i < at.rows; ++i) {
+    const T* seen[taps];
+#pragma GCC unroll 12
+    for (int t = 0; t < taps; ++t) seen[t] = input + i * at.input_row + offset[t];
+    const T* right = gradient + i * at.gradient_row;
+    for (int64_t x = 0; x < at.columns; ++x, right += at.pixel_stride) {
+      Vec<T> g[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) g[v] = load(right + v * L);
+#pragma GCC unroll 12
+      for (int t = 0; t < taps; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum[t][v] += seen[t][x] * g[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < taps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) store(sums + t * nr<T> + v * L, load(sums + t * nr<T> + v * L) + sum[t][v]);
+}
+
+// channels_last; K / G is a multiple of a vector.
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  const int64_t K = g.K_per_group(), depth = g.C_per_group() * g.R * g.S, panels = ceil_div(K, nr<T>), weights = g.K * depth;
+  const Strides out = g.output_strides();
+  const Input<T> source(g, input);
+  int64_t* offset = workspace<int64_t>(Slot::offsets, depth);
+  source.fill_offsets(g, offset);
+  const int64_t blocks_of_image = ceil_div(g.P, source.rows_in(g, buffer_elements / 2)), blocks = g.N * blocks_of_image;
+  const int64_t rows_together = std::max<int64_t>(1, gradient_pixels / g.Q), pieces = ceil_div(g.Q, gradient_pixels);
+
+  // As in the other kernels of grad_weight: slices that the geometry alone decides.
+  const int64_t slices = g.G >= 8 ? 1 : std::min<int64_t>(8, blocks);
+  T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  parallel_for(g.G * slices, depth * panels * 2 * g.N * g.P * g.Q / slices, [&](int64_t task) {
+    const int64_t slice = task % slices, group = task / slices;
+    T* sums = workspace<T>(Slot::tile, panels * depth * nr<T>);
+    for (int64_t x = 0; x < panels * depth * nr<T>; x += kLanes<T>) store(sums + x, Vec<T>{});
+    for (int64_t block = slice * blocks / slices; block < (slice + 1) * blocks / slices; ++block) {
+      const int64_t n = block / blocks_of_image, part = block % blocks_of_image;
+      const int64_t begin = part * g.P / blocks_of_image, rows = (part + 1) * g.P / blocks_of_image - begin;
+      const T* buffer = source.copy(g, n, group, begin, rows);
+      for (int64_t i = 0; i < rows; i += rows_together) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t j = piece * g.Q / pieces, columns = (piece + 1) * g.Q / pieces - j;
+          const GradientRows at{std::min(rows_together, rows - i), columns, out.h, out.w, g.stride_h * source.buffer.row_stride};
+          for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t k = panel * nr<T>;
+            const T* gradient = grad_output + n * out.n + (begin + i) * out.h + j * out.w + group * K + k;
+            const T* seen = buffer + i * at.input_row + j;
+            for_even_tiles(depth, [&]<int taps>(int64_t first, std::integral_constant<int, taps>) {
+              T* to = sums + (panel * depth + first) * nr<T>;
+              if (K - k > kLanes<T>)
+                weight_tile<T, taps, 2>(at, gradient, seen, offset + first, to);
+              else
+                weight_tile<T, taps, 1>(at, gradient, seen, offset + first, to);
+            });
+          }
+        }
+      }
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const T* from = sums + panel * depth * nr<T>;
+      const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, K - k);
+      gemm::unpack_transposed<T>([&](int64_t d) { return from + d * nr<T>; }, lanes, depth,
+                                 partial + slice * weights + (group * K + k) * depth, depth,
+                                 implicit_gemm::Finish<T>{nullptr, lanes, false});
+    }
+  });
+  if (slices == 1) return;
+  for (int64_t i = 0; i < weights; ++i) {
+    T sum = partial[i];
+    for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * weights + i];
+    grad_weight[i] = sum;
+  }
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA::small_channels::filters
