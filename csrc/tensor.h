@@ -38,10 +38,18 @@ inline void require_rank(const char* op, const char* name, const Tensor& tensor,
   require(tensor.dim() == rank, op, name, " must have ", rank, " dimensions, got shape ", Shape{tensor});
 }
 
+// Where a tensor is, as torch writes it: cpu, cuda:1.
+struct Place {
+  const Tensor& tensor;
+  friend std::ostream& operator<<(std::ostream& out, const Place& place) {
+    if (place.tensor.is_cpu()) return out << "cpu";
+    return out << (place.tensor.is_cuda() ? "cuda:" : "another:") << int(place.tensor.get_device_index());
+  }
+};
+
 inline void require_same_device(const char* op, const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
   require(a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op, a_name,
-          " and ", b_name, " must be on the same device, got ", a.is_cpu() ? "cpu" : "another", " and ",
-          b.is_cpu() ? "cpu" : "another");
+          " and ", b_name, " must be on the same device, got ", Place{a}, " and ", Place{b});
 }
 
 inline void require_same_kind(const char* op, const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {

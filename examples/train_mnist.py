@@ -142,6 +142,8 @@ class Processes:
             raise RunError(f"--batch-size {batch_size} cannot be divided among {self.count} processes")
         self.rank = int(os.environ.get("RANK", 0))
         self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
         if self.count > 1:
             distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
             if self.rank > 0:
@@ -376,7 +378,7 @@ def load_checkpoint(run_dir):
     if not path.exists():
         raise RunError(f"{run_dir} has no checkpoint.pt to resume from")
     try:
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["arguments"], checkpoint["model"]
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None

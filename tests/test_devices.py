@@ -26,7 +26,7 @@ CALLS = {
 
 @pytest.fixture
 def kernels(request, monkeypatch):
-    monkeypatch.setattr(_arguments, "has_kernel", lambda op_name, key: key == "CUDA" and request.param)
+    monkeypatch.setattr(_arguments, "HAS_CUDA_KERNELS", request.param)
 
 
 def tensors(device):
@@ -40,6 +40,20 @@ def test_a_build_with_cuda_kernels_takes_cuda_tensors(name, kernels):
         result, expected = CALLS[name](*tensors("cuda")), CALLS[name](*tensors("cpu"))
     assert result.device.type == "cuda"
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("kernels", [True], indirect=True)
+def test_the_question_for_kernels_can_be_traced(kernels):
+    """check_tensors by itself: without a CUDA build of torch, Dynamo traces no more than that of a cuda tensor."""
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def checked(x):
+        _arguments.check_tensors("conv2d", input=x, weight=x)
+        return x + 1
+
+    with FakeTensorMode(), torch.no_grad():
+        assert checked(torch.empty(2, 2, device="cuda")).device.type == "cuda"
 
 
 @pytest.mark.parametrize("kernels", [False], indirect=True)

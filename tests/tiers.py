@@ -11,7 +11,7 @@ That is half the bound; the other half is for the reference, which for float64 r
 
 Tier 3, torch: the largest error at most twice that of torch against float64, plus eps times the largest output, for torch's
 error can be zero. For named geometries and fixed seeds only: the ratio of two errors has no bound over all inputs, and a
-search through random geometries would find the unlucky one.
+search through random geometries would find the unlucky one. For convolution on CPUs only: cuDNN chooses its algorithm by time.
 """
 
 import torch

@@ -17,6 +17,7 @@ Pair = int | Sequence[int]  # (height, width), or one value for both
 P = ParamSpec("P")
 R = TypeVar("R")
 
+HAS_CUDA_KERNELS = has_kernel("torchcnn::conv2d", "CUDA")  # once: torch.compile cannot trace the question
 FLOATING_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 INTEGER_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
@@ -74,8 +75,8 @@ def check_tensors(op, **tensors):
                 f"{op}: {first_name} and {name} must be on the same device, got {first.device} and {tensor.device}"
             )
         first_name, first = name, tensor
-        if tensor.device.type not in ("cpu", "meta") and not (tensor.is_cuda and has_kernel("torchcnn::conv2d", "CUDA")):
-            built = "" if has_kernel("torchcnn::conv2d", "CUDA") else "; this build of torchcnn has no CUDA kernels"
+        if tensor.device.type not in ("cpu", "meta") and not (tensor.is_cuda and HAS_CUDA_KERNELS):
+            built = "" if HAS_CUDA_KERNELS else "; this build of torchcnn has no CUDA kernels"
             raise NotImplementedError(f"{op}: device must be cpu or cuda, got {tensor.device}{built}")
 
 

@@ -56,7 +56,9 @@ class _Algorithms(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is _ops.conv2d.default:
+        if func in (_ops.conv2d.default, _ops.conv_transpose2d.default) and output.is_cuda:
+            self.names.append("cuda")
+        elif func is _ops.conv2d.default:
             self.names.append(_algorithm("forward", args[0], args[1], args[3:10]))
         elif func is _ops.conv_transpose2d.default:
             self.names.append(_algorithm("grad_input", output, args[1], args[3:10]))
