@@ -211,10 +211,10 @@ Rows<Arithmetic<T>> stage_rows(const Pool2dGeometry& g, const T* plane, int64_t 
   return {staged + start, pitch};
 }
 
-// Whether two rows of windows of 2 and 3 columns fit a vector, and each row of the plane that they read, too.
+// Whether two rows of windows of 2x2 fit a vector, and each row of the plane that they read, too.
 template <class A>
 inline bool suits_row_pairs(const Pool2dGeometry& g) {
-  return g.stride_w == 2 && (g.S == 2 || g.S == 3) && g.dilation_w == 1 && 2 * (g.Q - 1) + g.S <= kLanes<A>;
+  return g.stride_w == 2 && g.S == 2 && g.dilation_w == 1 && 2 * g.Q <= kLanes<A>;
 }
 
 // Lanes first, first + 1, ..., then those before them.
