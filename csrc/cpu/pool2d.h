@@ -6,7 +6,7 @@
 //                   sliding, stride 1, 2 vectors over the windows of a row         by rows of the input (average), gather or
 //                                        (pool2d_extremum_nchw.h,                  scatter by offsets (pool2d_offsets_nchw.h,
 //                                        pool2d_average_nchw.h)                    pool2d_indexed.h)
-//                   any other, few       vectors over planes (pool2d_planes.h)     the same (average), scatter by offsets
+//                   any other, few       vectors over planes (pool2d_planes.h)     runs of columns (average), scatter by offsets
 //   channels_last   any                  vectors over the channels                 gather (pool2d_channels_last.h)
 //
 // Planes whose positions leave a lane run the loops of pool2d_reference.h.

@@ -265,9 +265,8 @@ template <class T, int S, int odd>
   const auto before = [&](Vec<A> previous, Vec<A> v) __attribute__((always_inline)) {
     return shuffled<A, L>(previous, v, [](int i) { return i + static_cast<int>(kLanes<A>) - 1; }, each);
   };
-  const auto after = [&](Vec<A> v, Vec<A> next) __attribute__((always_inline)) {
-    return shuffled<A, L>(v, next, [](int i) { return i + 1; }, each);
-  };
+  const auto after = [&](Vec<A> v, Vec<A> next)
+                         __attribute__((always_inline)) { return shuffled<A, L>(v, next, [](int i) { return i + 1; }, each); };
   Vec<A> previous{}, current = row_sum(0);
   for (int64_t w = 0, q = L; w < W; w += 2 * L, q += L) {
     const Vec<A> next = row_sum(q);
@@ -299,8 +298,8 @@ auto spread_row_for(const Pool2dGeometry& g) {
 // row_sum[q] = sum of grad_output[p][q] / divisor(p, q) over the p from first to last; zero in the lanes after the last window.
 // Not inline: what it keeps in registers would otherwise be kept in memory.
 template <class T, class A>
-[[gnu::noinline]] void sum_of_rows(int64_t Q, int64_t first, int64_t last, const T* grad_output, const T* end, const A* row_factors,
-                                   const A* column_factors, A* row_sum) {
+[[gnu::noinline]] void sum_of_rows(int64_t Q, int64_t first, int64_t last, const T* grad_output, const T* end,
+                                   const A* row_factors, const A* column_factors, A* row_sum) {
   constexpr int64_t L = kLanes<A>;
   const int64_t rows = last - first + 1;
   const T* row = grad_output + first * Q;

@@ -87,8 +87,7 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
                          broadcast(codes[2]));
         } else {
           of_row = {in(load_tap<stride_>(at, step), 0), broadcast(codes[0])};
-          for (int64_t s = 1; s < S; ++s)
-            of_row.offer(in(load_tap<stride_>(at + s * column_step, step), s), broadcast(codes[s]));
+          for (int64_t s = 1; s < S; ++s) of_row.offer(in(load_tap<stride_>(at + s * column_step, step), s), broadcast(codes[s]));
         }
         if (r == r_begin) {
           best = of_row;
@@ -160,8 +159,7 @@ void extremum_row_pairs(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, i
     if (kind == PositionKind::indices) best.code += steps + static_cast<I>(p * g.stride_h * g.W);
     const auto write = [&](A* value, int64_t to, const Best<A>& row_best, int64_t count) {
       store_partial(value, row_best.value, count);
-      if constexpr (kind == PositionKind::indices)
-        store_integers<I>(static_cast<int64_t*>(positions) + to, row_best.code, count);
+      if constexpr (kind == PositionKind::indices) store_integers<I>(static_cast<int64_t*>(positions) + to, row_best.code, count);
       if constexpr (kind == PositionKind::byte_offsets)
         store_integers<I>(static_cast<uint8_t*>(positions) + to, row_best.code, count);
     };
@@ -218,7 +216,8 @@ void extremum_pool2d_sliding(const Pool2dGeometry& g, Extremum extremum, const T
   const ExtremumPlan<A> plan{g, extremum, !windows_lie_inside(g), static_cast<I>(row_code), codes, first_column};
   const ExtremumRows<A> rows_kernel = extremum_rows_for<A>(g, positions.kind);
   const bool may_be_open = reads_open<T>(g) && !extremum.minimum && positions.kind != PositionKind::int_offsets;
-  for_each_band(g, input, kLeast<A>, extremum.minimum, may_be_open, 5, [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
+  for_each_band(g, input, kLeast<A>, extremum.minimum, may_be_open, 5,
+                [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
     T* to = output + (nc * g.P + p_begin) * g.Q;
     if constexpr (std::is_same_v<T, A>) {
       rows_kernel(plan, rows, nc, p_begin, p_end, to, positions.to);
