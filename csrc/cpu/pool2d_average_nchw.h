@@ -8,16 +8,16 @@
 //   row_sum[q]       = sum over the p whose window contains h of  grad_output[p][q] / divisor(p, q)
 //   grad_input[h][w] = sum over the q whose window contains w of  row_sum[q]
 //
-// Rows h that lie in the same windows p are equal and are copied. With strides 1 and 2 the second sum is one of vectors: w + pad_w
-// = j stride_w + phase lies in the windows j, j - 1, ... of as many taps as the phase has.
+// Rows h that lie in the same windows p are equal and are copied. With strides 1 and 2 the second sum is one of vectors: w +
+// pad_w = j stride_w + phase lies in the windows j, j - 1, ... of as many taps as the phase has.
 #pragma once
 
 #include "pool2d_rows.h"
 
 namespace torchcnn::TORCHCNN_ISA {
 
-// divisor(p, q) = row_divisor(p) column_divisor[q], one for lanes past the last window. If all windows have the same divisor, that is
-// `uniform`; if it is a power of two besides, multiplying by `exact_factor` is exact, and faster.
+// divisor(p, q) = row_divisor(p) column_divisor[q], one for lanes past the last window. If all windows have the same divisor,
+// that is `uniform`; if it is a power of two besides, multiplying by `exact_factor` is exact, and faster.
 template <class A>
 struct Averaging {
   const Pool2dGeometry& g;
@@ -239,8 +239,10 @@ void spread_row(const Pool2dGeometry& g, const A* row_sum, A* to) {
 
 inline constexpr int64_t kLongestSpread = 32;
 
-// A row of grad_input, two vectors at a time, from the windows of stride 2 that a vector of row_sum stands for, kept in registers: what
-// is stored and loaded again at another offset waits for all stores before it. odd: pad_w, 0 or 1. Up to two vectors are written beyond W.
+// A row of grad_input, two vectors at a time, from the windows of stride 2 that a vector of row_sum stands for, kept in
+// registers: what
+// is stored and loaded again at another offset waits for all stores before it. odd: pad_w, 0 or 1. Up to two vectors are
+// written beyond W.
 template <class T, int S, int odd>
 [[gnu::noinline]] void spread_rows(int64_t W, int64_t Q, int64_t first, int64_t last, const T* grad_output, const T* end,
                                    const Arithmetic<T>* row_factors, const Arithmetic<T>* column_factors, T* to) {
@@ -407,8 +409,8 @@ inline Vec<A> picked([[maybe_unused]] Vec<A> a, [[maybe_unused]] Vec<A> b, [[may
   return a;
 }
 
-// Windows of any size and distance. A row is written once for all rows that lie in the same windows: where the windows of a row fit
-// two vectors, each column picks those that it lies in; else it is written as runs of columns that lie in the same ones.
+// Windows of any size and distance. A row is written once for all rows that lie in the same windows: where the windows of a
+// row fit two vectors, each column picks those that it lies in; else it is written as runs of columns that lie in the same ones.
 template <class T>
 void avg_pool2d_grad_input_runs(const Pool2dGeometry& g, const Divisor& divisor, const T* grad_output, T* grad_input) {
   using A = Arithmetic<T>;

@@ -126,7 +126,8 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
   }
 }
 
-// Two rows of 2x2 windows a vector, one in each half, from rows of the plane that are no longer than a vector and need no padding.
+// Two rows of 2x2 windows a vector, one in each half, from rows of the plane that are no longer than a vector and need no
+// padding.
 template <class A, PositionKind kind>
 void extremum_row_pairs(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_t p_begin, int64_t p_end, A* values,
                         void* positions) {

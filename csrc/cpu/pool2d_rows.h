@@ -28,7 +28,8 @@ struct Rows {
 };
 
 // Rows that are read or written two at a time are streams that break off at every row, which the processor does not foresee. So
-// what lies some way ahead is asked for, in the order of memory: `at` is where the next four vectors would be if the rows were one.
+// what lies some way ahead is asked for, in the order of memory: `at` is where the next four vectors would be if the rows were
+// one.
 template <int write, class A>
 inline void prefetch_pair(const A* at) {
   constexpr int64_t ahead = 4096, line = 64, pair = 4 * TORCHCNN_VECTOR_BYTES;
@@ -84,8 +85,8 @@ inline bool reads_in_place(const Pool2dGeometry& g) {
   return std::is_same_v<T, Arithmetic<T>> && windows_lie_inside(g);
 }
 
-// Rows of windows of several vectors are also read in place if windows reach beyond the plane, where the kernels know to leave out
-// what lies there: it is memory of the rows before and after.
+// Rows of windows of several vectors are also read in place if windows reach beyond the plane, where the kernels know to leave
+// out what lies there: it is memory of the rows before and after.
 template <int S, int stride>
 inline constexpr bool kCanBeOpen = (S == 3 && (stride == 1 || stride == 2)) || (S == 2 && stride == 2);
 
