@@ -6,7 +6,7 @@
 //                   sliding, stride 1, 2 vectors over the windows of a row         by rows of the input (average), gather or
 //                                        (pool2d_extremum_nchw.h,                  scatter by offsets (pool2d_offsets_nchw.h,
 //                                        pool2d_average_nchw.h)                    pool2d_indexed.h)
-//                   any other, few       vectors over planes (pool2d_planes.h)     the same (average), scatter by offsets
+//                   any other, few       vectors over planes (pool2d_planes.h)     runs of columns (average), scatter by offsets
 //   channels_last   any                  vectors over the channels                 gather (pool2d_channels_last.h)
 //
 // Planes whose positions leave a lane run the loops of pool2d_reference.h.
@@ -57,9 +57,8 @@ void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, 
   if (suits_whole_planes<A>(g)) return extremum_pool2d_global(g, extremum, input, output, positions);
   if (is_one_plane_2x2(g) && positions.kind != PositionKind::indices)
     return extremum_pool2d_sliding(as_one_plane(g), extremum, input, output, positions);
-  const bool in_pairs = suits_row_pairs<A>(g) && g.R == g.S && reads_in_place<T>(g) && positions.kind != PositionKind::int_offsets;
-  if (!in_pairs && suits_small_planes<A>(g)) return extremum_pool2d_small_planes(g, extremum, input, output, positions);
-  if ((in_pairs || !suits_planes<A>(g)) && can_be_staged<A>(g) && index_fits_lane<A>(g))
+  if (suits_small_planes<A>(g)) return extremum_pool2d_small_planes(g, extremum, input, output, positions);
+  if (!suits_planes<A>(g) && can_be_staged<A>(g) && index_fits_lane<A>(g))
     return extremum_pool2d_sliding(g, extremum, input, output, positions);
   extremum_pool2d_planes(g, extremum, input, output, positions);
 }
@@ -101,10 +100,8 @@ void avg_pool2d_forward(const Pool2dGeometry& geometry, Divisor divisor, const T
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last(g, divisor, input, output);
   if (suits_whole_planes<Arithmetic<T>>(g)) return avg_pool2d_global(g, divisor, input, output);
   if (is_one_plane_2x2(g)) return avg_pool2d_sliding(as_one_plane(g), divisor, input, output);
-  const bool in_pairs = suits_row_pairs<Arithmetic<T>>(g) && reads_in_place<T>(g);
-  if (!in_pairs && suits_small_planes<Arithmetic<T>>(g)) return avg_pool2d_small_planes(g, divisor, input, output);
-  if ((in_pairs || !suits_planes<Arithmetic<T>>(g)) && can_be_staged<Arithmetic<T>>(g))
-    return avg_pool2d_sliding(g, divisor, input, output);
+  if (suits_small_planes<Arithmetic<T>>(g)) return avg_pool2d_small_planes(g, divisor, input, output);
+  if (!suits_planes<Arithmetic<T>>(g) && can_be_staged<Arithmetic<T>>(g)) return avg_pool2d_sliding(g, divisor, input, output);
   avg_pool2d_planes(g, divisor, input, output);
 }
 

@@ -8,16 +8,16 @@
 //   row_sum[q]       = sum over the p whose window contains h of  grad_output[p][q] / divisor(p, q)
 //   grad_input[h][w] = sum over the q whose window contains w of  row_sum[q]
 //
-// Rows h that lie in the same windows p are equal and are copied. With strides 1 and 2 the second sum is one of vectors: w + pad_w
-// = j stride_w + phase lies in the windows j, j - 1, ... of as many taps as the phase has.
+// Rows h that lie in the same windows p are equal and are copied. With strides 1 and 2 the second sum is one of vectors: w +
+// pad_w = j stride_w + phase lies in the windows j, j - 1, ... of as many taps as the phase has.
 #pragma once
 
 #include "pool2d_rows.h"
 
 namespace torchcnn::TORCHCNN_ISA {
 
-// divisor(p, q) = row_divisor(p) column_divisor[q], one for lanes past the last window. If all windows have the same divisor, that is
-// `uniform`; if it is a power of two besides, multiplying by `exact_factor` is exact, and faster.
+// divisor(p, q) = row_divisor(p) column_divisor[q], one for lanes past the last window. If all windows have the same divisor,
+// that is `uniform`; if it is a power of two besides, multiplying by `exact_factor` is exact, and faster.
 template <class A>
 struct Averaging {
   const Pool2dGeometry& g;
@@ -102,8 +102,8 @@ void average_rows(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A
   }
 }
 
-// Two rows of windows a vector: one in each half, from rows of the plane that are no longer than a vector.
-template <class A, int S>
+// Two rows of windows of two columns a vector: one in each half, from rows of the plane that are no longer than a vector.
+template <class A>
 void average_row_pairs(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A> rows, int64_t p_begin, int64_t p_end,
                        A* values) {
   constexpr int64_t L = kLanes<A>, half = L / 2;
@@ -112,14 +112,13 @@ void average_row_pairs(const Pool2dGeometry& g, const Averaging<A>& averaging, R
   for (int64_t p = p_begin; p < p_end; p += 2, values += 2 * Q) {
     const A* row = rows.data + (p - p_begin) * g.stride_h * pitch;
     const int64_t next = p + 1 < p_end ? g.stride_h * pitch : 0;
+    prefetch_row<A>(row, 2 * g.stride_h * pitch);
     Vec<A> a = load(row), b = load(row + next);
     for (int64_t r = 1; r < R; ++r) {
       a += load(row + r * pitch);
       b += load(row + next + r * pitch);
     }
-    const Vec<A> evens = every_second<A>(a, b, 0, each);
-    Vec<A> sum = evens + every_second<A>(a, b, 1, each);
-    if constexpr (S == 3) sum += lanes_from<1, A>(evens, each);
+    Vec<A> sum = every_second<A>(a, b, 0, each) + every_second<A>(a, b, 1, each);
     const auto mean_of = [&](Vec<A> sums, int64_t of_p) {
       const A row_divisor = averaging.row_divisor(row_window(averaging.g, of_p));
       return sums / (load(averaging.column_divisor) * row_divisor);
@@ -142,7 +141,7 @@ void average_row_pairs(const Pool2dGeometry& g, const Averaging<A>& averaging, R
 
 template <class A>
 auto average_rows_for(const Pool2dGeometry& g) {
-  if (suits_row_pairs<A>(g)) return g.S == 2 ? average_row_pairs<A, 2> : average_row_pairs<A, 3>;
+  if (suits_row_pairs<A>(g)) return average_row_pairs<A>;
   if (g.stride_w == 2) return g.S == 2 ? average_rows<A, 2, 2> : g.S == 3 ? average_rows<A, 3, 2> : average_rows<A, 0, 2>;
   if (g.stride_w == 1) return g.S == 3 ? average_rows<A, 3, 1> : average_rows<A, 0, 1>;
   return average_rows<A, 0, 0>;
@@ -216,8 +215,8 @@ void avg_pool2d_sliding(const Pool2dGeometry& g, const Divisor& divisor, const T
 // ------------------------------------------------------------------------------------------------------------------ backward
 
 // to[w] = sum of row_sum[q] over the windows q that contain w. row_sum is zero outside the windows, S elements to the left and
-// three vectors beyond what the last w needs to the right; up to two vectors are written beyond W. S_, stride_: as above; odd_: whether pad_w is.
-template <class A, int S_, int stride_, int odd_ = 0>
+// three vectors beyond what the last w needs to the right; up to two vectors are written beyond W. S_, stride_: as above.
+template <class A, int S_, int stride_>
 void spread_row(const Pool2dGeometry& g, const A* row_sum, A* to) {
   constexpr int64_t L = kLanes<A>;
   const int64_t S = S_ ? S_ : g.S;
@@ -229,43 +228,97 @@ void spread_row(const Pool2dGeometry& g, const A* row_sum, A* to) {
     }
   } else {
     // Elements w, w + 2, ... and w + 1, w + 3, ...: taps s = phase, phase + 2, ...
-    const int64_t odd = S_ ? odd_ : g.pad_w % 2;
-    const A* from = row_sum + (g.pad_w - odd) / 2;
-    for (int64_t w = 0; w < g.W; w += 2 * L, from += L) {
-      Vec<A> sums[2] = {};
-#pragma GCC unroll 2
-      for (int64_t phase = 0; phase < 2; ++phase) {
-#pragma GCC unroll 3
-        for (int64_t s = (odd + phase) % 2; s < S; s += 2) sums[phase] += load(from + (odd + phase - s) / 2);
-      }
-      store_interleaved<A>(to + w, sums[0], sums[1]);
-    }
+    const auto phase_sum = [&](int64_t x) {
+      Vec<A> sum{};
+      for (int64_t s = x % 2; s < S; s += 2) sum += load(row_sum + (x - s) / 2);
+      return sum;
+    };
+    for (int64_t w = 0; w < g.W; w += 2 * L) store_interleaved<A>(to + w, phase_sum(w + g.pad_w), phase_sum(w + g.pad_w + 1));
   }
 }
 
 inline constexpr int64_t kLongestSpread = 32;
+
+// A row of grad_input, two vectors at a time, from the windows of stride 2 that a vector of row_sum stands for, kept in
+// registers: what
+// is stored and loaded again at another offset waits for all stores before it. odd: pad_w, 0 or 1. Up to two vectors are
+// written beyond W.
+template <class T, int S, int odd>
+[[gnu::noinline]] void spread_rows(int64_t W, int64_t Q, int64_t first, int64_t last, const T* grad_output, const T* end,
+                                   const Arithmetic<T>* row_factors, const Arithmetic<T>* column_factors, T* to) {
+  using A = Arithmetic<T>;
+  using I = IndexOf<A>;
+  constexpr int64_t L = kLanes<A>;
+  constexpr auto each = kEachLane<A>;
+  const int64_t rows = last - first + 1;
+  const T* row = grad_output + first * Q;
+  row_factors += first;
+  const auto row_sum = [&](int64_t q) __attribute__((always_inline)) {
+    Vec<A> sum{};
+    if (q + L <= Q) {
+      for (int64_t i = 0; i < rows; ++i) sum += load_wide(row + i * Q + q) * row_factors[i];
+      return sum * load(column_factors + q);
+    }
+    if (q >= Q) return sum;
+    for (int64_t i = 0; i < rows; ++i) sum += load_row_end(row + i * Q + q, Q - q, end) * row_factors[i];
+    return (Vec<A>)((Vec<I>)(sum * load(column_factors + q)) & (steps_of<I>(1) < static_cast<I>(Q - q)));
+  };
+  // Lanes i - 1 and i + 1 of what stands side by side.
+  const auto before = [&](Vec<A> previous, Vec<A> v) __attribute__((always_inline)) {
+    return shuffled<A, L>(previous, v, [](int i) { return i + static_cast<int>(kLanes<A>) - 1; }, each);
+  };
+  const auto after = [&](Vec<A> v, Vec<A> next)
+                         __attribute__((always_inline)) { return shuffled<A, L>(v, next, [](int i) { return i + 1; }, each); };
+  Vec<A> previous{}, current = row_sum(0);
+  for (int64_t w = 0, q = L; w < W; w += 2 * L, q += L) {
+    const Vec<A> next = row_sum(q);
+    Vec<A> evens = current, odds = current;
+    if constexpr (odd == 0 && S == 3) evens = current + before(previous, current);
+    if constexpr (odd == 1) odds = S == 3 ? after(current, next) + current : after(current, next);
+    store_narrow(to + w, interleave<A>(evens, odds, 0, each));
+    store_narrow(to + w + L, interleave<A>(evens, odds, 1, each));
+    previous = current, current = next;
+  }
+}
+
+template <class T>
+auto spread_rows_for(const Pool2dGeometry& g) {
+  using Function = decltype(&spread_rows<T, 2, 0>);
+  if (g.stride_w != 2 || g.pad_w > 1 || g.S < 2 || g.S > 3) return Function(nullptr);
+  if (g.S == 2) return g.pad_w == 0 ? spread_rows<T, 2, 0> : spread_rows<T, 2, 1>;
+  return g.pad_w == 0 ? spread_rows<T, 3, 0> : spread_rows<T, 3, 1>;
+}
 
 inline bool suits_spread(const Pool2dGeometry& g) { return !g.adaptive && g.S <= kLongestSpread && g.stride_w <= 2; }
 
 template <class A>
 auto spread_row_for(const Pool2dGeometry& g) {
   if (g.stride_w == 1) return g.S == 3 ? spread_row<A, 3, 1> : spread_row<A, 0, 1>;
-  const bool odd = g.pad_w % 2 != 0;
-  if (g.S == 2) return odd ? spread_row<A, 2, 2, 1> : spread_row<A, 2, 2, 0>;
-  if (g.S == 3) return odd ? spread_row<A, 3, 2, 1> : spread_row<A, 3, 2, 0>;
   return spread_row<A, 0, 2>;
 }
 
 // row_sum[q] = sum of grad_output[p][q] / divisor(p, q) over the p from first to last; zero in the lanes after the last window.
+// Not inline: what it keeps in registers would otherwise be kept in memory.
 template <class T, class A>
-inline void sum_of_rows(const Pool2dGeometry& g, int64_t first, int64_t last, const T* grad_output, const T* end,
-                        const A* row_factors, const A* column_factors, A* row_sum) {
+[[gnu::noinline]] void sum_of_rows(int64_t Q, int64_t first, int64_t last, const T* grad_output, const T* end,
+                                   const A* row_factors, const A* column_factors, A* row_sum) {
   constexpr int64_t L = kLanes<A>;
-  const int64_t Q = g.Q, rows = last - first + 1;
-  for (int64_t q = 0; q < Q; q += L) {
-    const T* at = grad_output + first * Q + q;
+  const int64_t rows = last - first + 1;
+  const T* row = grad_output + first * Q;
+  row_factors += first;
+  int64_t q = 0;
+  if (rows == 1) {
+    for (; q + L <= Q; q += L) store(row_sum + q, load_wide(row + q) * row_factors[0] * load(column_factors + q));
+  } else if (rows == 2) {
+    for (; q + L <= Q; q += L) {
+      const Vec<A> sum = load_wide(row + q) * row_factors[0] + load_wide(row + Q + q) * row_factors[1];
+      store(row_sum + q, sum * load(column_factors + q));
+    }
+  }
+  for (; q < Q; q += L) {
+    const T* at = row + q;
     Vec<A> sum{};
-    for (int64_t i = 0; i < rows; ++i, at += Q) sum += load_row_end(at, Q - q, end) * row_factors[first + i];
+    for (int64_t i = 0; i < rows; ++i, at += Q) sum += load_row_end(at, Q - q, end) * row_factors[i];
     sum *= load(column_factors + q);
     if (Q - q < L) sum = (Vec<A>)((Vec<IndexOf<A>>)sum & (steps_of<IndexOf<A>>(1) < static_cast<IndexOf<A>>(Q - q)));
     store(row_sum + q, sum);
@@ -285,6 +338,7 @@ void avg_pool2d_grad_input_rows(const Pool2dGeometry& g, const Divisor& divisor,
   for (int64_t p = 0; p < g.P; ++p) row_factors[p] = A(1) / averaging.row_divisor(row_window(g, p));
   for (int64_t q = 0; q < windows; ++q) column_factors[q] = A(1) / column_factors[q];
 
+  const auto at_once = spread_rows_for<T>(g);
   const auto spread = spread_row_for<A>(g);
   const T* end = grad_output + g.N * g.C * g.P * g.Q;
   constexpr int64_t margin = kLongestSpread, beyond = 2 * L;
@@ -297,13 +351,23 @@ void avg_pool2d_grad_input_rows(const Pool2dGeometry& g, const Divisor& divisor,
     A* row_sums = workspace<A>(Slot::tile, most_rows * sums + g.W + beyond) + margin;
     A* spread_out = row_sums - margin + most_rows * sums;
     std::fill(row_sums - margin, spread_out, A(0));
+    const T* gradient = grad_output + nc * g.P * g.Q;
     const auto same_windows = [&](int64_t h) { return rows.first[h] == rows.first[h - 1] && rows.last[h] == rows.last[h - 1]; };
-    for (int64_t block = h_begin; block < h_end; block += most_rows) {
+    int64_t block = h_begin;
+    for (; at_once != nullptr && (h_end - block - 1) * g.W >= beyond; ++block) {
+      T* to = grad_input + (nc * g.H + block) * g.W;
+      if (block > h_begin && same_windows(block)) {
+        copy_row(to - g.W, g.W, to);
+      } else {
+        at_once(g.W, g.Q, rows.first[block], rows.last[block], gradient, end, row_factors, column_factors, to);
+      }
+    }
+    for (; block < h_end; block += most_rows) {
       const int64_t block_end = std::min(h_end, block + most_rows);
       for (int64_t h = block; h < block_end; ++h) {
         if (h > h_begin && same_windows(h)) continue;
         A* row_sum = row_sums + (h - block) * sums;
-        sum_of_rows(g, rows.first[h], rows.last[h], grad_output + nc * g.P * g.Q, end, row_factors, column_factors, row_sum);
+        sum_of_rows(g.Q, rows.first[h], rows.last[h], grad_output + nc * g.P * g.Q, end, row_factors, column_factors, row_sum);
         store(row_sum + g.Q, Vec<A>{});
       }
       for (int64_t h = block; h < block_end; ++h) {
@@ -345,8 +409,8 @@ inline Vec<A> picked([[maybe_unused]] Vec<A> a, [[maybe_unused]] Vec<A> b, [[may
   return a;
 }
 
-// Windows of any size and distance. A row is written once for all rows that lie in the same windows: where the windows of a row fit
-// two vectors, each column picks those that it lies in; else it is written as runs of columns that lie in the same ones.
+// Windows of any size and distance. A row is written once for all rows that lie in the same windows: where the windows of a
+// row fit two vectors, each column picks those that it lies in; else it is written as runs of columns that lie in the same ones.
 template <class T>
 void avg_pool2d_grad_input_runs(const Pool2dGeometry& g, const Divisor& divisor, const T* grad_output, T* grad_input) {
   using A = Arithmetic<T>;
@@ -385,7 +449,7 @@ void avg_pool2d_grad_input_runs(const Pool2dGeometry& g, const Divisor& divisor,
     A* line = row_sum + windows;
     for (int64_t h = h_begin, run_end; h < h_end; h = run_end) {
       run_end = std::min(h_end, end_of_run(rows, h, g.H));
-      sum_of_rows(g, rows.first[h], rows.last[h], grad_output + nc * g.P * g.Q, end, row_factors, column_factors, row_sum);
+      sum_of_rows(g.Q, rows.first[h], rows.last[h], grad_output + nc * g.P * g.Q, end, row_factors, column_factors, row_sum);
       if (!picks) {
         for (int64_t i = 0; i < runs; ++i) {
           const int64_t w_begin = run_begin[i], w_end = i + 1 < runs ? run_begin[i + 1] : g.W;

@@ -87,8 +87,7 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
                          broadcast(codes[2]));
         } else {
           of_row = {in(load_tap<stride_>(at, step), 0), broadcast(codes[0])};
-          for (int64_t s = 1; s < S; ++s)
-            of_row.offer(in(load_tap<stride_>(at + s * column_step, step), s), broadcast(codes[s]));
+          for (int64_t s = 1; s < S; ++s) of_row.offer(in(load_tap<stride_>(at + s * column_step, step), s), broadcast(codes[s]));
         }
         if (r == r_begin) {
           best = of_row;
@@ -127,8 +126,9 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
   }
 }
 
-// Two rows of windows a vector, one in each half, from rows of the plane that are no longer than a vector and need no padding.
-template <class A, int R, int S, PositionKind kind>
+// Two rows of 2x2 windows a vector, one in each half, from rows of the plane that are no longer than a vector and need no
+// padding.
+template <class A, PositionKind kind>
 void extremum_row_pairs(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_t p_begin, int64_t p_end, A* values,
                         void* positions) {
   using I = IndexOf<A>;
@@ -141,15 +141,14 @@ void extremum_row_pairs(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, i
   for (int64_t p = p_begin; p < p_end; p += 2, values += 2 * Q) {
     const A* row = rows.data + (p - p_begin) * g.stride_h * pitch;
     const int64_t next = p + 1 < p_end ? g.stride_h * pitch : 0;
+    prefetch_row<A>(row, 2 * g.stride_h * pitch);
     Best<A> best{};
-#pragma GCC unroll 3
-    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
       const Vec<A> a = load(row + r * pitch), b = load(row + next + r * pitch);
-      const I* codes = plan.codes + r * S;
-      const Vec<A> evens = every_second<A>(a, b, 0, each);
-      Best<A> of_row{evens, broadcast(codes[0])};
+      const I* codes = plan.codes + r * 2;
+      Best<A> of_row{every_second<A>(a, b, 0, each), broadcast(codes[0])};
       of_row.offer(every_second<A>(a, b, 1, each), broadcast(codes[1]));
-      if constexpr (S == 3) of_row.offer(lanes_from<1, A>(evens, each), broadcast(codes[2]));
       if (r == 0) {
         best = of_row;
       } else {
@@ -161,8 +160,7 @@ void extremum_row_pairs(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, i
     if (kind == PositionKind::indices) best.code += steps + static_cast<I>(p * g.stride_h * g.W);
     const auto write = [&](A* value, int64_t to, const Best<A>& row_best, int64_t count) {
       store_partial(value, row_best.value, count);
-      if constexpr (kind == PositionKind::indices)
-        store_integers<I>(static_cast<int64_t*>(positions) + to, row_best.code, count);
+      if constexpr (kind == PositionKind::indices) store_integers<I>(static_cast<int64_t*>(positions) + to, row_best.code, count);
       if constexpr (kind == PositionKind::byte_offsets)
         store_integers<I>(static_cast<uint8_t*>(positions) + to, row_best.code, count);
     };
@@ -181,10 +179,7 @@ template <class A, PositionKind kind>
 ExtremumRows<A> extremum_rows_for(const Pool2dGeometry& g) {
   if constexpr (kind != PositionKind::int_offsets) {
     const bool dense = g.dilation_h == 1 && g.dilation_w == 1;
-    if (dense && suits_row_pairs<A>(g) && windows_lie_inside(g)) {
-      if (g.R == 2 && g.S == 2) return extremum_row_pairs<A, 2, 2, kind>;
-      if (g.R == 3 && g.S == 3) return extremum_row_pairs<A, 3, 3, kind>;
-    }
+    if (dense && g.R == 2 && suits_row_pairs<A>(g) && windows_lie_inside(g)) return extremum_row_pairs<A, kind>;
     if (dense && g.R == 2 && g.S == 2 && g.stride_w == 2) return extremum_rows<A, 2, 2, 2, kind>;
     if (dense && g.R == 3 && g.S == 3 && g.stride_w == 2) return extremum_rows<A, 3, 3, 2, kind>;
     if (dense && g.R == 3 && g.S == 3 && g.stride_w == 1) return extremum_rows<A, 3, 3, 1, kind>;
@@ -222,7 +217,8 @@ void extremum_pool2d_sliding(const Pool2dGeometry& g, Extremum extremum, const T
   const ExtremumPlan<A> plan{g, extremum, !windows_lie_inside(g), static_cast<I>(row_code), codes, first_column};
   const ExtremumRows<A> rows_kernel = extremum_rows_for<A>(g, positions.kind);
   const bool may_be_open = reads_open<T>(g) && !extremum.minimum && positions.kind != PositionKind::int_offsets;
-  for_each_band(g, input, kLeast<A>, extremum.minimum, may_be_open, 5, [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
+  for_each_band(g, input, kLeast<A>, extremum.minimum, may_be_open, 5,
+                [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
     T* to = output + (nc * g.P + p_begin) * g.Q;
     if constexpr (std::is_same_v<T, A>) {
       rows_kernel(plan, rows, nc, p_begin, p_end, to, positions.to);

@@ -4,8 +4,8 @@
 //   [l][lane] -> [lane][l]                                                             transposed
 //   result[l]  = best or sum, over the lanes, of [lane][l]                             by halves: lane i and lane i + kLanes / 2
 //
-// A plane of many blocks keeps four of them going, so that one need not wait for the other. The last block ends with the plane; what
-// it shares with the one before it counts once. The order of every sum follows from H W alone.
+// A plane of many blocks keeps four of them going, so that one need not wait for the other. The last block ends with the
+// plane; what it shares with the one before it counts once. The order of every sum follows from H W alone.
 #pragma once
 
 #include "conv2d_gemm.h"
@@ -98,8 +98,8 @@ inline int64_t first_equal(const T* plane, int64_t count, Vec<Arithmetic<T>> val
   }
 }
 
-// The largest value of each lane of a plane without NaN, with the signs turned; the last vector overlaps the one before it. `trace`
-// becomes NaN if there is one after all.
+// The largest value of each lane of a plane without NaN, with the signs turned; the last vector overlaps the one before it.
+// `trace` becomes NaN if there is one after all.
 template <class T>
 inline Vec<Arithmetic<T>> largest_of_plane(const T* plane, int64_t count, Vec<IndexOf<Arithmetic<T>>> sign,
                                            Vec<Arithmetic<T>>& trace) {

@@ -90,6 +90,29 @@ auto gather_row_for(const Pool2dGeometry& g) {
   return g.pad_w % 2 == 0 ? gather_row<A, 3, 2, 0> : gather_row<A, 3, 2, 1>;
 }
 
+// A row of `windows` gradients and offsets from `from` on, a vector after the start of the staged row; around them offset -1.
+template <class T, class Offset>
+[[gnu::noinline]] void stage_windows(const T* grad_output, const Offset* offsets, int64_t from, int64_t count, int64_t windows,
+                                     Arithmetic<T>* gradient, IndexOf<Arithmetic<T>>* offset, int64_t pitch) {
+  using I = IndexOf<Arithmetic<T>>;
+  constexpr int64_t L = kLanes<I>, margin = L;
+  const Vec<I> none = broadcast(I(-1));
+  store(offset, none);
+  for (int64_t q = 0; q < windows; q += L) {
+    const int64_t at = from + q, to = margin + q;
+    if (at + L <= count) {  // lanes of the next row are no harm: what lies beyond this one is overwritten below
+      store(gradient + to, load_wide(grad_output + at));
+      store(offset + to, load_unsigned<I>(offsets + at));
+    } else {
+      for (int64_t j = 0; j < windows - q; ++j) {
+        gradient[to + j] = widen(grad_output[at + j]);
+        offset[to + j] = static_cast<I>(offsets[at + j]);
+      }
+    }
+  }
+  for (int64_t j = margin + windows; j < pitch; j += L) store(offset + std::min(j, pitch - L), none);
+}
+
 template <class T, class Offset>
 void offset_pool2d_grad_input_gather(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
   using A = Arithmetic<T>;
@@ -108,23 +131,9 @@ void offset_pool2d_grad_input_gather(const Pool2dGeometry& g, const T* grad_outp
     const int64_t p_end = std::max(p_begin, std::min(g.P, (h_end - 1 + g.pad_h) / g.stride_h + 1));
     A* gradient = workspace<A>(Slot::patches, (p_end - p_begin + 1) * pitch);
     I* offset = workspace<I>(Slot::partial_sums, (p_end - p_begin + 1) * pitch);
-    for (int64_t p = p_begin; p < p_end; ++p) {
-      const int64_t from = (nc * g.P + p) * g.Q, row = (p - p_begin) * pitch;
-      store(offset + row, broadcast(I(-1)));
-      for (int64_t q = 0; q < g.Q; q += L) {
-        const int64_t at = from + q, to = row + margin + q;
-        if (at + L <= count) {  // lanes of the next row are no harm: what lies beyond this one is overwritten below
-          store(gradient + to, load_wide(grad_output + at));
-          store(offset + to, load_unsigned<I>(offsets + at));
-        } else {
-          for (int64_t j = 0; j < g.Q - q; ++j) {
-            gradient[to + j] = widen(grad_output[at + j]);
-            offset[to + j] = static_cast<I>(offsets[at + j]);
-          }
-        }
-      }
-      for (int64_t j = margin + g.Q; j < pitch; j += L) store(offset + row + std::min(j, pitch - L), broadcast(I(-1)));
-    }
+    for (int64_t p = p_begin; p < p_end; ++p)
+      stage_windows(grad_output, offsets, (nc * g.P + p) * g.Q, count, g.Q, gradient + (p - p_begin) * pitch,
+                    offset + (p - p_begin) * pitch, pitch);
     const StagedWindows<A> staged{gradient + margin, offset + margin, pitch, p_begin};
     A* row = workspace<A>(Slot::tile, g.W + beyond);
     for (int64_t h = h_begin; h < h_end; ++h) {

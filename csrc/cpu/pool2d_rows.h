@@ -28,7 +28,8 @@ struct Rows {
 };
 
 // Rows that are read or written two at a time are streams that break off at every row, which the processor does not foresee. So
-// what lies some way ahead is asked for, in the order of memory: `at` is where the next four vectors would be if the rows were one.
+// what lies some way ahead is asked for, in the order of memory: `at` is where the next four vectors would be if the rows were
+// one.
 template <int write, class A>
 inline void prefetch_pair(const A* at) {
   constexpr int64_t ahead = 4096, line = 64, pair = 4 * TORCHCNN_VECTOR_BYTES;
@@ -84,8 +85,8 @@ inline bool reads_in_place(const Pool2dGeometry& g) {
   return std::is_same_v<T, Arithmetic<T>> && windows_lie_inside(g);
 }
 
-// Rows of windows wider than a vector are also read in place if windows reach beyond the plane, where the kernels know to leave out
-// what lies there: it is memory of the rows before and after.
+// Rows of windows of several vectors are also read in place if windows reach beyond the plane, where the kernels know to leave
+// out what lies there: it is memory of the rows before and after.
 template <int S, int stride>
 inline constexpr bool kCanBeOpen = (S == 3 && (stride == 1 || stride == 2)) || (S == 2 && stride == 2);
 
@@ -93,7 +94,8 @@ template <class T>
 inline bool reads_open(const Pool2dGeometry& g) {
   const bool shape = (g.S == 3 && g.stride_w <= 2) || (g.S == 2 && g.stride_w == 2);
   return std::is_same_v<T, Arithmetic<T>> && !g.adaptive && !windows_lie_inside(g) && shape && g.R == g.S && g.dilation_h == 1 &&
-         g.dilation_w == 1 && 2 * g.pad_h <= g.R && 2 * g.pad_w <= g.S && g.Q >= kLanes<T> && g.W >= kLanes<T>;
+         g.dilation_w == 1 && 2 * g.pad_h <= g.R && 2 * g.pad_w <= g.S &&
+         g.Q >= 3 * kLanes<T>;  // of fewer vectors too many are at an edge
 }
 
 // The taps r = begin ... end - 1 of window p that lie inside the plane, where that is for the kernel to see to.
@@ -211,10 +213,10 @@ Rows<Arithmetic<T>> stage_rows(const Pool2dGeometry& g, const T* plane, int64_t 
   return {staged + start, pitch};
 }
 
-// Whether two rows of windows of 2 and 3 columns fit a vector, and each row of the plane that they read, too.
+// Whether two rows of windows of 2x2 fit a vector, and each row of the plane that they read, too.
 template <class A>
 inline bool suits_row_pairs(const Pool2dGeometry& g) {
-  return g.stride_w == 2 && (g.S == 2 || g.S == 3) && g.dilation_w == 1 && 2 * (g.Q - 1) + g.S <= kLanes<A>;
+  return g.stride_w == 2 && g.S == 2 && g.dilation_w == 1 && 2 * g.Q <= kLanes<A>;
 }
 
 // Lanes first, first + 1, ..., then those before them.
@@ -227,8 +229,8 @@ inline Vec<T> lanes_from(Vec<T> v, std::index_sequence<lane...> each) {
 // Calls visit(nc, p_begin, p_end, rows) for bands of windows that together cover every plane. `tap_cost` is the number of
 // instructions that a tap of a vector of windows costs, roughly. may_be_open: whether rows that windows reach beyond may be open.
 template <class T, class Visit>
-void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutral, bool negate, bool may_be_open, int64_t tap_cost,
-                   Visit visit) {
+void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutral, bool negate, bool may_be_open,
+                   int64_t tap_cost, Visit visit) {
   using A = Arithmetic<T>;
   const bool in_place = reads_in_place<T>(g) && !negate;
   // The vector of a row that is shorter than it reads beyond: into the next plane, but not beyond the last.
@@ -243,7 +245,8 @@ void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutra
       if (in_place && (g.Q >= kLanes<A> || last + reach + beyond <= g.N * g.C * g.H * g.W))
         return visit(nc, p_begin, p_end, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
       // Not at the ends of the tensor, beyond which nothing may be read.
-      const int64_t top = p_begin * g.stride_h - g.pad_h, bottom = std::min(g.H - 1, (p_end - 1) * g.stride_h - g.pad_h + g.R - 1);
+      const int64_t top = p_begin * g.stride_h - g.pad_h,
+                    bottom = std::min(g.H - 1, (p_end - 1) * g.stride_h - g.pad_h + g.R - 1);
       if (may_be_open && (nc > 0 || top > 0) && (nc * g.H + bottom) * g.W - g.pad_w + reach <= g.N * g.C * g.H * g.W)
         return visit(nc, p_begin, p_end, Rows<A>{plane + top * g.W - g.pad_w, g.W, true});
     }
