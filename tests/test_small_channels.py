@@ -85,7 +85,8 @@ def test_rule_sends_few_channels_here():
             assert any(line.split()[:2] == [direction, "small_channels"] for line in lines), lines
     for name, channels_last, directions in (
         ("filters", True, ("forward", "grad_weight")),
-        ("filters_of_groups", False, ("forward",)),
+        ("filters_of_groups", True, ("forward", "grad_weight")),
+        ("filters_and_a_long_sum", False, ("forward",)),
     ):
         lines = torchcnn.explain(*GEOMETRIES[name], channels_last).splitlines()
         for direction in directions:

@@ -98,8 +98,8 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
 }
 
 // Whether the input has so few channels that filters, in whole vectors, meet it straight from its rows
-// (conv2d_small_channels_filters.h): in channels_last, where filters are adjacent, and where rows are too short or sums too long
-// for vectors of pixels.
+// (conv2d_small_channels_filters.h): in channels_last, where filters are adjacent, and, of one group, where rows are too short or
+// sums too long for vectors of pixels.
 inline bool suits_vectors_of_filters(const Conv2dGeometry& g, Direction direction) {
   const int64_t C = g.C_per_group(), terms = C * g.R * g.S;
   if (g.K_per_group() % 16 != 0 || C > 16 || g.R * g.S == 1 || terms > 512) return false;
