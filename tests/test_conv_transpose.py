@@ -54,18 +54,18 @@ def directions(function, tensors, options):
     return (output.detach(), *gradients, None)[:4]
 
 
-def cast(tensors, layout, dtype):
-    return tuple(None if tensor is None else layout(tensor.to(dtype)) for tensor in tensors)
+def cast(tensors, layout, dtype, device="cpu"):
+    return tuple(None if tensor is None else layout(tensor.to(device, dtype)) for tensor in tensors)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_exact(case, dtype, layout):
+def test_exact(case, dtype, layout, device):
     tensors, options = case_tensors(case, small_integers), transposed_options(case)
-    results = directions(conv_transpose2d, cast(tensors, layout, dtype), options)
+    results = directions(conv_transpose2d, cast(tensors, layout, dtype, device), options)
     truths = directions(F.conv_transpose2d, tensors, options)
     for direction, actual, truth in zip(DIRECTIONS, results, truths, strict=True):
         if truth is not None:
-            assert_exact(actual, truth, direction)
+            assert_exact(actual.cpu(), truth, direction)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -97,12 +97,12 @@ def results(conv2d, input, weight, bias, grad_output, options):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_small_integers_are_exact(name, dtype, layout):
+def test_small_integers_are_exact(name, dtype, layout, device):
     *tensors, options = operands(name, dtype, LAYOUTS[layout])
-    ours = results(functional.conv2d, *tensors, options)
+    ours = results(functional.conv2d, *(tensor.to(device) for tensor in tensors), options)
     exact = results(F.conv2d, *(tensor.double() for tensor in tensors), options)
     for key, value in ours.items():
-        assert torch.equal(value.double(), exact[key]), key
+        assert torch.equal(value.cpu().double(), exact[key]), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
