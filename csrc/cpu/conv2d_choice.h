@@ -102,7 +102,7 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
 // sums too long for vectors of pixels.
 inline bool suits_vectors_of_filters(const Conv2dGeometry& g, Direction direction) {
   const int64_t C = g.C_per_group(), terms = C * g.R * g.S;
-  if (g.K_per_group() % 16 != 0 || C > 16 || g.R * g.S == 1 || terms > 512) return false;
+  if (g.K_per_group() % 16 != 0 || C < 1 || C > 16 || g.R * g.S == 1 || terms > 512) return false;
   if (g.layout == Layout::channels_last) return direction != Direction::grad_input;
   return direction == Direction::forward && g.G == 1 && g.Q >= 8 && (g.Q < 16 || terms > 160);
 }

@@ -89,7 +89,7 @@ template <class T, int pixels, int vectors>
                                    bool relu, T* to, int64_t to_row) {
   constexpr int64_t L = kLanes<T>;
   const int64_t run_length = ceil_div(depth, ceil_div(depth, max_run));
-  T total[pixels * vectors * L];
+  T total[pixels * vectors * L] = {};  // read from the second run on, which compilers do not see
   for (int64_t first = 0; first < depth; first += run_length) {
     const int64_t end = std::min(depth, first + run_length);
     Vec<T> sum[pixels][vectors];
