@@ -1,6 +1,6 @@
 // The matrix product that every dense convolution ends in: a register tile of C += A B, and the copies that feed it.
 //
-//   C[m][n] += sum_k A(m, k) B(k, n)         m < 6 rows, n < 2 vectors, k < depth
+//   C[m][n] += sum_k A(m, k) B(k, n)         m < 6 rows (12 beside one vector), n < 2 vectors, k < depth
 //
 //   A   one element at a time, broadcast. It is read where it lies: IndirectA finds (m, k) at row[m] + offset[k], so that pixels
 //       of an image, taps of a filter or positions of a batch need no patch matrix ("indirect convolution", Dukhan 2019,
@@ -8,8 +8,8 @@
 //   B   a vector at a time, packed [k][nr] (PackedB), or rows of an image at data + offset[k] (IndirectB).
 //
 // The method is that of BLIS (Van Zee and van de Geijn 2015, sections 2 and 5): the tile lives in registers, a depth of 384 keeps
-// the packed operand (24 KiB) in L1. How an element of C is summed depends on the depth alone, not on the tile it falls into, so results
-// do not depend on how the loops around are split among threads or on the neighbours in the batch.
+// the packed operand (24 KiB) in L1. How an element of C is summed depends on the geometry and its place in the plane, not on the tile
+// it falls into, so results do not depend on how the loops around are split among threads or on the neighbours in the batch.
 #pragma once
 
 #include <algorithm>

@@ -29,7 +29,7 @@ using gemm::max_depth;
 using gemm::mr;
 using gemm::nr;
 
-// Positions computed together: 256 rows of 16 floats of the result (16 KiB) stay in L1 beside a panel of weights.
+// Positions computed together: 320 rows of 16 floats of the result (20 KiB) stay in L1 beside a panel of weights.
 inline constexpr int64_t block_positions = 320;
 // So many panels of weights pass by so many positions before the next: what a position reads lies far apart and should come to L1
 // once, while panels are read in order and come from L2 fast enough.

@@ -182,7 +182,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         workspace<T>(Slot::patches, block_input_rows * b.row_stride + L + (flat ? block_images * C * g.S * flat_stride : 0));
     T* flat_input = buffer + block_input_rows * b.row_stride + L;
     T* gradient_copy = in_place ? nullptr : workspace<T>(Slot::gradient, max_tile_filters * (block_rows * vectors + 1) * L);
-    const int64_t elements = ceil_div(K * patch_size, L) * L;  // sums_of_lanes takes L of them at a time
+    const int64_t elements = ceil_div(K * patch_size, L) * L;  // add_lanes takes L of them at a time
     T* sums = workspace<T>(Slot::tile, elements * L);
     for (int64_t x = 0; x < elements; ++x) store(sums + x * L, Vec<T>{});
 

@@ -6,7 +6,8 @@
 //              result[q][l]  = best or sum, over the columns w of window q, of columns[w][l]         vectors over l
 //              [p, q][l] -> [l][p, q]                                                                transposed back
 //
-// A plane is read from its first row to its last before the next, as it lies in memory. Lanes beyond the last plane repeat it.
+// A plane is read from its first row to its last before the next, as it lies in memory. Lanes beyond the last plane hold
+// anything, and are not stored.
 #pragma once
 
 #include "pool2d_average_nchw.h"
