@@ -169,3 +169,17 @@ def test_extension_needs_only_the_stable_abi_of_torch():
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert re.search(r"\baoti_torch_library_def\b", symbols)
     assert not re.findall(r"\b_ZN?K?[RO]?(?:2at|3c10|5torch)\w*", symbols)
+
+
+def test_a_toolkit_of_pypi_is_found_first(tmp_path, monkeypatch):
+    """nvcc beside torch in an environment (requirements-nvcc.txt); its headers alone, which torch brings, are no toolkit."""
+    home = tmp_path / "nvidia" / "cu13"
+    for name in ("include/cuda_runtime.h", "bin/nvcc"):
+        (home / name).parent.mkdir(parents=True)
+        (home / name).touch()
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    find_toolkit = runpy.run_path(str(ROOT / "setup.py"))["find_toolkit"]
+    assert find_toolkit() == str(home)
+    (home / "bin/nvcc").unlink()
+    assert find_toolkit() != str(home)

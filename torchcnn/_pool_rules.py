@@ -234,133 +234,67 @@ class _AdaptiveMaxPool2dRule(_IndicesRule):
     op = _ops.adaptive_max_pool2d_with_indices.default
 
 
-class _OffsetPool2dRule:
+class _FixedPositionsRule:
+    """An operator that moves values to or from given positions: linear in its first tensor, so jvp is the operator itself."""
+
+    op: Any
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, positions, *ctx.options = inputs
+        ctx.save_for_backward(positions)
+        ctx.save_for_forward(positions)
+        ctx.size = values.shape[2:]
+        ctx.channels_last = is_channels_last(values)
+
+    @classmethod
+    def jvp(cls, ctx, saved, tangent, *_):
+        return cls.op(tangent, *saved, *ctx.options)
+
+    @classmethod
+    def vmap(cls, info, in_dims, values, positions, *options):
+        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((values, positions), in_dims, strict=False))
+        return unfold_batch(cls.op(*folded, *options), info.batch_size), 0
+
+
+class _OffsetPool2dRule(_FixedPositionsRule):
     op = _ops.offset_pool2d.default
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, offsets, *ctx.options = inputs
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
-        ctx.size = input.shape[2:]
-        ctx.channels_last = is_channels_last(input)
-
-    @staticmethod
     def backward(ctx, saved, needs, v):
-        (offsets,) = saved
-        return (_ops.offset_pool2d_grad_input.default(v, offsets, *ctx.size, *ctx.options, ctx.channels_last),)
-
-    @staticmethod
-    def jvp(ctx, saved, input_tangent, *_):
-        (offsets,) = saved
-        return _ops.offset_pool2d.default(input_tangent, offsets, *ctx.options)
-
-    @staticmethod
-    def vmap(info, in_dims, input, offsets, *options):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, offsets), in_dims, strict=False))
-        return unfold_batch(_ops.offset_pool2d.default(*folded, *options), info.batch_size), 0
+        return (_ops.offset_pool2d_grad_input.default(v, *saved, *ctx.size, *ctx.options, ctx.channels_last),)
 
 
-class _OffsetPool2dGradInputRule:
+class _OffsetPool2dGradInputRule(_FixedPositionsRule):
     op = _ops.offset_pool2d_grad_input.default
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _grad_output, offsets, *ctx.options = inputs
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
-
-    @staticmethod
     def backward(ctx, saved, needs, v):
-        (offsets,) = saved
-        return (_ops.offset_pool2d.default(v, offsets, *ctx.options[2:-1]),)
-
-    @staticmethod
-    def jvp(ctx, saved, grad_output_tangent, *_):
-        (offsets,) = saved
-        return _ops.offset_pool2d_grad_input.default(grad_output_tangent, offsets, *ctx.options)
-
-    @staticmethod
-    def vmap(info, in_dims, grad_output, offsets, *options):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, offsets), in_dims, strict=False))
-        return unfold_batch(_ops.offset_pool2d_grad_input.default(*folded, *options), info.batch_size), 0
+        return (_ops.offset_pool2d.default(v, *saved, *ctx.options[2:-1]),)
 
 
-class _MaxPool2dGradInputRule:
+class _MaxPool2dGradInputRule(_FixedPositionsRule):
     op = _ops.max_pool2d_grad_input.default
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _grad_output, indices, *ctx.options = inputs
-        ctx.save_for_backward(indices)
-        ctx.save_for_forward(indices)
-
-    @staticmethod
     def backward(ctx, saved, needs, v):
-        (indices,) = saved
-        return (_ops.max_unpool2d_grad_input.default(v, indices),)
-
-    @staticmethod
-    def jvp(ctx, saved, grad_output_tangent, *_):
-        (indices,) = saved
-        return _ops.max_pool2d_grad_input.default(grad_output_tangent, indices, *ctx.options)
-
-    @staticmethod
-    def vmap(info, in_dims, grad_output, indices, *options):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, indices), in_dims, strict=False))
-        return unfold_batch(_ops.max_pool2d_grad_input.default(*folded, *options), info.batch_size), 0
+        return (_ops.max_unpool2d_grad_input.default(v, *saved),)
 
 
-class _MaxUnpool2dRule:
+class _MaxUnpool2dRule(_FixedPositionsRule):
     op = _ops.max_unpool2d.default
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _input, indices, *ctx.size = inputs
-        ctx.save_for_backward(indices)
-        ctx.save_for_forward(indices)
-
-    @staticmethod
     def backward(ctx, saved, needs, grad_output):
-        (indices,) = saved
-        return (_ops.max_unpool2d_grad_input.default(grad_output, indices),)
-
-    @staticmethod
-    def jvp(ctx, saved, input_tangent, *_):
-        (indices,) = saved
-        return _ops.max_unpool2d.default(input_tangent, indices, *ctx.size)
-
-    @staticmethod
-    def vmap(info, in_dims, input, indices, *size):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((input, indices), in_dims, strict=False))
-        return unfold_batch(_ops.max_unpool2d.default(*folded, *size), info.batch_size), 0
+        return (_ops.max_unpool2d_grad_input.default(grad_output, *saved),)
 
 
-class _MaxUnpool2dGradInputRule:
+class _MaxUnpool2dGradInputRule(_FixedPositionsRule):
     op = _ops.max_unpool2d_grad_input.default
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad_output, indices = inputs
-        ctx.save_for_backward(indices)
-        ctx.save_for_forward(indices)
-        ctx.size = grad_output.shape[2:]
-        ctx.channels_last = is_channels_last(grad_output)
-
-    @staticmethod
     def backward(ctx, saved, needs, v):
-        (indices,) = saved
-        return (_ops.max_pool2d_grad_input.default(v, indices, *ctx.size, ctx.channels_last),)
-
-    @staticmethod
-    def jvp(ctx, saved, grad_output_tangent, *_):
-        (indices,) = saved
-        return _ops.max_unpool2d_grad_input.default(grad_output_tangent, indices)
-
-    @staticmethod
-    def vmap(info, in_dims, grad_output, indices):
-        folded = (fold_batch(x, dim, info.batch_size) for x, dim in zip((grad_output, indices), in_dims, strict=True))
-        return unfold_batch(_ops.max_unpool2d_grad_input.default(*folded), info.batch_size), 0
+        return (_ops.max_pool2d_grad_input.default(v, *saved, *ctx.size, ctx.channels_last),)
 
 
 class _LinearPoolRule:

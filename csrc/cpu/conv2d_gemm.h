@@ -7,9 +7,10 @@
 //       section 3); StridedA at data + m row_stride + k step.
 //   B   a vector at a time, packed [k][nr] (PackedB), or rows of an image at data + offset[k] (IndirectB).
 //
-// The method is that of BLIS (Van Zee and van de Geijn 2015, sections 2 and 5): the tile lives in registers, a depth of 384 keeps
-// the packed operand (24 KiB) in L1. How an element of C is summed depends on the geometry and its place in the plane, not on the tile
-// it falls into, so results do not depend on how the loops around are split among threads or on the neighbours in the batch.
+// The method is that of BLIS (Van Zee and van de Geijn 2015, sections 2 and 5): the tile lives in registers, a depth of 384
+// keeps the packed operand (24 KiB) in L1. How an element of C is summed depends on the geometry and on its place in the
+// plane, not on the tile it falls into, so results do not depend on how the loops around are split among threads or on the
+// neighbours in the batch.
 #pragma once
 
 #include <algorithm>
@@ -193,6 +194,16 @@ template <class T, int rows, int vectors>
 // How many rows the next tile of `rest` rows takes: `most`, but the last two share evenly what would leave a sliver.
 inline int64_t tile_rows(int64_t rest, int64_t most = mr) {
   return rest >= most + most / 2 || rest <= most ? std::min(rest, most) : (rest + 1) / 2;
+}
+
+// Sums that were cut into slices, [slice][element]: the slices are added in order.
+template <class T>
+inline void add_slices(const T* partial, int64_t slices, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    T sum = partial[i];
+    for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * count + i];
+    to[i] = sum;
+  }
 }
 
 // Asks for `count` elements ahead of time: where one plane or row follows another at a distance, the processor does not guess it.

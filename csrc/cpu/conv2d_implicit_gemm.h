@@ -670,12 +670,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       }
     }
   });
-  if (slices == 1) return;
-  for (int64_t i = 0; i < weights; ++i) {
-    T sum = partial[i];
-    for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * weights + i];
-    grad_weight[i] = sum;
-  }
+  if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::implicit_gemm

@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "../geometry.h"
+#include "conv2d_gemm.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_planar_rows.h"
 #include "runtime.h"
@@ -34,11 +35,6 @@ using implicit_gemm::Tap;
 inline constexpr int accumulators = TORCHCNN_VECTOR_REGISTERS / 4 * 3;
 inline constexpr int max_rows = accumulators / 2;
 constexpr int tile_vectors(int rows) { return std::min(8, accumulators / rows); }
-
-// How many filters the next tile of `rest` takes: the last two share evenly what would leave a sliver.
-inline int64_t tile_rows(int64_t rest) {
-  return rest >= max_rows * 3 / 2 || rest <= max_rows ? std::min<int64_t>(rest, max_rows) : (rest + 1) / 2;
-}
 
 // Terms are added in runs of at most 64, then the runs: rounding errors grow with the longer of the two instead of the depth.
 inline constexpr int64_t max_run = 64;
@@ -164,15 +160,6 @@ void row_product(int64_t count, int64_t depth, const T* weight, const int64_t* o
   }
 }
 
-// Calls run(std::integral_constant<int, rows>) for 1 <= rows <= max_rows.
-template <class Run, int most = max_rows>
-inline void with_rows(int64_t rows, Run run) {
-  if constexpr (most > 1) {
-    if (rows < most) return with_rows<Run, most - 1>(rows, run);
-  }
-  run(std::integral_constant<int, most>());
-}
-
 // Runs the correlation; element (k, c, t) of a group's weights is at group group_stride + k k_stride + c c_stride + t.weight.
 template <class T>
 void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, int64_t k_stride, int64_t c_stride,
@@ -229,7 +216,7 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
   T* packed = workspace<T>(Slot::packed_weight, p.groups * p.filters * patch_size);
   for (int64_t group = 0, at = 0; group < p.groups; ++group) {
     for (int64_t k = 0; k < p.filters;) {
-      const int64_t rows = tile_rows(p.filters - k);
+      const int64_t rows = gemm::tile_rows(p.filters - k, max_rows);
       const T* from = weight + group * group_stride + k * k_stride;
       int64_t column = 0;
       for (int64_t c = 0; c < p.channels; c += chunk) {
@@ -303,13 +290,13 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
           const int64_t first = c * p.tap_count + tap_begin * channels;
           for (int64_t k = 0, rows = 0; k < filters; k += rows) {
             const int64_t in_bundle = k / p.filters, filter = first_group * p.filters + k;
-            rows = tile_rows((in_bundle + 1) * p.filters - k);
+            rows = gemm::tile_rows((in_bundle + 1) * p.filters - k, max_rows);
             const T* start = c == 0 && epilogue.bias != nullptr ? epilogue.bias + filter : nullptr;
             const Ends<T> ends{start, c > 0, epilogue.relu && c + channels == p.channels};
             const T* panel = packed + filter * patch_size + first * rows;
             const Vectors<T> at{buffer + in_bundle * p.channels * b.channel_stride, source,
                                 (direct ? result : tile) + k * filter_stride, target, filter_stride};
-            with_rows(rows, [&]<int tile_filters>(std::integral_constant<int, tile_filters>) {
+            gemm::with_rows<max_rows>(rows, [&]<int tile_filters>(std::integral_constant<int, tile_filters>) {
               row_product<T, tile_filters>(count, taps * channels, panel, offset + first, at, ends);
             });
           }

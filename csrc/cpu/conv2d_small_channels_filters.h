@@ -38,7 +38,7 @@ template <class Run>
   const int64_t tiles = ceil_div(count, max_rows);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = tile * count / tiles;
-    with_rows((tile + 1) * count / tiles - first, [&](auto size) { run(first, size); });
+    gemm::with_rows<max_rows>((tile + 1) * count / tiles - first, [&](auto size) { run(first, size); });
   }
 }
 
@@ -259,12 +259,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
                                  implicit_gemm::Finish<T>{nullptr, lanes, false});
     }
   });
-  if (slices == 1) return;
-  for (int64_t i = 0; i < weights; ++i) {
-    T sum = partial[i];
-    for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * weights + i];
-    grad_weight[i] = sum;
-  }
+  if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::small_channels::filters

@@ -250,13 +250,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         for (int64_t t = 0; t < count; ++t) to[f * patch_size + t] = sums[place + f * count + t];
     });
   });
-  if (slices > 1) {
-    for (int64_t i = 0; i < weights; ++i) {
-      T sum = partial[i];
-      for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * weights + i];
-      grad_weight[i] = sum;
-    }
-  }
+  if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
   for (int64_t i = 0; i < weights; ++i)
     if (grad_weight[i] != grad_weight[i]) return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
 }

@@ -239,9 +239,9 @@ void spread_row(const Pool2dGeometry& g, const A* row_sum, A* to) {
 
 inline constexpr int64_t kLongestSpread = 32;
 
-// A row of grad_input, two vectors at a time, from the windows of stride 2 that a vector of row_sum stands for, kept in registers:
-// what is stored and loaded again at another offset waits for all stores before it. odd: pad_w, 0 or 1. Up to two vectors are
-// written beyond W.
+// A row of grad_input, two vectors at a time, from the windows of stride 2 that a vector of row_sum stands for, kept in
+// registers: what is stored and loaded again at another offset waits for all stores before it. odd: pad_w, 0 or 1. Up to two
+// vectors are written beyond W.
 template <class T, int S, int odd>
 [[gnu::noinline]] void spread_rows(int64_t W, int64_t Q, int64_t first, int64_t last, const T* grad_output, const T* end,
                                    const Arithmetic<T>* row_factors, const Arithmetic<T>* column_factors, T* to) {

@@ -10,8 +10,8 @@
 // anything, and are not stored.
 #pragma once
 
-#include "pool2d_average_nchw.h"
 #include "pool2d_global_nchw.h"
+#include "pool2d_rows.h"
 
 namespace torchcnn::TORCHCNN_ISA {
 

@@ -145,12 +145,13 @@ inline bool can_be_staged(const Pool2dGeometry& g) {
   return rows * columns * sizeof(A) < 64 * 1024 * 1024;
 }
 
-// Rows of windows that a task computes: outputs and staged rows stay in the caches next to the core.
+// Rows of windows that a task computes: outputs and staged rows stay in the caches next to the core. Where bands are staged at
+// the ends of the tensor alone, the outputs decide.
 template <class T>
-inline int64_t windows_of_band(const Pool2dGeometry& g) {
+inline int64_t windows_of_band(const Pool2dGeometry& g, bool staged) {
   constexpr int64_t band_outputs = 8192, staged_bytes = 16 * 1024;
   const int64_t by_outputs = std::max<int64_t>(1, band_outputs / g.Q);
-  if (reads_in_place<T>(g) || reads_open<T>(g)) return std::min(g.P, by_outputs);
+  if (!staged) return std::min(g.P, by_outputs);
   const int64_t rows = staged_bytes / static_cast<int64_t>(staged_pitch<Arithmetic<T>>(g) * sizeof(Arithmetic<T>));
   const int64_t by_rows = (rows - g.dilation_h * (g.R - 1) - 1) / g.stride_h + 1;
   return std::clamp<int64_t>(by_rows, 1, std::min(g.P, by_outputs));
@@ -235,7 +236,7 @@ void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutra
   const bool in_place = reads_in_place<T>(g) && !negate;
   // The vector of a row that is shorter than it reads beyond: into the next plane, but not beyond the last.
   const int64_t beyond = std::max<int64_t>(0, kLanes<A> - g.Q) * g.stride_w + 1;
-  const int64_t band = windows_of_band<T>(g), bands = ceil_div(g.P, band);
+  const int64_t band = windows_of_band<T>(g, !in_place && !may_be_open), bands = ceil_div(g.P, band);
   parallel_for(g.N * g.C * bands, g.R * g.S * ceil_div(g.Q, kLanes<A>) * band * tap_cost, [&](int64_t task) {
     const int64_t nc = task / bands, p_begin = task % bands * band, p_end = std::min(g.P, p_begin + band);
     const T* plane = input + nc * g.H * g.W;
