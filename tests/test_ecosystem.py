@@ -544,11 +544,13 @@ def test_compiled_autograd():
     net.zero_grad()
     torch._dynamo.reset()
 
-    @torch.compile(backend="eager")
-    def backward(loss):
-        loss.backward()
-
     with torch._dynamo.config.patch(compiled_autograd=True):
+
+        @torch.compile(backend="eager")
+        def backward(loss):
+            loss.backward()
+            return loss + 1  # Dynamo does not compile a function without an operation of its own
+
         backward(net(x).sum())
     assert_close([parameter.grad for parameter in net.parameters()], expected)
 
