@@ -58,8 +58,8 @@ __device__ SumOf<T> sum_at(const Problem& problem, const T* from, const T* weigh
       const int far = to + axis.pad - tap * axis.dilation, at = far / axis.stride;
       return far >= 0 && at * axis.stride == far && at < axis.written ? at : -1;
     };
-    for (int r = 0; r < h_axis.kernel; ++r) {
-      const int h = read_at(h_axis, e.h, r);
+    for (int i = 0; i < h_axis.kernel; ++i) {
+      const int r = kTransposed ? h_axis.kernel - 1 - i : i, h = read_at(h_axis, e.h, r);  // from the top
       if (h < 0) continue;
       for (int s = 0; s < w_axis.kernel; ++s) {
         const int w = read_at(w_axis, e.w, s);
@@ -151,6 +151,10 @@ __global__ void __launch_bounds__(256, 1)
 
 constexpr int kStripThreads = 128;
 
+// Of a multiprocessor at once: 96 registers a thread for 3 x 3 taps, 168 for more.
+template <int kKernel>
+constexpr int kStripBlocks = kKernel == 3 ? 5 : 3;
+
 // Channels of a thread in channels_last: 2 are read at once; 7 x 7 taps of 2 would take 98 registers.
 template <int kKernel, bool kLast>
 constexpr int kStripChannels = kLast && kKernel < 7 ? 2 : 1;
@@ -165,11 +169,13 @@ struct Strip {
   static constexpr int columns = kTransposed ? before + 1 : kKernel;
   static constexpr int read_rows = kTransposed ? (rows - 1) / kStride + before + 1 : (rows - 1) * kStride + kKernel;
 
-  static constexpr __host__ __device__ int tap(int i, int j) { return kTransposed ? i - (j - before) * kStride : j - i * kStride; }
+  static constexpr __host__ __device__ int tap(int i, int j) {
+    return kTransposed ? i - (j - before) * kStride : j - i * kStride;
+  }
   static __host__ __device__ int overhang(int pad) { return kTransposed ? pad % kStride : 0; }  // of the first strip
   static int strips(int written, int pad) { return int(ceil_div(written + overhang(pad), rows)); }
 
-  int first, top;     // rows: the first one written, the first one read; both may lie outside
+  int first, top;      // rows: the first one written, the first one read; both may lie outside
   int left, tap_left;  // column and tap; the others follow at distances -1 and stride in grad_input, 1 and 1 in forward
 
   __device__ Strip(int strip, int column, int h_pad, int w_pad) {
@@ -180,9 +186,7 @@ struct Strip {
   }
   __device__ int column(int c) const { return kTransposed ? left - c : left + c; }
   __device__ int column_tap(int c) const { return kTransposed ? tap_left + c * kStride : c; }
-  __device__ bool has_column(int c, int width) const {
-    return column_tap(c) < kKernel && unsigned(column(c)) < unsigned(width);
-  }
+  __device__ bool has_column(int c, int width) const { return column_tap(c) < kKernel && unsigned(column(c)) < unsigned(width); }
   __device__ bool has_rows(int height) const { return top >= 0 && top + read_rows <= height; }
 };
 
@@ -191,11 +195,10 @@ struct Strip {
 struct Deal {
   int strips;  // of a column
   int vectors, lanes, channel_blocks;
-  bool aligned;
 };
 
 template <class T, int kKernel, int kStride, bool kTransposed, bool kLast>
-__global__ void __launch_bounds__(kStripThreads, 4)
+__global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
     conv2d_depthwise_strips(const Problem problem, const Deal deal, const T* from, const T* weight, const T* bias, bool relu,
                             T* to) {
   using Strip = Strip<kKernel, kStride, kTransposed>;
@@ -264,7 +267,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
     Neighbours<T, V> values[Strip::columns] = {};
 #pragma unroll
     for (int s = 0; s < Strip::columns; ++s)
-      if (row_inside && inside[s]) values[s] = load_neighbours<V>(row + strip.column(s) * column_pitch, deal.aligned);
+      if (row_inside && inside[s]) values[s] = load_neighbours<V, true>(row + strip.column(s) * column_pitch);
 #pragma unroll
     for (int i = 0; i < Strip::rows; ++i) {
       const int r = Strip::tap(i, j);
@@ -282,19 +285,20 @@ __global__ void __launch_bounds__(kStripThreads, 4)
     Neighbours<T, V> written;
 #pragma unroll
     for (int v = 0; v < V; ++v) written.of[v] = finished(sums[i][v], bias, c + v, relu);
-    store_neighbours<V>(result + y * int(target.h), written, deal.aligned);
+    *reinterpret_cast<Neighbours<T, V>*>(result + y * int(target.h)) = written;
   }
 }
 
 // A thread adds up the products of all taps over its strips; a block has one part of the strips of its channels.
 template <class T, int kKernel, int kStride, bool kLast>
-__global__ void __launch_bounds__(kStripThreads, 4)
+__global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
     conv2d_depthwise_grad_weight_strips(const Problem problem, const Deal deal, const T* grad_output, const T* input,
                                         int part_strips, PartSums<T, SumOf<T>> to) {
   using Strip = Strip<kKernel, kStride, false>;
   constexpr int V = kStripChannels<kKernel, kLast>, taps = kKernel * kKernel;
   const int height = problem.h.read, width = problem.w.read, P = problem.h.written, Q = problem.w.written, C = problem.C;
-  const int part = int(blockIdx.x) / deal.channel_blocks, first_channel = int(blockIdx.x) % deal.channel_blocks * deal.vectors * V;
+  const int part = int(blockIdx.x) / deal.channel_blocks,
+            first_channel = int(blockIdx.x) % deal.channel_blocks * deal.vectors * V;
   const int c = first_channel + int(threadIdx.x) % deal.vectors * V, lane = int(threadIdx.x) / deal.vectors;
   const int column_pitch = kLast ? C : 1, row_pitch = int(problem.input.h), gradient_pitch = int(problem.output.h);
   const int all = problem.images * deal.strips * Q, begin = part * part_strips;
@@ -311,8 +315,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
     SumOf<T> nothing = 0;
 #pragma unroll
     for (int i = 0; i < Strip::rows; ++i)
-      if (strip.first + i < P)
-        gradients[i] = load_neighbours<V>(gradient + (strip.first + i) * gradient_pitch, deal.aligned);
+      if (strip.first + i < P) gradients[i] = load_neighbours<V, true>(gradient + (strip.first + i) * gradient_pitch);
 #pragma unroll
     for (int i = 0; i < Strip::rows; ++i)
 #pragma unroll
@@ -331,7 +334,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
         Neighbours<T, V> values[kKernel] = {};
 #pragma unroll
         for (int s = 0; s < kKernel; ++s)
-          if (row_inside && inside[s]) values[s] = load_neighbours<V>(row + s * column_pitch, deal.aligned);
+          if (row_inside && inside[s]) values[s] = load_neighbours<V, true>(row + s * column_pitch);
 #pragma unroll
         for (int i = 0; i < Strip::rows; ++i) {
           const int r = Strip::tap(i, j);
@@ -393,7 +396,7 @@ constexpr int64_t kPartPixels = 8192;  // of the taps; what a block reads of a c
 
 bool is_last(const Conv2dGeometry& g) { return g.layout == Layout::channels_last && g.C > 1; }
 
-// Offsets of strips have 32 bits.
+// Offsets of strips have 32 bits; pairs of channels must be aligned.
 template <class T>
 bool suits_strips(const Conv2dGeometry& g) {
   constexpr int64_t limit = INT32_MAX;
@@ -426,24 +429,25 @@ void run_strips(const Conv2dGeometry& g, Run run) {
 }
 
 template <int V, bool kLast>
-Deal deal_of(const Conv2dGeometry& g, int strips, bool aligned) {
-  if (!kLast) return {strips, 1, kStripThreads, int(g.C), aligned};
+Deal deal_of(const Conv2dGeometry& g, int strips) {
+  if (!kLast) return {strips, 1, kStripThreads, int(g.C)};
   const int64_t vectors = g.C / V, channel_blocks = ceil_div(vectors, kStripBlockChannels / V);
   const int block_vectors = int(ceil_div(vectors, channel_blocks));
-  return {strips, block_vectors, kStripThreads / block_vectors, int(channel_blocks), aligned};
+  return {strips, block_vectors, kStripThreads / block_vectors, int(channel_blocks)};
 }
 
 template <bool kTransposed, class T>
-void run(const char* op, const Conv2dGeometry& g, const T* from, const T* weight, const T* bias, bool relu, T* to, Stream stream) {
+void run(const char* op, const Conv2dGeometry& g, const T* from, const T* weight, const T* bias, bool relu, T* to,
+         Stream stream) {
   const Problem problem = problem_of(op, g);
   if constexpr (sizeof(T) <= 4) {
-    if (suits_strips<T>(g)) {
+    if (suits_strips<T>(g) && is_aligned<2>(from) && is_aligned<2>(to)) {
       return run_strips(g, [&](auto kernel, auto stride, auto last) {
         constexpr int V = kStripChannels<kernel(), last()>;
         const int rows = kTransposed ? problem.h.read : problem.h.written;
         const int64_t columns = kTransposed ? g.W : g.Q;
         const int strips = Strip<kernel(), stride(), kTransposed>::strips(rows, problem.h.pad);
-        const Deal deal = deal_of<V, last()>(g, strips, is_aligned<V>(from) && is_aligned<V>(to));
+        const Deal deal = deal_of<V, last()>(g, strips);
         const int64_t work = g.N * strips * columns * (last() ? 1 : g.C);
         const int64_t blocks = ceil_div(work, deal.lanes) * (last() ? deal.channel_blocks : 1);
         launch(op, conv2d_depthwise_strips<T, kernel(), stride(), kTransposed, last()>, block_count(op, blocks),
@@ -456,14 +460,14 @@ void run(const char* op, const Conv2dGeometry& g, const T* from, const T* weight
          to, count);
 }
 
-// How the sums of grad_weight are cut: in rounds of the lanes, or in pixels.
-template <class T>
-Cut grad_weight_cut(const Conv2dGeometry& g) {
-  Cut cut{ceil_div(g.N * g.P * g.Q, kPartPixels), kPartPixels};
-  if (!suits_strips<T>(g)) return cut;
+// How the sums of grad_weight are cut: in pixels, or in rounds of the lanes.
+Cut taps_cut(const Conv2dGeometry& g) { return {ceil_div(g.N * g.P * g.Q, kPartPixels), kPartPixels}; }
+
+Cut strips_cut(const Conv2dGeometry& g) {
+  Cut cut;
   run_strips(g, [&](auto kernel, auto stride, auto last) {
     const int64_t strips = Strip<kernel(), stride(), false>::strips(int(g.P), 0);
-    const Deal deal = deal_of<kStripChannels<kernel(), last()>, last()>(g, int(strips), true);
+    const Deal deal = deal_of<kStripChannels<kernel(), last()>, last()>(g, int(strips));
     cut = cut_of(ceil_div(g.N * strips * g.Q, deal.lanes), 1, deal.channel_blocks);
   });
   return cut;
@@ -474,7 +478,8 @@ Cut grad_weight_cut(const Conv2dGeometry& g) {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output,
                     Stream stream) {
-  run<false>("conv2d", g, on_device(input), on_device(weight), on_device(epilogue.bias), epilogue.relu, on_device(output), stream);
+  run<false>("conv2d", g, on_device(input), on_device(weight), on_device(epilogue.bias), epilogue.relu, on_device(output),
+             stream);
 }
 
 template <class T>
@@ -486,7 +491,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 
 template <class T>
 int64_t conv2d_grad_weight_workspace(const Conv2dGeometry& g) {
-  const int64_t parts = grad_weight_cut<T>(g).parts;
+  const int64_t parts = std::max(taps_cut(g).parts, suits_strips<T>(g) ? strips_cut(g).parts : 0);
   return parts == 1 ? 0 : parts * g.K * g.R * g.S * int64_t(sizeof(SumOf<T>));
 }
 
@@ -496,18 +501,18 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   using D = Device<T>;
   const char* op = "conv2d_grad_weight";
   const Problem problem = problem_of(op, g);
-  const Cut cut = grad_weight_cut<T>(g);
   const D *gradient = on_device(grad_output), *in = on_device(input);
+  const bool strips = suits_strips<T>(g) && is_aligned<2>(gradient) && is_aligned<2>(in);
+  const Cut cut = strips ? strips_cut(g) : taps_cut(g);
   const PartSums<D, SumOf<D>> to{on_device(grad_weight), static_cast<SumOf<D>*>(workspace), cut.parts, g.K * g.R * g.S};
-  if (suits_strips<T>(g)) {
+  if (strips) {
     if constexpr (sizeof(T) <= 4)
       run_strips(g, [&](auto kernel, auto stride, auto last) {
         constexpr int V = kStripChannels<kernel(), last()>;
-        const int strips = Strip<kernel(), stride(), false>::strips(problem.h.written, 0);
-        const Deal deal = deal_of<V, last()>(g, strips, is_aligned<V>(gradient) && is_aligned<V>(in));
+        const Deal deal = deal_of<V, last()>(g, Strip<kernel(), stride(), false>::strips(problem.h.written, 0));
         launch(op, conv2d_depthwise_grad_weight_strips<D, kernel(), stride(), last()>,
-               block_count(op, cut.parts * deal.channel_blocks), deal.vectors * deal.lanes, 0, stream, problem, deal, gradient, in,
-               int(cut.size * deal.lanes), to);
+               block_count(op, cut.parts * deal.channel_blocks), deal.vectors * deal.lanes, 0, stream, problem, deal, gradient,
+               in, int(cut.size * deal.lanes), to);
       });
   } else {
     const bool last = problem.output.c == 1;
