@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(256, 1)
 
 constexpr int kStripThreads = 128;
 
-// Of a multiprocessor at once: 96 registers a thread for 3 x 3 taps, 168 for more.
+// Of a multiprocessor at once: 128 registers a thread for 3 x 3 taps, 168 for more.
 template <int kKernel>
-constexpr int kStripBlocks = kKernel == 3 ? 5 : 3;
+constexpr int kStripBlocks = kKernel == 3 ? 4 : 3;
 
 // Channels of a thread in channels_last: 2 are read at once; 7 x 7 taps of 2 would take 98 registers.
 template <int kKernel, bool kLast>
@@ -164,7 +164,7 @@ constexpr int kStripBlockChannels = 32;  // of a block in channels_last: 128 byt
 // row j to row i is known to the compiler: in grad_input with a stride, because strips begin where h + pad is a multiple of it.
 template <int kKernel, int kStride, bool kTransposed>
 struct Strip {
-  static constexpr int rows = kStride == 1 || kTransposed ? 8 : 4;
+  static constexpr int rows = kStride == 1 ? 7 : kTransposed ? 8 : 4;  // 7 divides 14, 28, 56, 112
   static constexpr int before = (kKernel - 1) / kStride;
   static constexpr int columns = kTransposed ? before + 1 : kKernel;
   static constexpr int read_rows = kTransposed ? (rows - 1) / kStride + before + 1 : (rows - 1) * kStride + kKernel;
@@ -187,7 +187,32 @@ struct Strip {
   __device__ int column(int c) const { return kTransposed ? left - c : left + c; }
   __device__ int column_tap(int c) const { return kTransposed ? tap_left + c * kStride : c; }
   __device__ bool has_column(int c, int width) const { return column_tap(c) < kKernel && unsigned(column(c)) < unsigned(width); }
-  __device__ bool has_rows(int height) const { return top >= 0 && top + read_rows <= height; }
+
+  // Calls use(j, values) for each row j inside a plane of which `plane` is this strip's first column and pitches are the distances
+  // of rows and columns. Rows are read some rows ahead of their use; values outside are 0.
+  template <int V, class T, class Use>
+  __device__ __forceinline__ void for_each_row(const T* plane, int row_pitch, int column_pitch, int height,
+                                               const bool (&inside)[columns], Use use) const {
+    constexpr int ahead = kKernel == 3 ? 3 : 1;
+    Neighbours<T, V> values[ahead + 1][columns];
+    const auto is_inside = [&](int j) { return unsigned(top + j) < unsigned(height); };
+    const auto read = [&](int j) {
+      const T* const row = plane + (top + j) * row_pitch;
+#pragma unroll
+      for (int c = 0; c < columns; ++c) {
+        values[j % (ahead + 1)][c] = {};
+        if (is_inside(j) && inside[c])
+          values[j % (ahead + 1)][c] = *reinterpret_cast<const Neighbours<T, V>*>(row + (kTransposed ? -c : c) * column_pitch);
+      }
+    };
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) read(j);
+#pragma unroll
+    for (int j = 0; j < read_rows; ++j) {
+      if (j + ahead < read_rows) read(j + ahead);
+      if (is_inside(j)) use(j, values[j % (ahead + 1)]);
+    }
+  }
 };
 
 // How strips are dealt out. NCHW: a thread has one strip of one channel. channels_last: thread t of a block has channels
@@ -228,9 +253,9 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
     n /= C;
   }
 
-  // Where a column lies outside, both factors are 0, so that an infinite one makes no NaN of the other; rows see below.
+  // Where a column lies outside, both factors are 0, so that an infinite one makes no NaN of the other.
   bool inside[Strip::columns];
-  SumOf<T> filter[kKernel][Strip::columns][V], nothing = 0;
+  SumOf<T> filter[kKernel][Strip::columns][V];
 #pragma unroll
   for (int j = 0; j < Strip::columns; ++j) {
     inside[j] = strip.has_column(j, width);
@@ -242,32 +267,13 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
         filter[r][j][v] = 0;
         if (inside[j])
           filter[r][j][v] = kLast ? staged[tap * pitch + c - first_channel + v] : to_arithmetic(weight[c * taps + tap]);
-        nothing += 0 * filter[r][j][v];
       }
   }
-  T* const result = to + n * target.n + c * target.c + int64_t(column) * target.w;
-  if (!strip.has_rows(height) && !(nothing == 0)) {
-#pragma unroll 1
-    for (int i = 0; i < Strip::rows * V; ++i) {
-      const int y = strip.first + i / V, v = i % V;
-      if (unsigned(y) >= unsigned(rows)) continue;
-      const SumOf<T> sum = sum_at<T, kTransposed>(problem, from, weight, {n, c + v, y, column});
-      result[y * target.h + v] = finished(sum, bias, c + v, relu);
-    }
-    return;
-  }
 
-  const T* const plane = from + n * source.n + c * source.c;
-  const int row_pitch = int(source.h), column_pitch = kLast ? C : 1;
+  const int column_pitch = kLast ? C : 1;
   SumOf<T> sums[Strip::rows][V] = {};
-#pragma unroll
-  for (int j = 0; j < Strip::read_rows; ++j) {
-    const bool row_inside = unsigned(strip.top + j) < unsigned(height);
-    const T* const row = plane + (strip.top + j) * row_pitch;
-    Neighbours<T, V> values[Strip::columns] = {};
-#pragma unroll
-    for (int s = 0; s < Strip::columns; ++s)
-      if (row_inside && inside[s]) values[s] = load_neighbours<V, true>(row + strip.column(s) * column_pitch);
+  strip.template for_each_row<V>(from + n * source.n + c * source.c + strip.left * column_pitch, int(source.h), column_pitch,
+                                 height, inside, [&](int j, const auto& values) {
 #pragma unroll
     for (int i = 0; i < Strip::rows; ++i) {
       const int r = Strip::tap(i, j);
@@ -277,7 +283,8 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
 #pragma unroll
         for (int v = 0; v < V; ++v) sums[i][v] += filter[r][s][v] * to_arithmetic(values[s].of[v]);
     }
-  }
+  });
+  T* const result = to + n * target.n + c * target.c + int64_t(column) * target.w;
 #pragma unroll
   for (int i = 0; i < Strip::rows; ++i) {
     const int y = strip.first + i;
@@ -311,44 +318,38 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
     const T* const gradient = grad_output + n * problem.output.n + c * problem.output.c + column * column_pitch;
     const T* const plane = input + n * problem.input.n + c * problem.input.c + strip.left * column_pitch;
     Neighbours<T, V> gradients[Strip::rows] = {};
-    bool inside[kKernel], all_inside = strip.has_rows(height);
+    bool inside[kKernel], all_inside = true;
     SumOf<T> nothing = 0;
 #pragma unroll
-    for (int i = 0; i < Strip::rows; ++i)
-      if (strip.first + i < P) gradients[i] = load_neighbours<V, true>(gradient + (strip.first + i) * gradient_pitch);
-#pragma unroll
-    for (int i = 0; i < Strip::rows; ++i)
+    for (int i = 0; i < Strip::rows; ++i) {
+      if (strip.first + i < P)
+        gradients[i] = *reinterpret_cast<const Neighbours<T, V>*>(gradient + (strip.first + i) * gradient_pitch);
 #pragma unroll
       for (int v = 0; v < V; ++v) nothing += 0 * to_arithmetic(gradients[i].of[v]);
+    }
 #pragma unroll
     for (int s = 0; s < kKernel; ++s) {
       inside[s] = strip.has_column(s, width);
       all_inside = all_inside && inside[s];
     }
-    // Outside the input is 0, which must not make a NaN of an infinite gradient.
-    const auto add = [&](auto only_inside) {
-#pragma unroll
-      for (int j = 0; j < Strip::read_rows; ++j) {
-        const bool row_inside = unsigned(strip.top + j) < unsigned(height);
-        const T* const row = plane + (strip.top + j) * row_pitch;
-        Neighbours<T, V> values[kKernel] = {};
-#pragma unroll
-        for (int s = 0; s < kKernel; ++s)
-          if (row_inside && inside[s]) values[s] = load_neighbours<V, true>(row + s * column_pitch);
+    // Zeros stand for what lies outside, but must not make a NaN of an infinite factor.
+    const int count = min(Strip::rows, P - strip.first);
+    const auto add = [&](auto guarded) {
+      strip.template for_each_row<V>(plane, row_pitch, column_pitch, height, inside, [&](int j, const auto& values) {
 #pragma unroll
         for (int i = 0; i < Strip::rows; ++i) {
           const int r = Strip::tap(i, j);
-          if (r < 0 || r >= kKernel) continue;
+          if (r < 0 || r >= kKernel || (guarded && i >= count)) continue;
 #pragma unroll
           for (int s = 0; s < kKernel; ++s) {
-            if (only_inside && !(row_inside && inside[s])) continue;
+            if (guarded && !inside[s]) continue;
 #pragma unroll
             for (int v = 0; v < V; ++v) sums[r][s][v] += to_arithmetic(gradients[i].of[v]) * to_arithmetic(values[s].of[v]);
           }
         }
-      }
+      });
     };
-    if (all_inside || nothing == 0)
+    if (count == Strip::rows && (all_inside || nothing == 0))
       add(std::false_type());
     else
       add(std::true_type());
