@@ -8,10 +8,10 @@
 // m = K / C is the channel multiplier. Neighbouring threads compute neighbours in memory: pixels of a row in NCHW, channels in
 // channels_last; what they read twice comes from the L1 cache.
 //
-// Square filters of 3, 5 and 7 rows with stride 1 or 2 are computed in strips: a thread has some rows of one column, walks down the
-// rows that these read, and keeps the filter in registers. Any other geometry takes a thread for each element. The sums of
-// grad_weight are cut into parts of the pixels, the block's threads add theirs up in a fixed order, and a second kernel adds the
-// parts in order: no atomics, the same bits every time.
+// Square filters of 3 and 5 rows with stride 1 or 2, and of 7 with stride 1, are computed in strips: a thread has some rows of one
+// column, walks down the rows that these read, and keeps the filter in registers. Any other geometry takes a thread for each
+// element. The sums of grad_weight are cut into parts of the pixels, the block's threads add theirs up in a fixed order, and a
+// second kernel adds the parts in order: no atomics, the same bits every time.
 #include "conv2d_parts.cuh"
 
 namespace torchcnn::cuda::depthwise {
@@ -155,9 +155,9 @@ constexpr int kStripThreads = 128;
 template <int kKernel>
 constexpr int kStripBlocks = kKernel == 3 ? 4 : 3;
 
-// Channels of a thread in channels_last: 2 are read at once; 7 x 7 taps of 2 would take 98 registers.
+// Channels of a thread in channels_last, read at once; of 5 x 5 taps 2 channels would take 50 registers, with what they need.
 template <int kKernel, bool kLast>
-constexpr int kStripChannels = kLast && kKernel < 7 ? 2 : 1;
+constexpr int kStripChannels = kLast && kKernel == 3 ? 2 : 1;
 constexpr int kStripBlockChannels = 32;  // of a block in channels_last: 128 bytes of float32
 
 // What a thread writes, `rows` rows of a column, and what it reads for that: `read_rows` rows of `columns` columns. Which tap takes
@@ -401,9 +401,10 @@ bool is_last(const Conv2dGeometry& g) { return g.layout == Layout::channels_last
 template <class T>
 bool suits_strips(const Conv2dGeometry& g) {
   constexpr int64_t limit = INT32_MAX;
-  return sizeof(T) <= 4 && (g.R == 3 || g.R == 5 || g.R == 7) && g.S == g.R && g.stride_h <= 2 && g.stride_w == g.stride_h &&
-         g.dilation_h == 1 && g.dilation_w == 1 && g.K == g.C && (g.R == 7 || !is_last(g) || g.C % 2 == 0) &&
-         g.N * g.C * g.H * g.W <= limit && g.N * g.K * g.P * g.Q <= limit && g.K * g.R * g.S <= limit;
+  return sizeof(T) <= 4 && (g.R == 3 || g.R == 5 || g.R == 7) && g.S == g.R && g.stride_h <= (g.R < 7 ? 2 : 1) &&
+         g.stride_w == g.stride_h && g.dilation_h == 1 && g.dilation_w == 1 && g.K == g.C &&
+         (g.R > 3 || !is_last(g) || g.C % 2 == 0) && g.N * g.C * g.H * g.W <= limit && g.N * g.K * g.P * g.Q <= limit &&
+         g.K * g.R * g.S <= limit;
 }
 
 // Calls run(kernel, stride, channels_last), each the type of a constant.
@@ -418,7 +419,7 @@ void run_strips(const Conv2dGeometry& g, Run run) {
     };
     if (g.stride_h == 1)
       with_stride(std::integral_constant<int, 1>());
-    else
+    else if constexpr (kernel() < 7)
       with_stride(std::integral_constant<int, 2>());
   };
   if (g.R == 3)
