@@ -107,7 +107,8 @@ __device__ __forceinline__ void write_tile(const GatherProblem<typename Math::T>
 }
 
 template <class Math>
-__global__ void __launch_bounds__(Math::Shape::threads, 1) conv2d_gather(const GatherProblem<typename Math::T> problem) {
+__global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
+    conv2d_gather(const GatherProblem<typename Math::T> problem) {
   using Shape = typename Math::Shape;
   using A = typename Shape::A;
   using B = typename Shape::B;
@@ -256,6 +257,8 @@ void gather(const char* op, const Conv2dGeometry& g, bool transposed, const Devi
            transposed, int(g.K_per_group()), int(g.C_per_group()), unsigned(per_row), weight, packed);
   if constexpr (sizeof(T) == 8) {
     run_gather<SimtMath<TileShape<D, 64, 64, Storage::by_index>>>(op, problem, stream);
+  } else if (sizeof(T) == 2 && has_warpgroup_steps()) {
+    if constexpr (sizeof(T) == 2) choose_gather_tile<D, WarpgroupMath>(op, problem, stream);
   } else if (has_tensor_cores() && (sizeof(T) == 2 || precision == Float32Precision::tf32)) {
     choose_gather_tile<D, TensorMath>(op, problem, stream);
   } else if constexpr (sizeof(T) == 2) {

@@ -28,7 +28,7 @@ struct GradWeightProblem {
 };
 
 template <class Math>
-__global__ void __launch_bounds__(Math::Shape::threads, 1)
+__global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
     conv2d_grad_weight_parts(const GradWeightProblem<typename Math::T> problem) {
   using Shape = typename Math::Shape;
   using A = typename Shape::A;
@@ -214,6 +214,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   problem.tiles_n = parts.tiles_n;
   if constexpr (sizeof(T) == 8) {
     run_grad_weight<SimtMath<TileShape<D, 64, 64, Storage::by_k>>>(g, problem, parts.count, stream);
+  } else if (sizeof(T) == 2 && has_warpgroup_steps()) {
+    if constexpr (sizeof(T) == 2) choose_grad_weight_tile<D, WarpgroupMath>(g, problem, block, parts.count, stream);
   } else if (has_tensor_cores() && (sizeof(T) == 2 || precision == Float32Precision::tf32)) {
     choose_grad_weight_tile<D, TensorMath>(g, problem, block, parts.count, stream);
   } else if constexpr (sizeof(T) == 2) {

@@ -99,6 +99,18 @@ inline bool has_tensor_cores() {
   return major >= 8;
 }
 
+// wgmma is Hopper's alone. setup.py says whether that architecture's own code is part of the build.
+inline bool has_warpgroup_steps() {
+#ifdef TORCHCNN_SM90A
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  return major == 9;
+#else
+  return false;
+#endif
+}
+
 inline int64_t most_shared_bytes() {
   int device = 0, bytes = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -7,15 +7,17 @@
 // The 16-byte vectors of a row are permuted (xor with the number of the row), so that 8 lanes which read the same vector of 8
 // rows, or 8 vectors of one row, read all 32 banks.
 //
-// Two kinds of arithmetic, the same tiles: TensorMath steps by mma.sync (float16, bfloat16, TF32), SimtMath by one multiply-add at a
-// time (float32, float64, and 16-bit types before sm_80). Either adds up the products of an element of D step by step in
-// ascending order of k, whatever the tile: the choice of a tile does not change a bit. Within one mma step the order is the GPU's.
+// Three kinds of arithmetic, the same tiles: WarpgroupMath steps by wgmma (float16 and bfloat16 on Hopper), TensorMath by mma.sync
+// (the same types elsewhere, and TF32), SimtMath by one multiply-add at a time (float32, float64, and 16-bit types before sm_80). Each
+// adds up the products of an element of D step by step in
+// ascending order of k, whatever the tile: the choice of a tile does not change a bit. Within one step of the tensor cores the order
+// is the GPU's.
 #pragma once
 
 #include <utility>
 
 #include "common.cuh"
-#include "mma.cuh"
+#include "wgmma.cuh"
 
 namespace torchcnn::cuda {
 
@@ -42,10 +44,12 @@ struct OperandShape {
   static constexpr int copies = rows / rows_at_once;
   static_assert(threads % vectors_per_row == 0 && rows % rows_at_once == 0 && vectors_per_row % 8 == 0);
 
-  // Where a vector of a row lies. Four-byte elements by k: lanes read two vectors of four rows, an element each.
+  // Where a vector of a row lies: panels of 8 vectors, 128 bytes, follow each other. Four-byte elements by k are read one by one, of
+  // two vectors of four rows.
+  static constexpr int panel_size = rows * 8 * kVectorSize<T>;
   static __device__ __forceinline__ int offset(int row, int vector) {
     const int mixed = storage == Storage::by_k && sizeof(T) == 4 ? row % 4 * 2 : row % 8;
-    return row * row_size + (vector ^ mixed) * kVectorSize<T>;
+    return vector / 8 * panel_size + (row * 8 + (vector % 8 ^ mixed)) * kVectorSize<T>;
   }
   // Where m (or n) `index` of depth k lies.
   static __device__ __forceinline__ int offset_of(int index, int k) {
@@ -57,14 +61,14 @@ struct OperandShape {
   static __device__ int own_offset(int copy) { return offset(own_row(copy), own_vector()); }
 };
 
-// 128 x 128 are 2 x 4 warps of 64 x 32, 128 x 64 are 2 x 2 of them, 64 x 64 are 2 x 2 warps of 32 x 32.
+// 128 x 128 are 2 x 4 warps of 64 x 32; 128 x 64 are 4 x 2 and 64 x 64 are 2 x 2 warps of 32 x 32. A warpgroup has 64 rows.
 template <class Element, int block_m_, int block_n_, Storage storage_>
 struct TileShape {
   using T = Element;
   using Sum = SumOf<T>;
   static constexpr Storage storage = storage_;
   static constexpr int block_m = block_m_, block_n = block_n_, block_k = kTileDepthBytes / int(sizeof(T));
-  static constexpr int warps_m = 2, warps_n = block_n / 32, threads = 32 * warps_m * warps_n;
+  static constexpr int threads = 2 * block_m, warps_n = block_n / 32, warps_m = threads / 32 / warps_n;
   static constexpr int warp_m = block_m / warps_m, warp_n = block_n / warps_n;
   using A = OperandShape<T, block_m, storage, threads>;
   using B = OperandShape<T, block_n, storage, threads>;
@@ -126,7 +130,8 @@ struct TensorMath {
   using T = typename Shape::T;
   using A = typename Shape::A;
   using B = typename Shape::B;
-  static constexpr bool is_compiled = kHasTensorSteps;
+  static constexpr bool is_compiled = kHasTensorSteps, is_asynchronous = false;
+  static constexpr int blocks_at_once = 1;
   static constexpr int tiles_m = Shape::warp_m / 16, tiles_n = Shape::warp_n / 8;
   static constexpr bool is_tf32 = sizeof(T) == 4;
   static constexpr int depth = is_tf32 ? 8 : 16;  // of one step
@@ -196,7 +201,8 @@ struct SimtMath {
   using Sum = typename Shape::Sum;
   using A = typename Shape::A;
   using B = typename Shape::B;
-  static constexpr bool is_compiled = true;
+  static constexpr bool is_compiled = true, is_asynchronous = false;
+  static constexpr int blocks_at_once = 1;
   static constexpr int lanes_m = 8, lanes_n = 4;
   static constexpr int thread_m = Shape::warp_m / lanes_m, thread_n = Shape::warp_n / lanes_n;
   static constexpr bool by_index = Shape::storage == Storage::by_index;
@@ -257,6 +263,49 @@ struct SimtMath {
   }
 };
 
+// --------------------------------------------------------------------------------------------------- steps of a warpgroup
+
+template <class Shape_>
+struct WarpgroupMath {
+  using Shape = Shape_;
+  using T = typename Shape::T;
+  using A = typename Shape::A;
+  using B = typename Shape::B;
+  static constexpr bool is_compiled = kHasWarpgroupSteps, is_asynchronous = true;
+  static constexpr int blocks_at_once = 2;  // of a multiprocessor: one multiplies while the other waits
+  static constexpr bool by_k = Shape::storage == Storage::by_k;
+  static constexpr int tiles_n = Shape::block_n / 8;
+  float sum[tiles_n][4] = {};
+
+  static __device__ __forceinline__ int first_row() { return int(threadIdx.x) / 128 * 64; }
+
+  // Begins the products of one tile of k.
+  __device__ __forceinline__ void step(const T* a_tile, const T* b_tile) {
+    constexpr int depth = 16, row_bytes = 128;
+    static_assert(A::block_k * int(sizeof(T)) == row_bytes);
+    WarpgroupOperand a(a_tile + (by_k ? first_row() / 64 * A::panel_size : first_row() * A::row_size), A::panel_size * sizeof(T));
+    WarpgroupOperand b(b_tile, B::panel_size * sizeof(T));
+    wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < Shape::block_k; k += depth) {
+      wgmma<by_k>(sum, a, b, T());
+      a.advance(depth * (by_k ? row_bytes : int(sizeof(T))));
+      b.advance(depth * (by_k ? row_bytes : int(sizeof(T))));
+    }
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void wait() { wgmma_wait(sum); }
+
+  template <class Write>
+  __device__ __forceinline__ void for_each_pair(Write write) const {
+    const int lane = threadIdx.x % 32, m = first_row() + int(threadIdx.x) / 32 % 4 * 16 + lane / 4, n = lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < tiles_n; ++j) write(m + 8 * half, n + 8 * j, sum[j][2 * half], sum[j][2 * half + 1]);
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------- the pipeline
 
 // The whole sum over `tiles` tiles of k, stages - 1 of them on their way while one is multiplied. fetch(tile, a, b) starts the copies
@@ -275,11 +324,19 @@ __device__ __forceinline__ void add_up_tiles(Math& math, int tiles, Fetch fetch)
   for (int tile = 0; tile < stages - 1; ++tile) fetch_to(tile, tile);
   int stage = 0;
   for (int tile = 0; tile < tiles; ++tile) {
-    copy_async_wait<stages - 2>();
-    __syncthreads();  // tile has arrived for all, and all have read the one before it, whose place the next to come takes
-    fetch_to(tile + stages - 1, stage == 0 ? stages - 1 : stage - 1);
+    const int freed = stage == 0 ? stages - 1 : stage - 1;
     const T* const a = shared + stage * stage_size;
-    math.step(a, a + Shape::A::size);
+    copy_async_wait<stages - 2>();
+    if constexpr (Math::is_asynchronous) show_tensor_cores();
+    __syncthreads();  // tile has arrived for all, and all have read the one before it, whose place the next to come takes
+    if constexpr (Math::is_asynchronous) {
+      math.step(a, a + Shape::A::size);
+      fetch_to(tile + stages - 1, freed);
+      math.wait();
+    } else {
+      fetch_to(tile + stages - 1, freed);
+      math.step(a, a + Shape::A::size);
+    }
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
 }
