@@ -147,20 +147,22 @@ __global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
   const int first_channel = tile_n * Shape::block_n;
   const int64_t packed_class = int64_t(h.first_tap) * problem.w.classes() + w.first_tap;
   const T* weight = problem.packed_weight +
-                    ((packed_class * problem.groups + group) * problem.channels_written + first_channel) * problem.packed_row +
+                    ((packed_class * problem.groups + group) * problem.channels_written + first_channel + B::own_row(0)) *
+                        int64_t(problem.packed_row) +
                     B::own_vector() * kVectorSize<T>;
+  const int own_channels = problem.channels_written - first_channel - B::own_row(0);  // beyond them are zeros
 
-  const auto fetch = [&](int tile, T* activation_tile, T* weight_tile) {
+  const auto fetch = [&](int, T* activation_tile, T* weight_tile) {
     const TapOffset offset = tap_offset(from, h, w, tap);
 #pragma unroll
     for (int copy = 0; copy < A::copies; ++copy) copy_vector(from, corner[copy], offset, activation_tile + A::own_offset(copy));
 #pragma unroll
     for (int copy = 0; copy < B::copies; ++copy) {
-      const int row = B::own_row(copy);
-      const bool exists = first_channel + row < problem.channels_written;
+      const bool exists = copy * B::rows_at_once < own_channels;
       copy_async(weight_tile + B::own_offset(copy),
-                 weight + (exists ? int64_t(row) * problem.packed_row + tile * Shape::block_k : 0), exists);
+                 exists ? weight + int64_t(copy * B::rows_at_once) * problem.packed_row : problem.packed_weight, exists);
     }
+    weight += Shape::block_k;
     tap.add(tap_step, w.taps, from.channels);
   };
   Math math;

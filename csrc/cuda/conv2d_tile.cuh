@@ -58,7 +58,11 @@ struct OperandShape {
   }
   static __device__ int own_vector() { return int(threadIdx.x) % vectors_per_row; }
   static __device__ int own_row(int copy) { return int(threadIdx.x) / vectors_per_row + copy * rows_at_once; }
-  static __device__ int own_offset(int copy) { return offset(own_row(copy), own_vector()); }
+  static __device__ __forceinline__ int own_offset(int copy) {
+    if constexpr (rows_at_once % 8 == 0)  // the permutation is that of the first
+      return offset(own_row(0), own_vector()) + copy * rows_at_once * 8 * kVectorSize<T>;
+    return offset(own_row(copy), own_vector());
+  }
 };
 
 // 128 x 128 are 2 x 4 warps of 64 x 32; 128 x 64 are 4 x 2 and 64 x 64 are 2 x 2 warps of 32 x 32. A warpgroup has 64 rows.
