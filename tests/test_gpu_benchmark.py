@@ -53,25 +53,25 @@ def test_asked_bytes_are_those_of_a_loop_over_blocks(harness, arithmetic):
     """forward, block by block: the rows of both operands that exist, in whole tiles of k; then the result, packing beside."""
     layer = harness.layers.Conv(2, 20, 9, 70, 3, 1, 1)
     size = harness.gpu_model.BYTES[arithmetic]
-    pixels, channels, depth = 2 * 9 * 9, 70, 20 * 9
-    block, block_k = 64, 64 // size
+    pixels, channels = 2 * 9 * 9, 70
+    block, block_k = 64, 128 // size
+    whole = -(-20 * size // 16) * 16 // size  # channels in vectors of 16 bytes
     asked = done = blocks = 0
     for m, n in itertools.product(range(0, pixels, block), range(0, channels, block)):
         blocks += 1
-        for _ in range(0, depth, block_k):
+        for _ in range(0, 9 * whole, block_k):
             asked += (min(block, pixels - m) + min(block, channels - n)) * block_k * size
             done += 2 * block * block * block_k
-    weight = 70 * 20 * 9
-    asked += (pixels * channels + 2 * weight) * size
+    asked += (pixels * channels + 70 * 9 * (20 + whole)) * size
     work = harness.gpu_model.conv_work(layer, "forward", arithmetic)
     assert (work.asked_bytes, work.done_flops, work.blocks) == (asked, done, blocks)
 
 
 def test_grad_weight_parts_cover_the_pixels(harness):
-    """One part for every 16 tiles of pixels where they are few; scratch memory is written and read once."""
+    """One part for every 8 tiles of pixels where they are few; scratch memory is written and read once."""
     layer = harness.layers.Conv(4, 32, 32, 32, 3, 1, 1)
     work = harness.gpu_model.conv_work(layer, "grad_weight", "float16")
-    tiles_n, parts = -(-32 * 9 // 64), 4 * 32 * 32 // 32 // 16
+    tiles_n, parts = -(-32 * 9 // 64), 4 * 32 * 32 // 64 // 8
     assert work.blocks == tiles_n * parts
     assert work.done_bytes - work.least_bytes == 2 * parts * 32 * 32 * 9 * 4
 
