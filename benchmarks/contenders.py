@@ -43,6 +43,27 @@ def copy_of(bytes):
     return lambda: target.copy_(source)
 
 
+def check(results, truth, dtype, allowed):
+    """The error relative to the largest value of the truth, and whether that is more than a correct kernel makes.
+
+    bfloat16 and float16 results may also lose one rounding, which is at least that of the smallest normal number.
+    """
+    limits = torch.finfo(dtype)
+    rounding = limits.eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0
+    errors, wrong = [], False
+    for result, exact in zip(tuples(results), tuples(truth), strict=True):
+        scale = exact.abs().max().item() or 1.0
+        difference = (result.double() - exact).abs()
+        errors.append(difference.max().item() / scale)
+        beyond = (difference - rounding * exact.abs().clamp(min=limits.smallest_normal)).max().item() / scale
+        wrong |= result.shape != exact.shape or not beyond <= allowed
+    return (math.nan if any(map(math.isnan, errors)) else max(errors)), wrong
+
+
+def tuples(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
 # ------------------------------------------------------------------------------------------------------------ convolution
 
 

@@ -146,23 +146,6 @@ def microseconds(functions, rounds):
     return {name: 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
 
 
-def error_of(result, truth, arithmetic):
-    """The largest error relative to the largest value of the truth, and whether that is more than a correct kernel makes."""
-    rounding = torch.finfo(DTYPES[arithmetic]).eps / 2 if arithmetic in ("float16", "bfloat16") else 0
-    errors, wrong = [], False
-    for part, exact in zip(tuples(result), tuples(truth), strict=True):
-        scale = exact.abs().max().item() or 1.0
-        difference = (part.double() - exact.double()).abs()
-        errors.append(difference.max().item() / scale)
-        beyond = (difference - rounding * exact.abs()).max().item() / scale
-        wrong |= part.shape != exact.shape or not beyond <= floors.CUDA_ERROR[arithmetic]
-    return (math.nan if any(map(math.isnan, errors)) else max(errors)), wrong
-
-
-def tuples(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
 def aim_of(group, arithmetic):
     """The least geometric mean of a class's ratios; None where there is none."""
     if "pool" in group or group.split()[0] in ("global", "adaptive", "small", "depthwise"):
@@ -222,7 +205,8 @@ def main(args, machine=None):
     with mode():
         for row, peers, ours, exact, work in cases(args.table, groups, args.layout, args.quick, device):
             use_arithmetic(row["arithmetic"])
-            row["error"], row["wrong"] = error_of(ours(), exact(), row["arithmetic"])
+            allowed = floors.CUDA_ERROR[row["arithmetic"]]
+            row["error"], row["wrong"] = contenders.check(ours(), exact(), DTYPES[row["arithmetic"]], allowed)
             times = microseconds({**peers, "torchcnn": ours}, QUICK_ROUNDS if args.quick else ROUNDS)
             row |= {f"{name}_us": time for name, time in times.items()}
             row["ratio"] = min(times[peer] for peer in PEERS) / times["torchcnn"]

@@ -82,25 +82,6 @@ def default_allocator_ratios(argv):
 # ------------------------------------------------------------------------------------------------------------ measurement
 
 
-def check(results, truth, dtype, allowed):
-    """The error relative to the largest value of the truth, and whether that is more than a correct kernel makes."""
-    import torch
-
-    rounding = torch.finfo(getattr(torch, dtype)).eps / 2 if dtype in ("bfloat16", "float16") else 0
-    errors, wrong = [], False
-    for result, exact in zip(tuples(results), tuples(truth), strict=True):
-        scale = exact.abs().max().item() or 1.0
-        difference = (result.double() - exact).abs()
-        errors.append(difference.max().item() / scale)
-        beyond = (difference - rounding * exact.abs()).max().item() / scale
-        wrong |= result.shape != exact.shape or not beyond <= allowed
-    return (math.nan if any(map(math.isnan, errors)) else max(errors)), wrong
-
-
-def tuples(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
 def measure(case, args):
     """One row of the table."""
     import contenders
@@ -112,8 +93,9 @@ def measure(case, args):
     if args.allocator == "warm":
         truth = case.truth()
         allowed = floors.NETWORK_GRADIENT_ERROR if case.direction == floors.STEP else floors.ERROR[case.dtype]
-        row["error"], row["wrong"] = check(case.contenders["torchcnn"](), truth, case.dtype, allowed)
-        row["torch_error"], _ = check(case.contenders["torch_nchw"](), truth, case.dtype, allowed)
+        dtype = getattr(torch, case.dtype)
+        row["error"], row["wrong"] = contenders.check(case.contenders["torchcnn"](), truth, dtype, allowed)
+        row["torch_error"], _ = contenders.check(case.contenders["torch_nchw"](), truth, dtype, allowed)
         del truth
 
     scaling = args.table == "conv" and args.threads > 1 and args.allocator == "warm"
