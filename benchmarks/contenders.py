@@ -67,7 +67,7 @@ def tuples(value):
 # ------------------------------------------------------------------------------------------------------------ convolution
 
 
-def conv_tensors(layer, dtype):
+def conv_tensors(layer, dtype, device="cpu"):
     """input, weight, bias and grad_output of a layer, its output of about unit variance.
 
     float64 ones are integers up to 2**16: the sums stay below 2**53, so torch's are exact and can be the truth.
@@ -77,8 +77,8 @@ def conv_tensors(layer, dtype):
     output_size = torchcnn.functional.conv2d_output_size(layer.size, (R, S), layer.stride, layer.padding, layer.dilation)
     sizes = (layer.N, layer.C, *layer.size), weight_size, (layer.K,), (layer.N, layer.K, *output_size)
     if dtype == torch.float64:
-        return [torch.randint(-(2**16), 2**16, size).double() for size in sizes]
-    input, weight, bias, grad_output = (torch.randn(size) for size in sizes)
+        return [torch.randint(-(2**16), 2**16, size, device=device).double() for size in sizes]
+    input, weight, bias, grad_output = (torch.randn(size, device=device) for size in sizes)
     return [x.to(dtype) for x in (input, weight / math.sqrt(weight[0].numel()), bias, grad_output)]
 
 

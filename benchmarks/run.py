@@ -46,7 +46,9 @@ def parse(argv):
         "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: beside cuDNN, as gpu.py says; conv and pool"
     )
     parser.add_argument("--threads", type=int, default=1, help="with 2, conv also measures what the second thread gains")
-    parser.add_argument("--layout", choices=["nchw", "channels_last"], default="nchw", help="of torchcnn's tensors")
+    parser.add_argument(
+        "--layout", choices=["nchw", "channels_last"], help="of torchcnn's tensors: nchw without it, both with --device cuda"
+    )
     parser.add_argument("--classes", help="only the classes whose names begin with one of these, separated by commas")
     parser.add_argument("--quick", action="store_true", help="no large layers, few rounds, no second process; under a minute")
     parser.add_argument("--csv", help="where to write the rows; a whole run writes into benchmarks/results/ anyway")
@@ -55,6 +57,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.device == "cuda" and args.table not in ("conv", "pool"):
         parser.error("--device cuda measures conv and pool, in every dtype")
+    if args.device == "cpu":
+        args.layout = args.layout or "nchw"
     return args
 
 
