@@ -11,7 +11,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = "contenders", "floors", "gpu", "gpu_model", "layers", "run", "timing"
+MODULES = "contenders", "floors", "gpu", "gpu_model", "layers", "plot", "run", "timing"
 
 
 @pytest.fixture
@@ -307,3 +307,48 @@ def test_cudnn_is_told_what_to_use(harness, without_gpu):
 @pytest.mark.parametrize(("number", "version"), [(91002, "9.10.2"), (90100, "9.1.0"), (8907, "8.9.7")])
 def test_versions_of_cudnn(harness, number, version):
     assert harness.gpu.cudnn_version(number) == version
+
+
+def test_tables_of_the_readme(harness, without_gpu, tmp_path, capsys):
+    """Beside no table of processors, whose markers are not needed then; one cell is of two layers, twice as fast and half."""
+    for table in ("conv", "pool"):
+        without_gpu(table, "--csv", str(tmp_path / f"{table}.csv"), peers=5.0, ours=2.5)
+    path = tmp_path / "conv.csv"
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    key = {"class": "1x1", "direction": "forward", "arithmetic": "float16", "layout": "nchw"}
+    row = next(row for row in rows if key.items() <= row.items())
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerows([*rows, row | {"layer": "another", "ratio": "0.5"}])
+    readme = tmp_path / "README.md"
+    begin, end = harness.plot.GPU_BEGIN, harness.plot.GPU_END
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    capsys.readouterr()
+    harness.plot.main(["--results", str(tmp_path), "--readme", str(readme)])
+    table = capsys.readouterr().out.rstrip("\n")
+    assert readme.read_text() == f"before\n{begin}\n{table}\n{end}\nafter\n"
+    assert not (tmp_path / "speedup.png").exists()
+    machine = f"NVIDIA A100-SXM4-80GB, torch {torch.__version__}, cuDNN 9.0.0"
+    for kind, layout in itertools.product(("Convolution", "Pooling"), ("NCHW", "channels_last")):
+        assert f"**{kind}, {layout} tensors, {machine}**" in table
+    assert table.count("| class | direction | float32 | TF32 | float16 | bfloat16 |") == 2
+    assert table.count("| class | direction | float32 | float16 | bfloat16 |") == 2
+    assert table.count("| 1x1 | forward | 2.00 | 2.00 | 1.00 (0.50) | 2.00 |") == 1
+    assert table.count("| 1x1 | forward | 2.00 | 2.00 | 2.00 | 2.00 |") == 1
+
+
+def test_a_readme_keeps_its_tables_of_gpus(harness, tmp_path):
+    """Where no GPU has been measured, whatever stands in the README stays."""
+    text = (BENCHMARKS.parent / "README.md").read_text()
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    results = tmp_path / "results"
+    results.mkdir()
+    for path in (BENCHMARKS / "results").glob("*.csv"):
+        (results / path.name).write_text(path.read_text())
+    assert not harness.plot.read_gpu(results)
+    harness.plot.main(["--results", str(results), "--readme", str(readme)])
+    begin, end = text.index(harness.plot.GPU_BEGIN), text.index(harness.plot.GPU_END)
+    assert text[begin:end] in readme.read_text()
