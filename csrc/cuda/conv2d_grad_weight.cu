@@ -1,7 +1,6 @@
-// Convolution grad_weight and grad_bias: sums over all pixels.
+// Convolution grad_weight: sums over all pixels.
 //
 //   grad_weight[k, c, r, s] = sum over n, p, q of grad_output[n, k, p, q] input[n, c, p stride - pad + r dilation, ...]
-//   grad_bias[k]            = sum over n, p, q of grad_output[n, k, p, q]
 //
 // grad_weight is a matrix product whose rows are output channels, whose columns are taps and input channels, (r S + s) C + c, and
 // whose long sum runs over pixels. The sum is cut into as many parts of whole tiles as fill a GPU (split-K); each part goes to
@@ -100,22 +99,6 @@ __global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
   });
 }
 
-// Part sums of grad_output over a range of pixels of all images: parts[part][k].
-template <class T, class Sum>
-__global__ void __launch_bounds__(256) conv2d_grad_bias_parts(const T* gradient, int K, int64_t channel_blocks, int64_t pixels,
-                                                              int64_t images, Strides s, int64_t part_pixels, Sum* parts) {
-  const int64_t part = blockIdx.x / channel_blocks;
-  const ChannelsAndLanes at(s.c == 1, blockIdx.x % channel_blocks);
-  const int64_t begin = part * part_pixels, total = images * pixels;
-  const int64_t end = begin + part_pixels < total ? begin + part_pixels : total;
-  Sum sum = 0;
-  if (at.channel < K)
-    for (int64_t pixel = begin + at.lane; pixel < end; pixel += at.lanes)
-      sum += to_arithmetic(gradient[pixel / pixels * s.n + pixel % pixels * s.w + at.channel * s.c]);
-  sum = at.add_up(sum);
-  if (at.lane == 0 && at.channel < K) parts[part * K + at.channel] = sum;
-}
-
 namespace {
 
 // How the sum over pixels is cut: into parts of at least 8 tiles, and no more than fill a GPU three times.
@@ -176,8 +159,6 @@ void choose_grad_weight_tile(const Conv2dGeometry& g, GradWeightProblem<T>& prob
     run_grad_weight<Math<TileShape<T, 64, 64, Storage::by_k>>>(g, problem, parts, stream);
 }
 
-constexpr int64_t kBiasPartPixels = 4096;
-
 }  // namespace
 
 template <class T>
@@ -228,29 +209,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
          int(g.C_per_group()), int(g.R * g.S), count, on_device(grad_weight));
 }
 
-template <class T>
-int64_t conv2d_grad_bias_workspace(const Conv2dGeometry& g) {
-  return ceil_div(g.N * g.P * g.Q, kBiasPartPixels) * g.K * int64_t(sizeof(SumOf<T>));
-}
-
-template <class T>
-void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias, void* workspace, Stream stream) {
-  const char* op = "conv2d_grad_bias";
-  const int64_t pixels = g.P * g.Q, part_count = ceil_div(g.N * pixels, kBiasPartPixels);
-  const int K = as_int(op, "channels", g.K);
-  const int64_t blocks = channel_blocks(K, g.output_strides().c == 1);
-  SumOf<T>* parts = static_cast<SumOf<T>*>(workspace);
-  launch(op, conv2d_grad_bias_parts<Device<T>, SumOf<T>>, block_count(op, checked_mul(part_count, blocks, op, "thread blocks")),
-         dim3(32, 8), 0, stream, on_device(grad_output), K, blocks, pixels, g.N, g.output_strides(), kBiasPartPixels, parts);
-  launch("conv2d_add_parts", conv2d_add_parts<Device<T>, SumOf<T>>, blocks_for(K, 256), 256, 0, stream, parts, part_count, 1, 1,
-         int64_t(K), on_device(grad_bias));
-}
-
 #define TORCHCNN_INSTANTIATE(T)                                                                                     \
   template int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&, const T*, const T*);                         \
-  template int64_t conv2d_grad_bias_workspace<T>(const Conv2dGeometry&);                                            \
-  template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*, Float32Precision, void*, Stream); \
-  template void conv2d_grad_bias(const Conv2dGeometry&, const T*, T*, void*, Stream);
+  template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*, Float32Precision, void*, Stream);
 TORCHCNN_INSTANTIATE(float)
 TORCHCNN_INSTANTIATE(double)
 TORCHCNN_INSTANTIATE(Float16)

@@ -1,50 +1,115 @@
 // Sums over all pixels of a batch, which no single thread block adds up: parts of them go to scratch memory, then a kernel adds the
-// parts in order. No atomic addition, so which block comes first does not matter.
+// parts in order. No atomic addition, so which block comes first does not matter. Where one block is enough for a result, there is
+// one part, which is the result.
 #pragma once
 
-#include "common.cuh"
+#include "conv2d_host.cuh"
 
 namespace torchcnn::cuda {
 
-// A block of 32 x 8 threads: threadIdx.x runs over what is neighbouring in memory, channels in channels_last, pixels in NCHW. The
-// threads of one channel are its lanes.
-struct ChannelsAndLanes {
-  int64_t channel;
-  int lane, lanes;
-  bool channels_last;
+// How a sum is cut: into parts of `size` rounds of a block, of so many that all blocks together fill an H100, but no smaller than
+// makes a block worthwhile.
+struct Cut {
+  int64_t parts, size;
+};
 
-  __device__ ChannelsAndLanes(bool channels_last, int64_t channel_block)
-      : channel(channels_last ? channel_block * 32 + threadIdx.x : channel_block * 8 + threadIdx.y),
-        lane(channels_last ? threadIdx.y : threadIdx.x),
-        lanes(channels_last ? 8 : 32),
-        channels_last(channels_last) {}
+inline Cut cut_of(int64_t rounds, int64_t least_rounds, int64_t blocks_of_a_part) {
+  constexpr int64_t enough_blocks = 528;  // four for each of 132 multiprocessors
+  const int64_t size = std::max(least_rounds, ceil_div(rounds * blocks_of_a_part, enough_blocks));
+  return {ceil_div(rounds, size), size};
+}
 
-  // The sum over the lanes, in a tree; right in lane 0. All threads of the block call it.
-  template <class Sum>
-  __device__ Sum add_up(Sum sum) const {
-    __shared__ Sum sums[32][9];
-    Sum& own = sums[threadIdx.x][threadIdx.y];
-    own = sum;
-    for (int half = lanes / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (lane < half) own += channels_last ? sums[threadIdx.x][threadIdx.y + half] : sums[threadIdx.x + half][threadIdx.y];
-    }
-    return own;
+// Where the blocks' sums go: to `result` if there is one part, else to parts[part][at], for `count` sums.
+template <class T, class Sum>
+struct PartSums {
+  T* result;
+  Sum* parts;
+  int64_t part_count, count;
+
+  __device__ void put(int64_t part, int64_t at, Sum sum) const {
+    if (part_count == 1)
+      result[at] = from_arithmetic<T>(sum);
+    else
+      parts[part * count + at] = sum;
   }
 };
 
-inline int64_t channel_blocks(int64_t channels, bool channels_last) { return ceil_div(channels, channels_last ? 32 : 8); }
+// The sum over the threads of a warp, in a tree; right in lane 0.
+template <class Sum>
+__device__ Sum add_up_warp(Sum sum) {
+#pragma unroll
+  for (int by = 16; by > 0; by /= 2) sum += __shfl_down_sync(0xffffffffu, sum, by);
+  return sum;
+}
 
-// to[at], at = (k channels + c) taps + tap, is the sum of parts[0 ... part_count - 1][(k taps + tap) channels + c].
+constexpr int kAddThreads = 256;
+
+// Threads of a block that share a sum over parts. Their number must not depend on the GPU: it decides the order of the sum.
+__host__ __device__ inline int sharers_of(int64_t part_count) { return part_count > 64 ? 32 : part_count > 8 ? 8 : 1; }
+
+// to[(k channels + c) taps + tap] is the sum of parts[0 ... part_count - 1][at], at = (k taps + tap) channels + c. Neighbouring
+// threads read neighbours; of S sharers, number i adds the parts i, i + S, ..., and the first adds up what the S have found.
 template <class T, class Sum>
-__global__ void conv2d_add_parts(const Sum* parts, int64_t part_count, int channels, int taps, int64_t count, T* to) {
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t tap = at % taps, c = at / taps % channels, k = at / taps / channels;
-    const Sum* from = parts + (k * taps + tap) * channels + c;
+__global__ void __launch_bounds__(kAddThreads)
+    conv2d_add_parts(const Sum* parts, int64_t part_count, int channels, int taps, int64_t count, T* to) {
+  __shared__ Sum sums[kAddThreads];
+  const int sharers = sharers_of(part_count), width = kAddThreads / sharers;
+  const int number = int(threadIdx.x) / width, column = int(threadIdx.x) % width;
+  for (int64_t first = int64_t(blockIdx.x) * width; first < count; first += int64_t(gridDim.x) * width) {
+    const int64_t at = first + column;
     Sum sum = 0;
-    for (int64_t part = 0; part < part_count; ++part) sum += from[part * count];
-    to[at] = from_arithmetic<T>(sum);
+    if (at < count) {
+      const Sum* from = parts + number * count + at;
+#pragma unroll 8
+      for (int64_t part = number; part < part_count; part += sharers, from += sharers * count) sum += *from;
+    }
+    if (sharers > 1) {
+      __syncthreads();  // the sums of the round before have been read
+      sums[threadIdx.x] = sum;
+      __syncthreads();
+      if (number > 0) continue;
+      for (int other = 1; other < sharers; ++other) sum += sums[other * width + column];
+    }
+    if (at >= count) continue;
+    const Counter place = Counter::of(at, taps, channels);
+    to[(int64_t(place.a) * channels + place.c) * taps + place.b] = from_arithmetic<T>(sum);
   }
+}
+
+template <class T, class Sum>
+void add_parts(const Sum* parts, int64_t part_count, int channels, int taps, int64_t count, T* to, Stream stream) {
+  launch("conv2d_add_parts", conv2d_add_parts<T, Sum>, blocks_for(count * sharers_of(part_count), kAddThreads), kAddThreads, 0,
+         stream, parts, part_count, channels, taps, count, to);
+}
+
+// Neighbours in memory, which a thread reads or writes at once if they are aligned for that.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Neighbours {
+  T of[V];
+};
+
+template <int V, class T>
+__device__ __forceinline__ Neighbours<T, V> load_neighbours(const T* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Neighbours<T, V>*>(from);
+  Neighbours<T, V> neighbours;
+#pragma unroll
+  for (int v = 0; v < V; ++v) neighbours.of[v] = from[v];
+  return neighbours;
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store_neighbours(T* to, const Neighbours<T, V>& neighbours, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Neighbours<T, V>*>(to) = neighbours;
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = neighbours.of[v];
+  }
+}
+
+template <int V, class T>
+bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % (sizeof(T) * V) == 0;
 }
 
 }  // namespace torchcnn::cuda
