@@ -325,7 +325,7 @@ __device__ void for_taps(const Pool<I>& pool, const PoolWindow<I>& row, const Po
 // Takes the values of a team together in member 0: in a warp, then those of its warps. All threads of the block call it.
 // `receive` gives what a lane so many lanes on has.
 template <class Value, class Receive, class Take>
-__device__ void take_together(const Team& team, int number, Value& mine, Receive receive, Take take) {
+__device__ void take_together(const Team& team, Value& mine, Receive receive, Take take) {
   constexpr int warp_log = 5;
   for (int together = min(team.together(), warp_log) - 1; together >= team.neighbours_log; --together)
     take(mine, receive(mine, 1 << together));

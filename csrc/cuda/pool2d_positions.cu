@@ -172,18 +172,19 @@ __global__ void __launch_bounds__(kScatterWarps * 32)
   const int64_t first = n * sizes.windows * sizes.C + c;
   bool inside = true;
   for (int64_t base = 0; base < sizes.windows; base += unroll) {
-    int64_t index[unroll];
+    int mine[unroll];  // -1: of another warp
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
       const bool exists = base + u < sizes.windows;
-      index[u] = exists ? indices[first + (base + u) * sizes.C] : begin - 1;
-      inside &= !exists || (index[u] >= 0 && index[u] < sizes.plane);
+      const int64_t index = exists ? indices[first + (base + u) * sizes.C] : -1;
+      inside &= !exists || (index >= 0 && index < sizes.plane);
+      mine[u] = index >= begin && index - begin < count ? static_cast<int>(index - begin) : -1;
     }
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
-      if (index[u] < begin || index[u] - begin >= count) continue;
+      if (mine[u] < 0) continue;
       const T value = from[first + (base + u) * sizes.C];
-      K& sum = kept[(index[u] - begin) * 32];
+      K& sum = kept[mine[u] * 32];
       if constexpr (adds) {
         sum += to_arithmetic(value);
       } else {
