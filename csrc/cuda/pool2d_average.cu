@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kMostPoolThreads)
       for (int v = 0; v < V; ++v) sum.of[v] += part.of[v];
     });
   }
-  take_together(team, member.number, sum, [](const Sum<T, V>& mine, unsigned by) {
+  take_together(team, sum, [](const Sum<T, V>& mine, unsigned by) {
     Sum<T, V> others;
 #pragma unroll
     for (int v = 0; v < V; ++v) others.of[v] = __shfl_down_sync(0xffffffff, mine.of[v], by);

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kMostPoolThreads)
       for (int u = 0; u < unroll; ++u) consider(extremum, best, elements[u], taps[u]);
     });
   }
-  take_together(team, member.number, best, [](const Best<T, V, I>& mine, unsigned by) {
+  take_together(team, best, [](const Best<T, V, I>& mine, unsigned by) {
     Best<T, V, I> others;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
