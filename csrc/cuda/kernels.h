@@ -56,10 +56,7 @@ void avg_pool2d_grad_input(const Pool2dGeometry&, Divisor, const T* grad_output,
 template <class T>
 void offset_pool2d_grad_input(const Pool2dGeometry&, const T* grad_output, Positions offsets, T* grad_input, Stream);
 template <class T>
-int64_t pool2d_scatter_add_workspace(const Pool2dGeometry&);
-template <class T>
-void pool2d_scatter_add(const Pool2dGeometry&, const T* grad_output, const int64_t* indices, T* grad_input, void* workspace,
-                        Stream);
+void pool2d_scatter_add(const Pool2dGeometry&, const T* grad_output, const int64_t* indices, T* grad_input, Stream);
 
 // Elements that are moved, never computed with: T is the unsigned integer of their size.
 template <class T>
