@@ -111,7 +111,8 @@ def architecture_flags(home):
         number = arch.removesuffix("+PTX").replace(".", "")
         if arch.endswith("+PTX") and int(number.rstrip("af")) < 80:  # csrc/cuda/mma.cuh
             fail(f"TORCH_CUDA_ARCH_LIST is {wanted!r}: PTX below 8.0 has no tensor-core kernels for the GPUs that would run it.")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        own = "90a" if number == "90" else number  # code runs on its architecture alone, so Hopper's may use what only Hopper has
+        flags += [f"-gencode=arch=compute_{own},code=sm_{own}", *(["-DTORCHCNN_SM90A"] if own == "90a" else [])]
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags

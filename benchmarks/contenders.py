@@ -43,10 +43,31 @@ def copy_of(bytes):
     return lambda: target.copy_(source)
 
 
+def check(results, truth, dtype, allowed):
+    """The error relative to the largest value of the truth, and whether that is more than a correct kernel makes.
+
+    bfloat16 and float16 results may also lose one rounding, which is at least that of the smallest normal number.
+    """
+    limits = torch.finfo(dtype)
+    rounding = limits.eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0
+    errors, wrong = [], False
+    for result, exact in zip(tuples(results), tuples(truth), strict=True):
+        scale = exact.abs().max().item() or 1.0
+        difference = (result.double() - exact).abs()
+        errors.append(difference.max().item() / scale)
+        beyond = (difference - rounding * exact.abs().clamp(min=limits.smallest_normal)).max().item() / scale
+        wrong |= result.shape != exact.shape or not beyond <= allowed
+    return (math.nan if any(map(math.isnan, errors)) else max(errors)), wrong
+
+
+def tuples(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
 # ------------------------------------------------------------------------------------------------------------ convolution
 
 
-def conv_tensors(layer, dtype):
+def conv_tensors(layer, dtype, device="cpu"):
     """input, weight, bias and grad_output of a layer, its output of about unit variance.
 
     float64 ones are integers up to 2**16: the sums stay below 2**53, so torch's are exact and can be the truth.
@@ -56,8 +77,8 @@ def conv_tensors(layer, dtype):
     output_size = torchcnn.functional.conv2d_output_size(layer.size, (R, S), layer.stride, layer.padding, layer.dilation)
     sizes = (layer.N, layer.C, *layer.size), weight_size, (layer.K,), (layer.N, layer.K, *output_size)
     if dtype == torch.float64:
-        return [torch.randint(-(2**16), 2**16, size).double() for size in sizes]
-    input, weight, bias, grad_output = (torch.randn(size) for size in sizes)
+        return [torch.randint(-(2**16), 2**16, size, device=device).double() for size in sizes]
+    input, weight, bias, grad_output = (torch.randn(size, device=device) for size in sizes)
     return [x.to(dtype) for x in (input, weight / math.sqrt(weight[0].numel()), bias, grad_output)]
 
 

@@ -1,18 +1,23 @@
 """torchcnn beside cuDNN on one GPU: python benchmarks/run.py conv|pool --device cuda [--layout ...] [--classes ...] [--csv FILE]
 
-Every case is one layer in one direction and arithmetic: float32, tf32, float16, bfloat16. First the result is compared with
-float64. Then torch, on NCHW and on channels_last tensors, with cuDNN's deterministic algorithms and with all of them
-(benchmark=True: cuDNN times them and takes the fastest), and torchcnn take turns. Time is taken by CUDA events around one call.
-Before each call a buffer twice as large as the L2 cache is written: no tensor is in the cache then, and the call is in the queue
-before its turn comes, so that its launch does not count. What counts is the median. The ratio is the time of torch's fastest over
-torchcnn's; `floor` is what part of torchcnn's time the floor of gpu_model.py is, on the GPUs that it knows. The aims stand in
-floors.py; the exit status is 1 if one is missed or a result is wrong.
+Every case is one layer in one direction and arithmetic: float32, tf32, float16, bfloat16. Torch, on NCHW and on channels_last
+tensors, with cuDNN's deterministic algorithms and with all of them (benchmark=True: cuDNN times them and takes the fastest), and
+torchcnn in either layout take turns, once the results of torchcnn have been compared with float64. Time is taken by CUDA events
+around one call. Before each call a buffer twice as large as the L2 cache is written: no tensor is in the cache then, and a pause
+lets the call be in the queue before its turn comes, so that its launch does not count. What counts is the median. Each layout of
+torchcnn has a row: the ratio is the time of torch's fastest over torchcnn's; `floor` is what part of torchcnn's time the floor of
+gpu_model.py is, on the GPUs that it knows. The aims stand in floors.py; the exit status is 1 if one is missed or a result is
+wrong.
 """
 
+import collections
+import contextlib
 import csv
+import functools
 import math
 import re
 import statistics
+import time
 from pathlib import Path
 
 import contenders
@@ -26,8 +31,10 @@ import torchcnn
 RESULTS = Path(__file__).parent / "results" / "cuda"
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("nchw", "channels_last")
-PEERS = [f"{layout}_{kind}" for layout in LAYOUTS for kind in ("any", "deterministic")]
-ROUNDS, QUICK_ROUNDS = 25, 5
+KINDS = {"any": False, "deterministic": True}  # what cuDNN may choose from, and its switch
+PEERS = [f"{layout}_{kind}" for layout in LAYOUTS for kind in KINDS]
+ROUNDS, QUICK_ROUNDS = 11, 5
+PAUSE, LONGEST_PAUSE = 200_000, 6_400_000  # cycles: 0.1 ms to 4 ms
 
 
 def require_gpu():
@@ -40,73 +47,95 @@ def require_gpu():
     return "cuda"
 
 
+def cudnn_version(number):
+    """90102 is 9.1.2; before cuDNN 9, 8907 was 8.9.7."""
+    thousands = 10_000 if number >= 90_000 else 1000
+    return f"{number // thousands}.{number % thousands // 100}.{number % 100}"
+
+
 def use_arithmetic(arithmetic):
     torch.backends.cudnn.conv.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
-    torch.backends.cudnn.benchmark = True
 
 
-def deterministic(function, value):
-    """The function under cuDNN's switch, which cuDNN's choice of an algorithm is remembered with."""
+def switched(function, benchmark, deterministic):
+    """The function under cuDNN's switches; its choice of an algorithm is remembered with the second."""
 
     def call():
-        torch.backends.cudnn.deterministic = value
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = benchmark, deterministic
         return function()
 
     return call
 
 
-def with_both(calls):
-    """{layout: {direction: function}} to {direction: {peer: function}}."""
+def by_direction(of_torch, ours, exact):
+    """{layout: {direction: function}}, twice, and {direction: function} to {direction: (peers, torchcnn's, truth)}.
+
+    The truth is computed once, whatever it is compared with, and without a search among algorithms: in float64 that takes long.
+    """
     return {
-        direction: {
-            f"{layout}_{kind}": deterministic(calls[layout][direction], kind == "deterministic")
-            for layout in calls
-            for kind in ("any", "deterministic")
-        }
-        for direction in calls["nchw"]
+        direction: (
+            {
+                f"{layout}_{kind}": switched(of_torch[layout][direction], True, only)
+                for layout in LAYOUTS
+                for kind, only in KINDS.items()
+            },
+            {layout: calls[direction] for layout, calls in ours.items()},
+            functools.cache(switched(exact[direction], False, True)),
+        )
+        for direction in exact
     }
 
 
 # -------------------------------------------------------------------------------------------------------------- the cases
 
 
-def conv_cases(group, layer, layout, device):
-    """(row, peers, torchcnn's function, exact function, the model's work) of each direction and arithmetic."""
+def conv_cases(group, layer, layouts, device):
+    """(row, peers, torchcnn's functions by layout, the truth, the model's work) of each direction and arithmetic."""
+    calls = {}
     for arithmetic, dtype in DTYPES.items():
-        use_arithmetic(arithmetic)
-        tensors = [x.to(device) for x in contenders.conv_tensors(layer, dtype)]
-        theirs = with_both({name: contenders.torch_conv(layer, *contenders.in_layout(name, *tensors)) for name in LAYOUTS})
-        ours = contenders.torchcnn_conv(layer, *contenders.in_layout(layout, *tensors), layout)
-        exact = contenders.torch_conv(layer, *(x.double() for x in tensors))
+        if dtype not in calls:
+            tensors = contenders.conv_tensors(layer, dtype, device)
+            of_layout = {layout: contenders.in_layout(layout, *tensors) for layout in LAYOUTS}
+            calls = {
+                dtype: by_direction(
+                    {layout: contenders.torch_conv(layer, *of_layout[layout]) for layout in LAYOUTS},
+                    {layout: contenders.torchcnn_conv(layer, *of_layout[layout], layout) for layout in layouts},
+                    contenders.torch_conv(layer, *(x.double() for x in tensors)),
+                )
+            }
         for direction in floors.CONV[group]:
-            modelled = "float16" if arithmetic == "bfloat16" else arithmetic
-            work = gpu_model.conv_work(layer, direction.removesuffix("+bias"), modelled)
-            row = {"class": group, "layer": layer.name, "direction": direction, "arithmetic": arithmetic}
-            yield row, theirs[direction], ours[direction], exact[direction], work
+            work = gpu_model.conv_work(layer, direction.removesuffix("+bias"), modelled(arithmetic))
+            yield row_of(group, layer, direction, arithmetic), *calls[dtype][direction], work
 
 
-def pool_cases(group, layer, layout, device):
+def pool_cases(group, layer, layouts, device):
     theirs, ours, options = contenders.pools(group, layer)
     for arithmetic in ("float32", "float16", "bfloat16"):
-        input = torch.randn(layer.N, layer.C, layer.H, layer.H).to(device, DTYPES[arithmetic])
+        input = torch.randn(layer.N, layer.C, layer.H, layer.H, device=device).to(DTYPES[arithmetic])
         grad_output = torch.randn_like(theirs(input))
-        calls = {
-            name: contenders.pool_calls(theirs, options, *contenders.in_layout(name, input, grad_output)) for name in LAYOUTS
-        }
-        mine = contenders.pool_calls(ours, options, *contenders.in_layout(layout, input, grad_output))
-        exact = contenders.pool_calls(theirs, options, input.double(), grad_output.double())
-        peers = with_both(calls)
+        of_layout = {layout: contenders.in_layout(layout, input, grad_output) for layout in LAYOUTS}
+        calls = by_direction(
+            {layout: contenders.pool_calls(theirs, options, *of_layout[layout]) for layout in LAYOUTS},
+            {layout: contenders.pool_calls(ours, options, *of_layout[layout]) for layout in layouts},
+            contenders.pool_calls(theirs, options, input.double(), grad_output.double()),
+        )
         index_bytes = {"forward": 8, "backward": 1} if options else {}
         for direction in floors.POOL[group]:
             work = None
             if direction != floors.TRAIN:
-                modelled = "float16" if arithmetic == "bfloat16" else arithmetic
-                work = gpu_model.pool_work(layer, group, direction, modelled, index_bytes.get(direction, 0))
-            row = {"class": group, "layer": layer.name, "direction": direction, "arithmetic": arithmetic}
-            yield row, peers[direction], mine[direction], exact[direction], work
+                work = gpu_model.pool_work(layer, group, direction, modelled(arithmetic), index_bytes.get(direction, 0))
+            yield row_of(group, layer, direction, arithmetic), *calls[direction], work
 
 
-def cases(table, groups, layout, quick, device):
+def row_of(group, layer, direction, arithmetic):
+    return {"class": group, "layer": layer.name, "direction": direction, "arithmetic": arithmetic}
+
+
+def modelled(arithmetic):
+    return "float16" if arithmetic == "bfloat16" else arithmetic
+
+
+def cases(table, groups, layouts, quick, device):
     for group in groups:
         if table == "conv":
             members, of = layers.CONV[group], conv_cases
@@ -115,7 +144,7 @@ def cases(table, groups, layout, quick, device):
             of = pool_cases
         for layer in members:
             if not (quick and table == "conv" and contenders.too_large_to_be_quick(layer)):
-                yield from of(group, layer, layout, device)
+                yield from of(group, layer, layouts, device)
 
 
 # ------------------------------------------------------------------------------------------------------------ measurement
@@ -126,41 +155,34 @@ def flush_buffer():
     return torch.empty(2 * max(size, 64 << 20), dtype=torch.int8, device="cuda")
 
 
+def warm_up(functions):
+    """cuDNN times its algorithms, kernels are loaded."""
+    for function in functions.values():
+        for _ in range(2):
+            function()
+
+
 def microseconds(functions, rounds):
     """The median time of each function, taken in turns."""
-    flush = flush_buffer()
-    for function in functions.values():
-        for _ in range(3):  # cuDNN times its algorithms, kernels are loaded
-            function()
-    events = {name: [] for name in functions}
+    flush, events = flush_buffer(), {name: [] for name in functions}
+    pauses = dict.fromkeys(functions, PAUSE)
     for _ in range(rounds):
         for name, function in functions.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(2_000_000)  # about a millisecond, in which the call reaches the queue
-            flush.zero_()
-            begin.record()
-            function()
-            end.record()
+            while True:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(pauses[name])
+                flush.zero_()
+                begin.record()
+                function()
+                end.record()
+                # Its turn came before the whole call was in the queue: once more, after a longer pause.
+                if begin.query() and pauses[name] < LONGEST_PAUSE:
+                    pauses[name] *= 2
+                else:
+                    break
             events[name].append((begin, end))
     torch.cuda.synchronize()
     return {name: 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
-
-
-def error_of(result, truth, arithmetic):
-    """The largest error relative to the largest value of the truth, and whether that is more than a correct kernel makes."""
-    rounding = torch.finfo(DTYPES[arithmetic]).eps / 2 if arithmetic in ("float16", "bfloat16") else 0
-    errors, wrong = [], False
-    for part, exact in zip(tuples(result), tuples(truth), strict=True):
-        scale = exact.abs().max().item() or 1.0
-        difference = (part.double() - exact.double()).abs()
-        errors.append(difference.max().item() / scale)
-        beyond = (difference - rounding * exact.abs()).max().item() / scale
-        wrong |= part.shape != exact.shape or not beyond <= floors.CUDA_ERROR[arithmetic]
-    return (math.nan if any(map(math.isnan, errors)) else max(errors)), wrong
-
-
-def tuples(value):
-    return value if isinstance(value, tuple) else (value,)
 
 
 def aim_of(group, arithmetic):
@@ -177,11 +199,18 @@ def known_gpu(name):
     return next((gpu for gpu in gpu_model.GPUS if re.search(rf"\b{gpu.name}\b", name)), None)
 
 
+@contextlib.contextmanager
+def counted(seconds, what):
+    begin = time.perf_counter()
+    yield
+    seconds[what] += time.perf_counter() - begin
+
+
 # ------------------------------------------------------------------------------------------------------------- the report
 
 
 def line(row):
-    text = f"{row['layer']:28} {row['direction']:16} {row['arithmetic']:8} {row['error']:8.1e}"
+    text = f"{row['layer']:28} {row['direction']:16} {row['arithmetic']:8} {row['layout']:13} {row['error']:8.1e}"
     text += "".join(f" {row[peer + '_us']:9.1f}" for peer in PEERS)
     text += f" {row['torchcnn_us']:9.1f} {row['ratio']:6.2f}x {row['deterministic_ratio']:6.2f}x"
     text += f" {row['floor']:6.0%}" if "floor" in row else ""
@@ -189,8 +218,8 @@ def line(row):
 
 
 def verdicts(rows):
-    """The closing lines, one for each class, direction and arithmetic, and whether all pass."""
-    keys, lines, passed = ("class", "direction", "arithmetic"), [], True
+    """The closing lines, one for each class, direction, arithmetic and layout, and whether all pass."""
+    keys, lines, passed = ("class", "direction", "arithmetic", "layout"), [], True
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
         members = [row for row in rows if tuple(row[name] for name in keys) == key]
         mean = math.exp(statistics.fmean(math.log(row["ratio"]) for row in members))
@@ -199,48 +228,61 @@ def verdicts(rows):
         good = not wrong and (aim is None or mean >= aim)
         passed &= good
         what = "no aim" if aim is None else f"aim {aim:.2f}"
-        text = f"{key[0]:18} {key[1]:16} {key[2]:8} mean {mean:5.2f} ({what}) worst {worst['ratio']:5.2f} {worst['layer']:28}"
-        lines.append(text + (" pass" if good else f" MISS {'wrong: ' * bool(wrong)}{', '.join(wrong)}"))
+        text = f"{key[0]:13} {key[1]:16} {key[2]:8} {key[3]:13} mean {mean:5.2f} ({what}) worst {worst['ratio']:5.2f}"
+        text += f" {worst['layer']:28}" + (" pass" if good else " MISS")
+        lines.append(text + (f" wrong: {', '.join(wrong)}" if wrong else ""))
     return lines, passed
 
 
 def main(args, machine=None):
     device = require_gpu()
-    machine = machine or {"gpu": torch.cuda.get_device_name(), "torch_version": torch.__version__, "layout": args.layout}
+    machine = machine or {
+        "gpu": torch.cuda.get_device_name(),
+        "torch_version": torch.__version__,
+        "cudnn_version": cudnn_version(torch.backends.cudnn.version()),
+    }
     table = {"conv": floors.CONV, "pool": floors.POOL}[args.table]
     prefixes = tuple(args.classes.split(",")) if args.classes else ("",)
     groups = [name for name in table if name.startswith(prefixes)]
     if not groups:
         raise SystemExit(f"run.py: no class of {args.table} begins with {args.classes!r}: {', '.join(table)}")
-    gpu = known_gpu(machine["gpu"])
+    gpu, layouts = known_gpu(machine["gpu"]), [args.layout] if args.layout else LAYOUTS
     print(
-        f"{args.table}, torchcnn {torchcnn.__version__} {args.layout} beside torch {torch.__version__} on {machine['gpu']}, in us"
+        f"{args.table}, torchcnn {torchcnn.__version__} beside torch {machine['torch_version']} and cuDNN "
+        f"{machine['cudnn_version']} on {machine['gpu']}, in us"
     )
     torch.manual_seed(0)
-    rows, shown = [], None
+    rows, shown, seconds = [], None, collections.Counter()
     mode = torch.inference_mode if args.table == "conv" else torch.enable_grad
     with mode():
-        for row, peers, ours, exact, work in cases(args.table, groups, args.layout, args.quick, device):
-            use_arithmetic(row["arithmetic"])
-            row["error"], row["wrong"] = error_of(ours(), exact(), row["arithmetic"])
-            times = microseconds({**peers, "torchcnn": ours}, QUICK_ROUNDS if args.quick else ROUNDS)
-            row |= {f"{name}_us": time for name, time in times.items()}
-            row["ratio"] = min(times[peer] for peer in PEERS) / times["torchcnn"]
-            row["deterministic_ratio"] = min(times[peer] for peer in PEERS if "deterministic" in peer) / times["torchcnn"]
-            if gpu and work:
-                row["floor"] = work.floor(gpu) / times["torchcnn"]
-            if row["class"] != shown:
-                shown = row["class"]
+        for case, peers, ours, exact, work in cases(args.table, groups, layouts, args.quick, device):
+            dtype, allowed = DTYPES[case["arithmetic"]], floors.CUDA_ERROR[case["arithmetic"]]
+            use_arithmetic(case["arithmetic"])
+            functions = peers | {f"torchcnn_{layout}": function for layout, function in ours.items()}
+            with counted(seconds, "comparing with float64"):
+                checked = {layout: contenders.check(function(), exact(), dtype, allowed) for layout, function in ours.items()}
+            with counted(seconds, "warming up, with cuDNN's searches"):
+                warm_up(functions)
+            with counted(seconds, "measuring"):
+                times = microseconds(functions, QUICK_ROUNDS if args.quick else ROUNDS)
+            if case["class"] != shown:
+                shown = case["class"]
                 heads = "".join(f" {head:>9}" for head in ("nchw", "determ.", "last", "determ.", "ours"))
-                print(f"\n{shown:54} {'error':>8}{heads}   ratio determ.  floor")
-            print(line(row), flush=True)
-            rows.append(row)
+                print(f"\n{shown:54} {'ours':13} {'error':>8}{heads}   ratio determ.  floor")
+            for layout, (error, wrong) in checked.items():
+                mine = times[f"torchcnn_{layout}"]
+                row = case | {"layout": layout, "error": error, "wrong": wrong}
+                row |= {f"{peer}_us": times[peer] for peer in PEERS} | {"torchcnn_us": mine}
+                row["ratio"] = min(times[peer] for peer in PEERS) / mine
+                row["deterministic_ratio"] = min(times[peer] for peer in PEERS if "deterministic" in peer) / mine
+                if gpu and work:
+                    row["floor"] = work.floor(gpu) / mine
+                print(line(row), flush=True)
+                rows.append(row)
     lines, passed = verdicts(rows)
-    print("", *lines, sep="\n")
-    path = (
-        Path(args.csv) if args.csv else RESULTS / f"{args.table}_{args.layout}_{re.sub('[^A-Za-z0-9]+', '_', machine['gpu'])}.csv"
-    )
-    if args.csv or not (args.quick or args.classes):
+    print("", *lines, "", "; ".join(f"{what} {taken:.0f} s" for what, taken in seconds.items()), sep="\n")
+    path = Path(args.csv) if args.csv else RESULTS / f"{args.table}_{re.sub('[^A-Za-z0-9]+', '_', machine['gpu'])}.csv"
+    if args.csv or not (args.quick or args.classes or args.layout):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="") as file:
             columns = list(dict.fromkeys(column for row in rows for column in [*machine, *row]))

@@ -10,7 +10,7 @@ every product is faster than the floor; how much slower ours are, only a GPU can
 below their peak are left out.
 
 Peaks, without sparsity, are those of NVIDIA's data sheets "A100 Tensor Core GPU" (SXM, 80 GB) and "H100 Tensor Core GPU" (SXM).
-The tensor cores of an H100 reach theirs by wgmma alone, not by mma.sync, which the kernels use.
+The tensor cores of an H100 reach theirs by wgmma alone, which 16-bit kernels use there; TF32 goes by mma.sync.
 """
 
 import argparse
@@ -39,9 +39,9 @@ GPUS = [
 ]
 
 # The numbers of csrc/cuda. tile_assertions() has the compiler compare them with the headers (make cuda-check).
-BLOCKS_THAT_FILL_A_GPU = 264  # conv2d_host.cuh
-TILE_DEPTH_BYTES, STAGES = 64, 3  # conv2d_tile.cuh
-LEAST_PART_TILES = 16  # conv2d_grad_weight.cu
+BLOCKS_THAT_FILL_A_GPU = 132  # conv2d_host.cuh
+TILE_DEPTH_BYTES, VECTOR_BYTES = 128, 16  # conv2d_tile.cuh
+LEAST_PART_TILES, FILLINGS = 8, 3  # conv2d_grad_weight.cu
 BYTES = {"float32": 4, "tf32": 4, "float16": 2, "float64": 8}
 
 
@@ -49,7 +49,8 @@ class Tile(NamedTuple):
     """TileShape of csrc/cuda/conv2d_tile.cuh."""
 
     bytes: int  # of an element
-    block: int  # both block_m and block_n
+    block_m: int
+    block_n: int
     storage: str  # by_index: forward and grad_input; by_k: grad_weight
 
     @property
@@ -58,19 +59,19 @@ class Tile(NamedTuple):
 
     @property
     def threads(self):
-        return 2 * self.block
+        return 2 * self.block_m
+
+    @property
+    def stages(self):
+        return 3 if self.block_m * self.block_n == 128 * 128 else 4
 
     @property
     def shared_bytes(self):
-        vector = 16 // self.bytes
-        if self.storage == "by_index":
-            operand = self.block * (self.block_k + vector)
-        else:
-            operand = self.block_k * (self.block + (8 if self.bytes == 4 else vector))
-        return STAGES * 2 * operand * self.bytes
+        return self.stages * (self.block_m + self.block_n) * TILE_DEPTH_BYTES
 
 
-TILES = [Tile(bytes, block, storage) for bytes in (2, 4, 8) for block in (64, 128) for storage in ("by_index", "by_k")]
+BLOCKS = {"by_index": [(128, 128), (128, 64), (64, 64)], "by_k": [(128, 128), (64, 64)]}
+TILES = [Tile(bytes, *block, storage) for bytes in (2, 4, 8) for storage, blocks in BLOCKS.items() for block in blocks]
 
 
 def tile_assertions():
@@ -79,13 +80,11 @@ def tile_assertions():
     lines.append(f"static_assert(kBlocksThatFillAGpu == {BLOCKS_THAT_FILL_A_GPU});")
     names = {2: "__half", 4: "float", 8: "double"}
     for tile in TILES:
-        shape = f"TileShape<{names[tile.bytes]}, {tile.block}, Storage::{tile.storage}>"
+        shape = f"TileShape<{names[tile.bytes]}, {tile.block_m}, {tile.block_n}, Storage::{tile.storage}>"
         for member, value in (
-            ("block_m", tile.block),
-            ("block_n", tile.block),
             ("block_k", tile.block_k),
             ("threads", tile.threads),
-            ("stages", STAGES),
+            ("stages", tile.stages),
             ("shared_bytes", tile.shared_bytes),
         ):
             lines.append(f"static_assert({shape}::{member} == {value});")
@@ -152,35 +151,49 @@ def conv_work(layer, direction, arithmetic):
         kernel = f"conv2d_depthwise_{direction}"
         return Work(kernel, flops, least, (2 * products + written) * size, flops, least, blocks, peak)
 
+    vector = VECTOR_BYTES // size
+
+    def whole(channels):
+        """Channels of a group in whole vectors."""
+        return ceil_div(channels, vector) * vector
+
     if direction == "grad_weight":
-        columns = (C // G) * R * S
-        tile = Tile(size, 128 if arithmetic != "float64" and K // G > 64 and columns > 64 else 64, "by_k")
-        tiles_m, tiles_n = ceil_div(K // G, tile.block), ceil_div(columns, tile.block)
+        columns = whole(C // G) * R * S
+        large = arithmetic != "float64" and K // G > 64 and columns > 64
+        tile = Tile(size, *BLOCKS["by_k"][0 if large else 1], "by_k")
+        tiles_m, tiles_n = ceil_div(K // G, tile.block_m), ceil_div(columns, tile.block_n)
         tiles_k = ceil_div(N * P * Q, tile.block_k)
-        wanted = ceil_div(2 * BLOCKS_THAT_FILL_A_GPU, tiles_m * tiles_n * G)
+        wanted = ceil_div(FILLINGS * BLOCKS_THAT_FILL_A_GPU, tiles_m * tiles_n * G)
         parts = ceil_div(tiles_k, max(LEAST_PART_TILES, ceil_div(tiles_k, wanted)))
         scratch = 2 * parts * weight * (8 if arithmetic == "float64" else 4)
-        asked = N * P * Q * G * (K // G * tiles_n + columns * tiles_m) * size + scratch + weight * size
-        done = 2 * tiles_m * tiles_n * G * tile.block**2 * tiles_k * tile.block_k
-        name = f"conv2d_grad_weight_parts {tile.block}x{tile.block}, {parts} parts"
+        asked = N * P * Q * G * (whole(K // G) * tiles_n + columns * tiles_m) * size + scratch + weight * size
+        done = 2 * tiles_m * tiles_n * G * tile.block_m * tile.block_n * tiles_k * tile.block_k
+        name = f"conv2d_grad_weight_parts {tile.block_m}x{tile.block_n}, {parts} parts"
         return Work(name, flops, least, asked, done, least + scratch, tiles_m * tiles_n * G * parts, arithmetic)
 
     transposed = direction == "grad_input"
     read, written = (K // G, C // G) if transposed else (C // G, K // G)
     pixels = N * (H * W if transposed else P * Q)
-    large = written > 64 and ceil_div(pixels, 128) * ceil_div(written, 128) * G >= BLOCKS_THAT_FILL_A_GPU
-    tile = Tile(size, 128 if large and arithmetic != "float64" else 64, "by_index")
-    tiles_n = ceil_div(written, tile.block)
-    packed = 2 * weight * size  # written and read
+    fitting = [
+        block
+        for block in BLOCKS["by_index"][:2]
+        if ceil_div(pixels, block[0]) * ceil_div(written, block[1]) * G >= BLOCKS_THAT_FILL_A_GPU and (written > 64 or block[1] == 64)
+    ]
+    if arithmetic == "float64" or not fitting:
+        fitting = [BLOCKS["by_index"][2]]
+    tile = Tile(size, *fitting[0], "by_index")
+    tiles_n = ceil_div(written, tile.block_n)
+    packed = 2 * weight // read * whole(read) * size  # written and read
     asked, done, blocks = (input if transposed else output) * size + weight * size + packed / 2, 0, 0
     for rows, taps_h in phases(P, H, R, layer.stride, layer.padding[0], layer.dilation, transposed):
         for columns, taps_w in phases(Q, W, S, layer.stride, layer.padding[1], layer.dilation, transposed):
-            tiles_m, tiles_k = ceil_div(N * rows * columns, tile.block), ceil_div(taps_h * taps_w * read, tile.block_k)
-            depth = tiles_k * tile.block_k
+            tiles_m = ceil_div(N * rows * columns, tile.block_m)
+            depth = ceil_div(taps_h * taps_w * whole(read), tile.block_k) * tile.block_k
             asked += G * depth * (N * rows * columns * tiles_n + written * tiles_m) * size
-            done += 2 * tiles_m * tiles_n * G * tile.block**2 * depth
+            done += 2 * tiles_m * tiles_n * G * tile.block_m * tile.block_n * depth
             blocks += tiles_m * tiles_n * G
-    return Work(f"conv2d_gather {tile.block}x{tile.block}", flops, least, asked, done, least + packed, blocks, arithmetic)
+    name = f"conv2d_gather {tile.block_m}x{tile.block_n}"
+    return Work(name, flops, least, asked, done, least + packed, blocks, arithmetic)
 
 
 def conv_rows(classes):

@@ -1,7 +1,8 @@
 """The picture and the README's tables from the CSV files of run.py: python benchmarks/plot.py [--readme README.md]
 
 Draws speedup.png and speedup.svg beside the CSV files and prints the tables in markdown. With --readme they also replace what
-stands between the two marker comments in that file.
+stands between the marker comments in that file: a pair for the tables of processors, another for those of GPUs, which stays as it
+is where no GPU has been measured.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import floors
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+GPU_BEGIN, GPU_END = "<!-- benchmarks on a GPU: begin -->", "<!-- benchmarks on a GPU: end -->"
 TABLES = {"conv": floors.CONV, "pool": floors.POOL, "dtypes": floors.DTYPES, "networks": floors.NETWORKS}
 TITLES = {
     "conv": "Convolution, float32",
@@ -22,6 +24,7 @@ TITLES = {
     "dtypes": "Convolution in other dtypes",
     "networks": "Calls and networks, float32",
 }
+TENSORS = {"nchw": "NCHW tensors", "channels_last": "channels_last tensors"}
 COLORS = {
     floors.FORWARD: "#0072b2",
     floors.GRAD_INPUT: "#e69f00",
@@ -39,6 +42,8 @@ def read(folder):
     for path in sorted(folder.rglob("*.csv")):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
+                if "gpu" in row:
+                    continue
                 table = next(name for name, classes in TABLES.items() if row["class"] in classes)
                 setting = table, row["layout"], int(row["threads"]), f"{row['isa']} beside torch's {row['torch_isa']}"
                 cases[(*setting, row["class"], row["direction"], row["layer"])] = row
@@ -54,6 +59,20 @@ def read(folder):
     return settings
 
 
+def read_gpu(folder):
+    """Rows by (table, layout, GPU, torch, cuDNN) and then (class, direction) and arithmetic."""
+    settings = {}
+    for path in sorted(folder.rglob("*.csv")):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                if "gpu" in row:
+                    table = "conv" if row["class"] in TABLES["conv"] else "pool"
+                    setting = table, row["layout"], row["gpu"], row["torch_version"], row["cudnn_version"]
+                    cells = settings.setdefault(setting, {}).setdefault((row["class"], row["direction"]), {})
+                    cells.setdefault(row["arithmetic"], []).append(row)
+    return settings
+
+
 def ratios(rows):
     return [float(row["ratio"]) for row in rows]
 
@@ -63,8 +82,7 @@ def ratios(rows):
 
 def title(setting):
     table, layout, threads, isa = setting
-    tensors = "channels_last tensors" if layout == "channels_last" else "NCHW tensors"
-    return f"{TITLES[table]}, {tensors}, {'one thread' if threads == 1 else f'{threads} threads'}, {isa}"
+    return f"{TITLES[table]}, {TENSORS[layout]}, {'one thread' if threads == 1 else f'{threads} threads'}, {isa}"
 
 
 def markdown(settings):
@@ -91,6 +109,24 @@ def markdown(settings):
     return "\n".join(lines)
 
 
+def gpu_markdown(settings):
+    """Every setting as a table, a row a class and direction, a column an arithmetic."""
+    lines = ["Times faster than torch: geometric mean of the class, and in parentheses its slowest layer. Below 1 torchcnn is"]
+    lines[0] += " slower. torch counts in the better of its layouts, in convolutions with the fastest algorithm that cuDNN finds."
+    for (table, layout, gpu, torch, cudnn), members in settings.items():
+        arithmetics = list(dict.fromkeys(arithmetic for cells in members.values() for arithmetic in cells))
+        lines += [
+            "",
+            f"**{TITLES[table].split(',')[0]}, {TENSORS[layout]}, {gpu}, torch {torch}, cuDNN {cudnn}**",
+            "",
+            f"| class | direction | {' | '.join(arithmetics)} |".replace("tf32", "TF32"),
+            "| --- | --- |" + " ---: |" * len(arithmetics),
+        ]
+        for (group, direction), cells in members.items():
+            lines.append(f"| {group} | {direction} | {' | '.join(cell(cells.get(each)) for each in arithmetics)} |")
+    return "\n".join(lines)
+
+
 def cell(rows):
     if not rows:
         return ""
@@ -98,11 +134,11 @@ def cell(rows):
     return f"{mean:.2f}" + (f" ({min(ratios(rows)):.2f})" if len(rows) > 1 else "")
 
 
-def replace_block(path, block):
+def replace_block(path, block, begin=BEGIN, end=END):
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"plot.py: {path} must hold one line {BEGIN} and below it one line {END}")
-    path.write_text(text[: text.index(BEGIN) + len(BEGIN)] + f"\n{block}\n" + text[text.index(END) :])
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"plot.py: {path} must hold one line {begin} and below it one line {end}")
+    path.write_text(text[: text.index(begin) + len(begin)] + f"\n{block}\n" + text[text.index(end) :])
 
 
 # ------------------------------------------------------------------------------------------------------------ the picture
@@ -167,14 +203,19 @@ def main(argv=None):
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the CSV files")
     parser.add_argument("--readme", type=Path, help="a file with the marker comments")
     args = parser.parse_args(argv)
-    settings = read(args.results)
-    if not settings:
+    settings, on_gpus = read(args.results), read_gpu(args.results)
+    if not (settings or on_gpus):
         raise SystemExit(f"plot.py: there are no CSV files in {args.results}; run benchmarks/run.py first")
-    draw(settings, args.results)
-    table = markdown(settings)
-    print(table)
+    tables = []
+    if settings:
+        draw(settings, args.results)
+        tables.append((markdown(settings), BEGIN, END))
+    if on_gpus:
+        tables.append((gpu_markdown(on_gpus), GPU_BEGIN, GPU_END))
+    print("\n\n".join(table for table, *_ in tables))
     if args.readme:
-        replace_block(args.readme, table)
+        for table in tables:
+            replace_block(args.readme, *table)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def parse(argv):
         "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: beside cuDNN, as gpu.py says; conv and pool"
     )
     parser.add_argument("--threads", type=int, default=1, help="with 2, conv also measures what the second thread gains")
-    parser.add_argument("--layout", choices=["nchw", "channels_last"], default="nchw", help="of torchcnn's tensors")
+    parser.add_argument(
+        "--layout", choices=["nchw", "channels_last"], help="of torchcnn's tensors: nchw without it, both with --device cuda"
+    )
     parser.add_argument("--classes", help="only the classes whose names begin with one of these, separated by commas")
     parser.add_argument("--quick", action="store_true", help="no large layers, few rounds, no second process; under a minute")
     parser.add_argument("--csv", help="where to write the rows; a whole run writes into benchmarks/results/ anyway")
@@ -55,6 +57,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.device == "cuda" and args.table not in ("conv", "pool"):
         parser.error("--device cuda measures conv and pool, in every dtype")
+    if args.device == "cpu":
+        args.layout = args.layout or "nchw"
     return args
 
 
@@ -82,25 +86,6 @@ def default_allocator_ratios(argv):
 # ------------------------------------------------------------------------------------------------------------ measurement
 
 
-def check(results, truth, dtype, allowed):
-    """The error relative to the largest value of the truth, and whether that is more than a correct kernel makes."""
-    import torch
-
-    rounding = torch.finfo(getattr(torch, dtype)).eps / 2 if dtype in ("bfloat16", "float16") else 0
-    errors, wrong = [], False
-    for result, exact in zip(tuples(results), tuples(truth), strict=True):
-        scale = exact.abs().max().item() or 1.0
-        difference = (result.double() - exact).abs()
-        errors.append(difference.max().item() / scale)
-        beyond = (difference - rounding * exact.abs()).max().item() / scale
-        wrong |= result.shape != exact.shape or not beyond <= allowed
-    return (math.nan if any(map(math.isnan, errors)) else max(errors)), wrong
-
-
-def tuples(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
 def measure(case, args):
     """One row of the table."""
     import contenders
@@ -112,8 +97,9 @@ def measure(case, args):
     if args.allocator == "warm":
         truth = case.truth()
         allowed = floors.NETWORK_GRADIENT_ERROR if case.direction == floors.STEP else floors.ERROR[case.dtype]
-        row["error"], row["wrong"] = check(case.contenders["torchcnn"](), truth, case.dtype, allowed)
-        row["torch_error"], _ = check(case.contenders["torch_nchw"](), truth, case.dtype, allowed)
+        dtype = getattr(torch, case.dtype)
+        row["error"], row["wrong"] = contenders.check(case.contenders["torchcnn"](), truth, dtype, allowed)
+        row["torch_error"], _ = contenders.check(case.contenders["torch_nchw"](), truth, dtype, allowed)
         del truth
 
     scaling = args.table == "conv" and args.threads > 1 and args.allocator == "warm"

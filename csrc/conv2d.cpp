@@ -142,7 +142,7 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
     const T* bias_data = bias ? data_of<T>(b) : nullptr;
     on_device_of(input, [&] { Run<T>::forward(g, data_of<T>(in), data_of<T>(w), bias_data, relu, mutable_data_of<T>(output)); },
                  [&](cuda::Stream stream) {
-      const Tensor workspace = empty_bytes(input, cuda::conv2d_forward_workspace<T>(g));
+      const Tensor workspace = empty_bytes(input, cuda::conv2d_forward_workspace<T>(g, data_of<T>(in)));
       cuda::conv2d_forward<T>(g, data_of<T>(in), data_of<T>(w), {bias_data, relu}, mutable_data_of<T>(output),
                               float32_precision<T>(), mutable_data_of<void>(workspace), stream);
     });
@@ -153,7 +153,7 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
 template <class T>
 void grad_input_on_cuda(const Conv2dGeometry& g, const Tensor& grad_output, const Tensor& weight, const T* bias,
                         const Tensor& grad_input, cuda::Stream stream) {
-  const Tensor workspace = empty_bytes(grad_output, cuda::conv2d_grad_input_workspace<T>(g));
+  const Tensor workspace = empty_bytes(grad_output, cuda::conv2d_grad_input_workspace<T>(g, data_of<T>(grad_output)));
   cuda::conv2d_grad_input<T>(g, data_of<T>(grad_output), data_of<T>(weight), {bias, false}, mutable_data_of<T>(grad_input),
                              float32_precision<T>(), mutable_data_of<void>(workspace), stream);
 }
@@ -269,7 +269,7 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
     }
     const Tensor gradient = in_layout(grad_output, layout), in = in_layout(input, layout);
     on_device_of(input, [&] { Run<T>::grad_weight(g, data_of<T>(gradient), data_of<T>(in), to); }, [&](cuda::Stream stream) {
-      const Tensor workspace = empty_bytes(input, cuda::conv2d_grad_weight_workspace<T>(g));
+      const Tensor workspace = empty_bytes(input, cuda::conv2d_grad_weight_workspace<T>(g, data_of<T>(gradient), data_of<T>(in)));
       cuda::conv2d_grad_weight<T>(g, data_of<T>(gradient), data_of<T>(in), to, float32_precision<T>(),
                                   mutable_data_of<void>(workspace), stream);
     });

@@ -182,10 +182,7 @@ Tensor max_pool2d_grad_input(Tensor grad_output, Tensor indices, int64_t H, int6
     const int64_t* index = data_of<int64_t>(at);
     T* to = mutable_data_of<T>(grad_input);
     on_device_of(grad_output, [&] { require_inside(op, pool2d_scatter_add(g, gradient, index, to), at, g); },
-                 [&](cuda::Stream stream) {
-      const Tensor workspace = empty_bytes(grad_output, cuda::pool2d_scatter_add_workspace<T>(g));
-      cuda::pool2d_scatter_add(g, gradient, index, to, mutable_data_of<void>(workspace), stream);
-    });
+                 [&](cuda::Stream stream) { cuda::pool2d_scatter_add(g, gradient, index, to, stream); });
   });
   return grad_input;
 }

@@ -35,7 +35,8 @@ USUAL_THREADS = 256  # of kernels without __launch_bounds__
 # What the names of kernels promise: a regular expression of the name, those of instructions that must be there.
 FACTS = [
     (r"TensorMath<", ["HMMA"], "steps on the tensor cores"),
-    (r"TensorMath<TileShape<__(half|nv_bfloat16)", [r"LDSM.*\.4"], "fragments of 16-bit elements by ldmatrix, four at a time"),
+    (r"TensorMath<TileShape<(__half|__nv_bfloat16|float, \d+, \d+, by_index)", [r"LDSM.*\.4"], "fragments by ldmatrix, four at a time"),
+    (r"WarpgroupMath<", ["HGMMA"], "steps of a warpgroup"),
     (r"SimtMath<TileShape<double", ["DFMA"], "multiply-adds in double"),
     (r"SimtMath<TileShape<(float|__)", ["FFMA"], "multiply-adds in float"),
     (r"pool2d\w*<[\w ]+, [248]\b", [r"LDG\.E.*\.128", r"STG\.E.*\.128"], "16-byte vectors of channels, read and written"),
@@ -57,11 +58,11 @@ class Kernel:
     @property
     def shared(self):
         """Bytes of a block, dynamic ones included: the tiles of conv2d_tile.cuh."""
-        shape = re.search(r"TileShape<(\w+), (\d+), (\w+)>", self.name)
+        shape = re.search(r"TileShape<(\w+), (\d+), (\d+), (\w+)>", self.name)
         if not shape:
             return self.static_shared
         size = {"float": 4, "double": 8}.get(shape[1], 2)
-        return self.static_shared + gpu_model.Tile(size, int(shape[2]), shape[3]).shared_bytes
+        return self.static_shared + gpu_model.Tile(size, int(shape[2]), int(shape[3]), shape[4]).shared_bytes
 
     @property
     def blocks(self):

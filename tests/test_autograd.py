@@ -35,21 +35,21 @@ POOLS = {
     "adaptive_max": lambda f: lambda x: f.adaptive_max_pool2d(x, (2, 3)),
     "global_avg": lambda f: lambda x: f.global_avg_pool2d(x),
     "global_max": lambda f: lambda x: f.global_max_pool2d(x),
-    "unpool": lambda f: lambda x: f.max_unpool2d(x, torch.arange(40).view(1, 2, 4, 5) % 20 * 4, 2),
+    "unpool": lambda f: lambda x: f.max_unpool2d(x, torch.arange(40, device=x.device).view(1, 2, 4, 5) % 20 * 4, 2),
 }
 
 
-def conv2d_inputs(name, requires_grad=True):
+def conv2d_inputs(device, name, requires_grad=True):
     input_size, weight_size, bias, options = CONV2D[name]
     shapes = (input_size, weight_size, weight_size[:1])[: 2 + bias]
-    inputs = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=requires_grad) for shape in shapes)
+    inputs = tuple(torch.randn(shape, dtype=torch.float64, device=device, requires_grad=requires_grad) for shape in shapes)
     return inputs, options
 
 
-def distinct(*shape, requires_grad=True):
+def distinct(device, *shape, requires_grad=True):
     """Values far enough apart that a finite difference never changes which of them is the largest."""
     count = torch.Size(shape).numel()
-    return (torch.randperm(count).double() / 8 - count / 16).view(shape).requires_grad_(requires_grad)
+    return (torch.randperm(count, device=device).double() / 8 - count / 16).view(shape).requires_grad_(requires_grad)
 
 
 # Finite differences, with forward mode and batched gradients
@@ -58,23 +58,23 @@ CHECKS = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_f
 
 
 @pytest.mark.parametrize("name", CONV2D)
-def test_gradcheck_conv2d(name):
-    inputs, options = conv2d_inputs(name)
+def test_gradcheck_conv2d(name, device):
+    inputs, options = conv2d_inputs(device, name)
     assert gradcheck(lambda *inputs: conv2d(*inputs, **options), inputs, **CHECKS)
 
 
 @pytest.mark.parametrize("name", CONV2D)
-def test_gradgradcheck_conv2d(name):
-    inputs, options = conv2d_inputs(name)
+def test_gradgradcheck_conv2d(name, device):
+    inputs, options = conv2d_inputs(device, name)
     assert gradgradcheck(lambda *inputs: conv2d(*inputs, **options), inputs, check_batched_grad=True)
 
 
-def test_third_derivative_of_conv2d():
+def test_third_derivative_of_conv2d(device):
     """Of a cube: the three operators are closed under differentiation, so there is no last order."""
 
     def third(conv2d):
         torch.manual_seed(0)
-        inputs, options = conv2d_inputs("all")
+        inputs, options = conv2d_inputs(device, "all")
         result = conv2d(*inputs, **options)
         for _ in range(3):
             scalar = result.pow(3).sum() if torch.is_tensor(result) else sum(part.pow(3).sum() for part in result)
@@ -86,23 +86,23 @@ def test_third_derivative_of_conv2d():
 
 
 @pytest.mark.parametrize("name", POOLS)
-def test_gradcheck_pools(name):
-    assert gradcheck(POOLS[name](torchcnn.functional), (distinct(1, 2, 4, 5),), **CHECKS)
+def test_gradcheck_pools(name, device):
+    assert gradcheck(POOLS[name](torchcnn.functional), (distinct(device, 1, 2, 4, 5),), **CHECKS)
 
 
 @pytest.mark.parametrize("name", POOLS)
-def test_gradgradcheck_pools(name):
-    assert gradgradcheck(POOLS[name](torchcnn.functional), (distinct(1, 2, 4, 5),), check_batched_grad=True)
+def test_gradgradcheck_pools(name, device):
+    assert gradgradcheck(POOLS[name](torchcnn.functional), (distinct(device, 1, 2, 4, 5),), check_batched_grad=True)
 
 
 @pytest.mark.parametrize("name", ["max", "avg", "adaptive_avg", "min"])
-def test_gradcheck_of_unbatched_pools(name):
-    assert gradcheck(POOLS[name](torchcnn.functional), (distinct(2, 4, 5),))
+def test_gradcheck_of_unbatched_pools(name, device):
+    assert gradcheck(POOLS[name](torchcnn.functional), (distinct(device, 2, 4, 5),))
 
 
-def test_gradcheck_of_functions():
+def test_gradcheck_of_functions(device):
     pairs = ((2, 1), (1, 1), (1, 2))
-    inputs, _ = conv2d_inputs("grouped")
+    inputs, _ = conv2d_inputs(device, "grouped")
 
     def function(*inputs):
         return torchcnn.Conv2dFunction.apply(*inputs, *pairs, 2)
@@ -112,7 +112,7 @@ def test_gradcheck_of_functions():
     without_bias = torchcnn.Conv2dFunction.apply(*inputs[:2], None, *pairs, 2)
     assert torch.equal(without_bias, conv2d(*inputs[:2], None, *pairs, 2))
 
-    plane = distinct(1, 2, 4, 5)
+    plane = distinct(device, 1, 2, 4, 5)
 
     def max_pool(x):
         return torchcnn.MaxPool2dFunction.apply(x, (2, 2), (2, 1), (1, 1), (1, 1), True)
@@ -149,9 +149,9 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1) if a + b + c], ids=str)
-def test_gradients_nobody_needs_are_not_computed(needs):
+def test_gradients_nobody_needs_are_not_computed(needs, device):
     inputs = [
-        torch.randn(shape, requires_grad=bool(need))
+        torch.randn(shape, device=device, requires_grad=bool(need))
         for shape, need in zip(((1, 2, 4, 4), (3, 2, 3, 3), (3,)), needs, strict=True)
     ]
     with Calls() as calls:
@@ -161,8 +161,8 @@ def test_gradients_nobody_needs_are_not_computed(needs):
     assert [tensor.grad is not None for tensor in inputs] == [bool(need) for need in needs]
 
 
-def test_no_graph_without_gradients():
-    input, weight = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3, requires_grad=True)
+def test_no_graph_without_gradients(device):
+    input, weight = torch.randn(1, 2, 4, 4, device=device), torch.randn(3, 2, 3, 3, device=device, requires_grad=True)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             output = conv2d(input, weight)
@@ -174,17 +174,17 @@ def test_no_graph_without_gradients():
     assert not indices.requires_grad
 
 
-def test_a_changed_input_is_noticed():
+def test_a_changed_input_is_noticed(device):
     """What was saved for backward must not be written to in between."""
-    input, weight = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3, requires_grad=True)
+    input, weight = torch.randn(1, 2, 4, 4, device=device), torch.randn(3, 2, 3, 3, device=device, requires_grad=True)
     output = conv2d(input, weight)
     input.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
 
 
-def test_gradients_accumulate_and_graphs_are_kept():
-    input, weight = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2, requires_grad=True)
+def test_gradients_accumulate_and_graphs_are_kept(device):
+    input, weight = torch.ones(1, 1, 3, 3, device=device), torch.ones(1, 1, 2, 2, device=device, requires_grad=True)
     output = conv2d(input, weight).sum()
     output.backward(retain_graph=True)
     output.backward()
@@ -193,16 +193,16 @@ def test_gradients_accumulate_and_graphs_are_kept():
         output.backward()
 
 
-def test_the_same_tensor_twice():
+def test_the_same_tensor_twice(device):
     """Input and weight one tensor: both gradients add up."""
-    x = torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 3, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
     assert gradcheck(lambda x: conv2d(x, x, padding=1), (x,))
 
 
-def test_hooks_and_checkpoint():
+def test_hooks_and_checkpoint(device):
     from torch.utils.checkpoint import checkpoint
 
-    inputs, options = conv2d_inputs("all")
+    inputs, options = conv2d_inputs(device, "all")
     expected = torch.autograd.grad(conv2d(*inputs, **options).sum(), inputs)
     recomputed = torch.autograd.grad(
         checkpoint(lambda *inputs: conv2d(*inputs, **options), *inputs, use_reentrant=False).sum(), inputs
@@ -226,8 +226,8 @@ def loss(conv2d, options):
 
 
 @pytest.mark.parametrize("name", ["all", "no_bias"])
-def test_func_grad_and_jvp(name):
-    inputs, options = conv2d_inputs(name, requires_grad=False)
+def test_func_grad_and_jvp(name, device):
+    inputs, options = conv2d_inputs(device, name, requires_grad=False)
     tangents = tuple(torch.randn_like(tensor) for tensor in inputs)
     argnums = tuple(range(len(inputs)))
     results = []
@@ -247,8 +247,8 @@ def test_func_grad_and_jvp(name):
 
 
 @pytest.mark.parametrize("dims", [(0, None, None), (None, 1, None), (None, None, 0), (0, 0, 0), (1, 1, None)], ids=str)
-def test_vmap(dims):
-    inputs, options = conv2d_inputs("all", requires_grad=False)
+def test_vmap(dims, device):
+    inputs, options = conv2d_inputs(device, "all", requires_grad=False)
     batched = tuple(
         tensor if dim is None else torch.stack([tensor, -tensor, 2 * tensor], dim)
         for tensor, dim in zip(inputs, dims, strict=True)
@@ -265,8 +265,8 @@ def test_vmap(dims):
 
 
 @pytest.mark.parametrize("name", [name for name in POOLS if name not in ("min", "global_avg", "global_max")])
-def test_func_of_pools(name):
-    planes = distinct(3, 1, 2, 4, 5, requires_grad=False)
+def test_func_of_pools(name, device):
+    planes = distinct(device, 3, 1, 2, 4, 5, requires_grad=False)
     tangent = torch.randn(1, 2, 4, 5, dtype=torch.float64)
     results = []
     for functional in (torchcnn.functional, F):
@@ -286,8 +286,8 @@ def test_func_of_pools(name):
     assert_close(*results)
 
 
-def test_forward_mode_is_never_silently_zero():
-    inputs, options = conv2d_inputs("all", requires_grad=False)
+def test_forward_mode_is_never_silently_zero(device):
+    inputs, options = conv2d_inputs(device, "all", requires_grad=False)
     tangents = [torch.randn_like(tensor) for tensor in inputs]
     for which in range(3):
         results = []
@@ -304,13 +304,13 @@ def test_forward_mode_is_never_silently_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast(dtype, device):
     """Dtypes under autocast are torch's: convolutions go down, pools stay where they are, gradients come back in float32."""
-    input, weight, bias = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3), torch.randn(3)
+    input, weight, bias = (torch.randn(size, device=device) for size in ((1, 2, 6, 6), (3, 2, 3, 3), (3,)))
     results = []
     for functional in (torchcnn.functional, F):
         leaves = [tensor.clone().requires_grad_() for tensor in (input, weight, bias)]
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(device, dtype=dtype):
             output = functional.conv2d(leaves[0], leaves[1].to(dtype), leaves[2])
             pooled = (
                 functional.max_pool2d(output, 2),
@@ -334,9 +334,9 @@ def network(functional):
     return forward
 
 
-def network_inputs(batch=2, height=9):
+def network_inputs(device, batch=2, height=9):
     shapes = (batch, 4, height, 8), (6, 2, 3, 3), (6,), (3, 6, 1, 1)
-    return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    return tuple(torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes)
 
 
 def value_and_gradients(function, inputs):
@@ -344,25 +344,25 @@ def value_and_gradients(function, inputs):
     return output, *torch.autograd.grad(output.pow(2).sum(), inputs)
 
 
-def test_compile():
+def test_compile(device):
     compiled = torch.compile(network(torchcnn.functional), backend="aot_eager", fullgraph=True)
-    inputs = network_inputs()
+    inputs = network_inputs(device)
     assert_close(value_and_gradients(compiled, inputs), value_and_gradients(network(F), inputs))
 
 
-def test_compile_with_dynamic_sizes():
+def test_compile_with_dynamic_sizes(device):
     """One graph for every size: no size is burnt into it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(network(torchcnn.functional), backend="aot_eager", fullgraph=True, dynamic=True)
     for size in ((5, 11), (7, 13), (9, 17)):  # none equal to another size of the network, nor twice it
-        inputs = network_inputs(*size)
+        inputs = network_inputs(device, *size)
         assert_close(value_and_gradients(compiled, inputs), value_and_gradients(network(F), inputs))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_compile_of_functions_and_modules():
-    inputs, _ = conv2d_inputs("all")
+def test_compile_of_functions_and_modules(device):
+    inputs, _ = conv2d_inputs(device, "all")
 
     def function(*inputs):
         return torchcnn.Conv2dFunction.apply(*inputs, (1, 2), (2, 1), (2, 1), 2)
@@ -370,14 +370,14 @@ def test_compile_of_functions_and_modules():
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     assert_close(value_and_gradients(compiled, inputs), value_and_gradients(function, inputs))
     model = torch.nn.Sequential(torchcnn.Conv2d(2, 3, 3, padding="same"), torchcnn.MinPool2d(2), torchcnn.GlobalMaxPool2d())
-    input = torch.randn(2, 2, 6, 6)
+    model, input = model.to(device), torch.randn(2, 2, 6, 6, device=device)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(input), model(input))
 
 
-def test_export():
-    model = torch.nn.Sequential(torchcnn.Conv2d(2, 3, 3), torchcnn.MaxPool2d(2), torchcnn.AvgPool2d(2))
-    input = torch.randn(2, 2, 12, 12)
+def test_export(device):
+    model = torch.nn.Sequential(torchcnn.Conv2d(2, 3, 3), torchcnn.MaxPool2d(2), torchcnn.AvgPool2d(2)).to(device)
+    input = torch.randn(2, 2, 12, 12, device=device)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (input,), dynamic_shapes=({0: batch},))
-    larger = torch.randn(5, 2, 12, 12)
+    larger = torch.randn(5, 2, 12, 12, device=device)
     torch.testing.assert_close(program.module()(larger), model(larger))

@@ -22,7 +22,7 @@ CALLS = {
     "avg_pool2d": lambda f, x, w: f.avg_pool2d(x, (3, 2), 2, (1, 0), True, False),
     "adaptive_avg_pool2d": lambda f, x, w: f.adaptive_avg_pool2d(x, (3, 2)),
     "adaptive_max_pool2d": lambda f, x, w: f.adaptive_max_pool2d(x, 5),
-    "max_unpool2d": lambda f, x, w: f.max_unpool2d(x, torch.arange(72).expand(2, 4, 72).reshape(PLANE) * 4, 2),
+    "max_unpool2d": lambda f, x, w: f.max_unpool2d(x, torch.arange(72, device=x.device).expand(2, 4, 72).reshape(PLANE) * 4, 2),
 }
 OURS_ALONE = {
     "conv2d_relu": lambda f, x, w: f.conv2d(x, w, groups=2, activation="relu"),
@@ -36,8 +36,8 @@ OURS_ALONE = {
 }
 
 
-def tensors(dtype=torch.float64, requires_grad=True):
-    input, weight = torch.randn(PLANE, dtype=dtype), torch.randn(4, 2, 3, 3, dtype=dtype)
+def tensors(device, dtype=torch.float64, requires_grad=True):
+    input, weight = (torch.randn(size, dtype=dtype, device=device) for size in (PLANE, (4, 2, 3, 3)))
     return input.requires_grad_(requires_grad), weight.requires_grad_(requires_grad)
 
 
@@ -70,14 +70,14 @@ class Net(torch.nn.Module):
 
 
 @pytest.fixture
-def nets():
-    net, of_torch = Net(torchcnn).double(), Net(torch.nn).double()
+def nets(device):
+    net, of_torch = (Net(nn).to(device, torch.float64) for nn in (torchcnn, torch.nn))
     of_torch.load_state_dict(net.state_dict(), strict=True)
     return net, of_torch
 
 
-def images(batch=3, size=12):
-    return torch.randn(batch, 2, size, size, dtype=torch.float64)
+def images(device, batch=3, size=12):
+    return torch.randn(batch, 2, size, size, dtype=torch.float64, device=device)
 
 
 # Operators
@@ -98,19 +98,20 @@ class Record(TorchDispatchMode):
 
 
 @functools.cache
-def operator_calls():
+def operator_calls(device):
     """{operator name: calls with real arguments}: those that the functions and their first and second derivatives make."""
     torch.manual_seed(0)
     record = Record()
     for function in (CALLS | OURS_ALONE).values():
         with record:
             with torch.no_grad():
-                function(ours, *tensors())
-            value_and_gradients(lambda x, w, f=function: f(ours, x, w), tensors())
-            leaves = tensors()
+                function(ours, *tensors(device))
+            value_and_gradients(lambda x, w, f=function: f(ours, x, w), tensors(device))
+            leaves = tensors(device)
             gradients = torch.autograd.grad(function(ours, *leaves).square().sum(), leaves, create_graph=True, allow_unused=True)
             sum(gradient.square().sum() for gradient in gradients if gradient is not None).backward()
-            torch.func.jvp(lambda x, w, f=function: f(ours, x, w), tensors(requires_grad=False), tensors(requires_grad=False))
+            primals, tangents = (tensors(device, requires_grad=False) for _ in range(2))
+            torch.func.jvp(lambda x, w, f=function: f(ours, x, w), primals, tangents)
     by_name = {}
     for func, args in record.calls:
         by_name.setdefault(func._opname, []).append((func, args))
@@ -133,10 +134,10 @@ def distinct(calls, most):
 
 
 @pytest.mark.parametrize("name", ALL_OPERATORS)
-def test_opcheck(name):
+def test_opcheck(name, device):
     """torch's own examination of a registered operator: schema, fake kernel, autograd registration, tracing."""
-    assert name in operator_calls(), "no function calls this operator"
-    for func, args in distinct(operator_calls()[name], most=3):
+    assert name in operator_calls(device), "no function calls this operator"
+    for func, args in distinct(operator_calls(device)[name], most=3):
         leaves = tuple(x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args)
         torch.library.opcheck(func, leaves)
         channels_last = tuple(
@@ -172,12 +173,12 @@ def test_autocast_lists_are_those_of_torch(key):
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CALLS)
-def test_autocast_dtypes(name, dtype, autocast_dtype):
+def test_autocast_dtypes(name, dtype, autocast_dtype, device):
     """What comes out, and what the gradients are in, whatever goes in."""
     dtypes = []
     for functional in (ours, F):
-        leaves = tensors(dtype)
-        with torch.autocast("cpu", autocast_dtype):
+        leaves = tensors(device, dtype)
+        with torch.autocast(device, autocast_dtype):
             output = CALLS[name](functional, *leaves)
         gradients = torch.autograd.grad(output.float().sum(), leaves, allow_unused=True)
         dtypes.append([tensor.dtype for tensor in (output, *gradients) if tensor is not None])
@@ -185,14 +186,14 @@ def test_autocast_dtypes(name, dtype, autocast_dtype):
 
 
 @pytest.mark.parametrize("name", CALLS | OURS_ALONE)
-def test_deterministic_algorithms_are_all_there_is(name):
+def test_deterministic_algorithms_are_all_there_is(name, device):
     function = (CALLS | OURS_ALONE)[name]
     torch.use_deterministic_algorithms(True)
     try:
         torch.manual_seed(0)
-        first = value_and_gradients(lambda x, w: function(ours, x, w), tensors())
+        first = value_and_gradients(lambda x, w: function(ours, x, w), tensors(device))
         torch.manual_seed(0)
-        second = value_and_gradients(lambda x, w: function(ours, x, w), tensors())
+        second = value_and_gradients(lambda x, w: function(ours, x, w), tensors(device))
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(first, second, strict=True):
@@ -203,11 +204,11 @@ def test_deterministic_algorithms_are_all_there_is(name):
 
 
 @pytest.mark.parametrize("name", [*CALLS, "conv2d_relu"])
-def test_a_tensor_modified_after_it_was_saved(name):
+def test_a_tensor_modified_after_it_was_saved(name, device):
     """Whatever backward needs is guarded: a change in place is an error where torch's is one, never a wrong gradient."""
     function = (CALLS | OURS_ALONE)[name]
     for which in (0, 1, "output"):
-        leaves = tensors()
+        leaves = tensors(device)
         inputs = [leaf * 1 for leaf in leaves]  # leaves refuse any change in place
         expected = torch.autograd.grad(function(ours, *inputs).sum(), leaves, allow_unused=True)
         inputs = [leaf * 1 for leaf in leaves]
@@ -222,7 +223,7 @@ def test_a_tensor_modified_after_it_was_saved(name):
         else:
             assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
     for which, noticed in ((0, name.startswith("conv")), (1, name.startswith("conv")), ("output", name == "conv2d_relu")):
-        leaves = tensors()
+        leaves = tensors(device)
         inputs = [leaf * 1 for leaf in leaves]
         output = function(ours, *inputs)
         with torch.no_grad():
@@ -233,11 +234,11 @@ def test_a_tensor_modified_after_it_was_saved(name):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(nets, use_reentrant):
+def test_checkpoint(nets, use_reentrant, device):
     from torch.utils.checkpoint import checkpoint
 
     net, _ = nets
-    input = images().requires_grad_()
+    input = images(device).requires_grad_()
     expected = value_and_gradients(net, (input,))
     net.zero_grad()
     output = checkpoint(net, input, use_reentrant=use_reentrant)
@@ -246,12 +247,12 @@ def test_checkpoint(nets, use_reentrant):
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_selective_checkpoint_keeps_our_operators(nets):
+def test_selective_checkpoint_keeps_our_operators(nets, device):
     """A policy may name torchcnn's operators: convolutions kept, everything else computed anew."""
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
     net, _ = nets
-    input = images().requires_grad_()
+    input = images(device).requires_grad_()
     expected = value_and_gradients(net, (input,))
     calls = []
 
@@ -266,10 +267,10 @@ def test_selective_checkpoint_keeps_our_operators(nets):
     assert (torch.ops.torchcnn.conv2d.default, False) in calls
 
 
-def test_saved_tensor_hooks(nets):
+def test_saved_tensor_hooks(nets, device):
     """What is kept for backward passes through the hooks: it can be moved away and brought back."""
     net, _ = nets
-    input = images().requires_grad_()
+    input = images(device).requires_grad_()
     expected = value_and_gradients(net, (input,))
     packed = []
 
@@ -283,7 +284,7 @@ def test_saved_tensor_hooks(nets):
     assert net.conv1.weight.shape in packed and net.up.weight.shape in packed
 
 
-def test_hooks_of_modules_and_tensors(nets):
+def test_hooks_of_modules_and_tensors(nets, device):
     results = []
     for net in nets:
         seen = []
@@ -292,39 +293,62 @@ def test_hooks_of_modules_and_tensors(nets):
         net.up.weight.register_post_accumulate_grad_hook(lambda parameter, s=seen: s.append(parameter.grad.clone()))
         net.conv2.register_forward_hook(lambda module, args, output, s=seen: s.append(output.detach()))
         torch.manual_seed(1)
-        net(images().requires_grad_()).square().sum().backward()
+        net(images(device).requires_grad_()).square().sum().backward()
         results.append(seen)
     assert len(results[0]) == 5
     assert_close(*results)
 
 
-def test_anomaly_mode():
+def test_anomaly_mode(device):
     """It names the forward call whose backward made a NaN, and passes where there is none."""
     with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
-        input, weight = tensors()
+        input, weight = tensors(device)
         ours.max_pool2d(ours.conv2d(input, weight, groups=2), 2).sum().backward()
-        weight = torch.full((4, 2, 3, 3), torch.nan, dtype=torch.float64)
+        weight = torch.full((4, 2, 3, 3), torch.nan, dtype=torch.float64, device=device)
         with pytest.raises(RuntimeError, match=r"Conv2dBackward.* returned nan"):
             ours.conv2d(input, weight, groups=2).sum().backward()
 
 
-def test_grad_mode_and_detach():
-    input, weight = tensors()
+def test_grad_mode_and_detach(device):
+    input, weight = tensors(device)
     with torch.inference_mode():
         inference = ours.conv2d(input, weight, groups=2)
     with pytest.raises(RuntimeError, match=r"[Ii]nference tensors"):
-        ours.max_pool2d(ours.conv2d(inference, torch.randn(4, 4, 1, 1).double().requires_grad_()), 2)
+        ours.max_pool2d(ours.conv2d(inference, weight.detach()[:, :1].requires_grad_(), groups=4), 2)
     assert not ours.conv2d(input.detach(), weight.detach(), groups=2).requires_grad
     with torch.set_grad_enabled(False):
         assert not ours.conv_transpose2d(input, weight, groups=2).requires_grad
 
 
+def test_gradient_scaler(nets, device):
+    """Mixed precision as it is trained with: what is too large for float16 makes the scaler skip a step and halve its scale."""
+    net = nets[0].float()
+    x = images(device).float()
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for initial, skipped in ((2.0**10, False), (2.0**40, True)):
+        scaler = torch.amp.GradScaler(device, init_scale=initial, backoff_factor=0.5)
+        before = net.conv1.weight.detach().clone()
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.float16):
+            output = net(x)
+        scaler.scale(output.float().square().sum()).backward()
+        scaler.unscale_(optimizer)
+        if not skipped:
+            for parameter, gradient in zip(net.parameters(), expected, strict=True):
+                assert (parameter.grad - gradient).norm() <= 0.1 * gradient.norm()  # pools may choose otherwise
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(net.conv1.weight, before) == skipped
+        assert scaler.get_scale() == (initial / 2 if skipped else initial)
+
+
 # torch.func
 
 
-def test_per_sample_gradients(nets):
+def test_per_sample_gradients(nets, device):
     """vmap(grad) over functional_call: a gradient of every parameter for every image."""
-    x, target = images(4), torch.tensor([0, 1, 2, 1])
+    x, target = images(device, 4), torch.tensor([0, 1, 2, 1], device=device)
     results = []
     for net in nets:
         parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
@@ -337,24 +361,24 @@ def test_per_sample_gradients(nets):
     assert_close(*results)
 
 
-def test_ensembles(nets):
+def test_ensembles(nets, device):
     """vmap over stacked parameters: several networks at once."""
     net, _ = nets
-    others = [net, *(Net(torchcnn).double() for _ in range(2))]
+    others = [net, *(Net(torchcnn).to(device, torch.float64) for _ in range(2))]
     parameters, buffers = torch.func.stack_module_state(others)
     skeleton = copy.deepcopy(net).to("meta")
 
     def forward(parameters, buffers, x):
         return torch.func.functional_call(skeleton, (parameters, buffers), (x,))
 
-    x = images()
+    x = images(device)
     outputs = torch.vmap(forward, (0, 0, None))(parameters, buffers, x)
     assert_close(outputs, torch.stack([other(x) for other in others]))
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_jacobians_and_hessians(name):
-    inputs = tuple(tensor.detach() for tensor in tensors())
+def test_jacobians_and_hessians(name, device):
+    inputs = tuple(tensor.detach() for tensor in tensors(device))
     inputs = inputs[0][:1] / 3, inputs[1] / 3
     if name == "max_unpool2d":
         inputs = torch.randn(PLANE, dtype=torch.float64), inputs[1]
@@ -393,32 +417,32 @@ def training_step(net, input):
     return output, *(parameter.grad for parameter in net.parameters())
 
 
-def test_compiled_training_step(nets):
+def test_compiled_training_step(nets, device):
     net, of_torch = nets
     torch._dynamo.reset()
-    x = images()
+    x = images(device)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     assert_close(training_step(compiled, x), training_step(of_torch, x))
 
 
-def test_two_sizes_make_two_graphs(nets):
+def test_two_sizes_make_two_graphs(nets, device):
     """With its default settings compile makes sizes dynamic at the second one, and stays with that."""
     net, of_torch = nets
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for batch, size in ((3, 12), (5, 14), (7, 18), (6, 22), (11, 26)):
-        x = images(batch, size)
+        x = images(device, batch, size)
         assert_close(training_step(compiled, x), training_step(of_torch, x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_compiled_transforms(nets):
+def test_compiled_transforms(nets, device):
     """compile around vmap(grad), autocast and checkpoint."""
     from torch.utils.checkpoint import checkpoint
 
     torch._dynamo.reset()
-    input, weight = (tensor.detach() for tensor in tensors())
+    input, weight = (tensor.detach() for tensor in tensors(device))
 
     def per_sample(functional):
         def loss(weight, image):
@@ -431,7 +455,7 @@ def test_compiled_transforms(nets):
 
     def cast(functional):
         def function(x, w):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16):
                 return functional.conv_transpose2d(functional.conv2d(x, w, groups=2), w, groups=2)
 
         return function
@@ -440,51 +464,51 @@ def test_compiled_transforms(nets):
     actual, eager = compiled(input.float(), weight.float()), cast(ours)(input.float(), weight.float())
     assert actual.dtype == torch.bfloat16 and torch.equal(actual, eager)
 
-    net = Net(torchcnn).double()
-    x = images().requires_grad_()
+    net = Net(torchcnn).to(device, torch.float64)
+    x = images(device).requires_grad_()
     compiled = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
     assert_close(value_and_gradients(compiled, (x,)), value_and_gradients(net, (x,)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor(nets, dynamic):
+def test_inductor(nets, dynamic, device):
     """The default backend, which writes C++ around the operators."""
     net, of_torch = nets
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, dynamic=dynamic)
     for batch, size in ((3, 12), (5, 14)):
-        x = images(batch, size)
+        x = images(device, batch, size)
         assert_close(training_step(compiled, x), training_step(of_torch, x))
         with torch.no_grad():
             assert_close(compiled(x), of_torch(x))
 
 
-def test_export_save_load(nets):
+def test_export_save_load(nets, device):
     net, _ = nets
     batch, height = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("height", min=8, max=64)
-    program = torch.export.export(net, (images(),), dynamic_shapes=({0: batch, 2: height},))
+    program = torch.export.export(net, (images(device),), dynamic_shapes=({0: batch, 2: height},))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
     loaded = torch.export.load(buffer)
-    for x in (images(), images(5)[:, :, :10]):
+    for x in (images(device), images(device, 5)[:, :, :10]):
         assert_close(loaded.module()(x), net(x))
     names = {node.target for node in program.graph.nodes if node.op == "call_function"}
     assert torch.ops.torchcnn.conv2d.default in names and torch.ops.torchcnn.conv_transpose2d.default in names
-    x = images()
+    x = images(device)
     assert_close(program.run_decompositions().module()(x), net(x))
 
 
-def test_symbolic_trace(nets):
+def test_symbolic_trace(nets, device):
     net, _ = nets
     traced = torch.fx.symbolic_trace(net)
     assert {ours.conv2d, ours.conv_transpose2d, ours.max_pool2d} < {node.target for node in traced.graph.nodes}
-    x = images()
+    x = images(device)
     assert_close(training_step(traced, x), training_step(net, x))
 
 
-def test_subclasses_and_modes_see_the_function():
+def test_subclasses_and_modes_see_the_function(device):
     """__torch_function__, as torch.nn.functional has it."""
 
     class Meter(torch.Tensor):
@@ -498,7 +522,7 @@ def test_subclasses_and_modes_see_the_function():
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    input, weight = tensors()
+    input, weight = tensors(device)
     expected = ours.conv2d(input, weight, groups=2)
     for arguments, options in (
         ((input.as_subclass(Meter), weight), {}),
@@ -513,12 +537,12 @@ def test_subclasses_and_modes_see_the_function():
     assert seen[0] is ours.max_pool2d
 
 
-def test_two_threads_at_once(nets):
+def test_two_threads_at_once(nets, device):
     """Modules are called from several Python threads, as torch.nn.DataParallel or a server does."""
     from concurrent.futures import ThreadPoolExecutor
 
     net, _ = nets
-    batches = [images() for _ in range(8)]
+    batches = [images(device) for _ in range(8)]
     expected = [training_step(copy.deepcopy(net), x) for x in batches]
     with ThreadPoolExecutor(4) as pool:
         actual = list(pool.map(lambda x: training_step(copy.deepcopy(net), x), batches))
@@ -536,9 +560,9 @@ def test_vmap_without_images():
     assert_close(gradient(ours), gradient(F))
 
 
-def test_compiled_autograd():
-    net = torch.nn.Sequential(torchcnn.Conv2d(2, 3, 3), torchcnn.MaxPool2d(2))
-    x = torch.randn(1, 2, 8, 8)
+def test_compiled_autograd(device):
+    net = torch.nn.Sequential(torchcnn.Conv2d(2, 3, 3), torchcnn.MaxPool2d(2)).to(device)
+    x = torch.randn(1, 2, 8, 8, device=device)
     net(x).sum().backward()
     expected = [parameter.grad.clone() for parameter in net.parameters()]
     net.zero_grad()

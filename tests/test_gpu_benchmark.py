@@ -11,7 +11,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = "contenders", "floors", "gpu", "gpu_model", "layers", "run", "timing"
+MODULES = "contenders", "floors", "gpu", "gpu_model", "layers", "plot", "run", "timing"
 
 
 @pytest.fixture
@@ -53,25 +53,25 @@ def test_asked_bytes_are_those_of_a_loop_over_blocks(harness, arithmetic):
     """forward, block by block: the rows of both operands that exist, in whole tiles of k; then the result, packing beside."""
     layer = harness.layers.Conv(2, 20, 9, 70, 3, 1, 1)
     size = harness.gpu_model.BYTES[arithmetic]
-    pixels, channels, depth = 2 * 9 * 9, 70, 20 * 9
-    block, block_k = 64, 64 // size
+    pixels, channels = 2 * 9 * 9, 70
+    block, block_k = 64, 128 // size
+    whole = -(-20 * size // 16) * 16 // size  # channels in vectors of 16 bytes
     asked = done = blocks = 0
     for m, n in itertools.product(range(0, pixels, block), range(0, channels, block)):
         blocks += 1
-        for _ in range(0, depth, block_k):
+        for _ in range(0, 9 * whole, block_k):
             asked += (min(block, pixels - m) + min(block, channels - n)) * block_k * size
             done += 2 * block * block * block_k
-    weight = 70 * 20 * 9
-    asked += (pixels * channels + 2 * weight) * size
+    asked += (pixels * channels + 70 * 9 * (20 + whole)) * size
     work = harness.gpu_model.conv_work(layer, "forward", arithmetic)
     assert (work.asked_bytes, work.done_flops, work.blocks) == (asked, done, blocks)
 
 
 def test_grad_weight_parts_cover_the_pixels(harness):
-    """One part for every 16 tiles of pixels where they are few; scratch memory is written and read once."""
+    """One part for every 8 tiles of pixels where they are few; scratch memory is written and read once."""
     layer = harness.layers.Conv(4, 32, 32, 32, 3, 1, 1)
     work = harness.gpu_model.conv_work(layer, "grad_weight", "float16")
-    tiles_n, parts = -(-32 * 9 // 64), 4 * 32 * 32 // 32 // 16
+    tiles_n, parts = -(-32 * 9 // 64), 4 * 32 * 32 // 64 // 8
     assert work.blocks == tiles_n * parts
     assert work.done_bytes - work.least_bytes == 2 * parts * 32 * 32 * 9 * 4
 
@@ -137,12 +137,13 @@ def without_gpu(harness, monkeypatch):
 
     def run(*command, peers=10.0, ours=10.0):
         def microseconds(functions, rounds):
+            assert rounds == harness.gpu.ROUNDS
             for function in functions.values():
                 function()
-            return {name: ours if name == "torchcnn" else peers for name in functions}
+            return {name: ours if name.startswith("torchcnn") else peers for name in functions}
 
         monkeypatch.setattr(harness.gpu, "microseconds", microseconds)
-        machine = {"gpu": "NVIDIA A100-SXM4-80GB", "torch_version": torch.__version__, "layout": "nchw"}
+        machine = {"gpu": "NVIDIA A100-SXM4-80GB", "torch_version": torch.__version__, "cudnn_version": "9.0.0"}
         return harness.gpu.main(harness.run.parse([*command, "--device", "cuda"]), machine)
 
     with torch.backends.__allow_nonbracketed_mutation():  # PyTorch's test helpers bar the switches once imported
@@ -150,26 +151,135 @@ def without_gpu(harness, monkeypatch):
         conv.fp32_precision, cudnn.benchmark, cudnn.deterministic = before
 
 
+@pytest.mark.parametrize("layouts", [["nchw", "channels_last"], ["nchw"], ["channels_last"]], ids="+".join)
 @pytest.mark.parametrize("table", ["conv", "pool"])
-def test_every_case_is_checked_and_has_a_row(harness, without_gpu, tmp_path, capsys, table):
+def test_every_case_is_checked_and_has_a_row(harness, without_gpu, tmp_path, capsys, table, layouts):
     path = tmp_path / "rows.csv"
-    assert without_gpu(table, "--csv", str(path)) == 0
+    options = ["--layout", *layouts] if len(layouts) == 1 else []
+    assert without_gpu(table, "--csv", str(path), *options) == 0
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     directions = {"conv": harness.floors.CONV, "pool": harness.floors.POOL}[table]
     arithmetics = list(harness.gpu.DTYPES) if table == "conv" else ["float32", "float16", "bfloat16"]
-    expected = {(group, direction, name) for group in directions for direction in directions[group] for name in arithmetics}
-    assert {(row["class"], row["direction"], row["arithmetic"]) for row in rows} == expected
+    expected = {
+        (group, direction, name, layout)
+        for group in directions
+        for direction in directions[group]
+        for name in arithmetics
+        for layout in layouts
+    }
+    assert {(row["class"], row["direction"], row["arithmetic"], row["layout"]) for row in rows} == expected
     assert all(row["wrong"] == "False" and float(row["error"]) < 1e-2 for row in rows)
     assert all(0 < float(row["floor"]) < 1 for row in rows if row["direction"] != harness.floors.TRAIN)
-    assert "MISS" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count(" mean ") == len(expected) and "MISS" not in printed
+
+
+def test_only_a_whole_run_writes_the_table(harness, without_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(harness.gpu, "RESULTS", tmp_path)
+    for partly in (["--layout", "nchw"], ["--classes", "max"]):
+        without_gpu("pool", *partly)
+    assert not list(tmp_path.iterdir())
+    without_gpu("pool")
+    assert [path.name for path in tmp_path.iterdir()] == ["pool_NVIDIA_A100_SXM4_80GB.csv"]
+
+
+def test_torch_and_the_truth_are_computed_once(harness, without_gpu, monkeypatch, tmp_path):
+    """torch's four take their turns once for both layouts; float64 is computed once for float32 and tf32, without a search."""
+    cudnn, seen = torch.backends.cudnn, []
+
+    def noted(layer, *tensors):
+        def call(name, function):
+            seen.append((name, tensors[0].dtype, cudnn.benchmark, cudnn.deterministic))
+            return function()
+
+        calls = right(layer, *tensors)
+        return {name: lambda name=name, function=function: call(name, function) for name, function in calls.items()}
+
+    right = harness.contenders.torch_conv
+    monkeypatch.setattr(harness.contenders, "torch_conv", noted)
+    monkeypatch.setattr(harness.gpu, "warm_up", lambda functions: None)
+    assert without_gpu("conv", "--classes", "5x5", "--csv", str(tmp_path / "rows.csv")) == 0
+    forward = [call[1:] for call in seen if call[0] == "forward"]
+    assert [call[1:] for call in forward if call[0] == torch.float64] == [(False, True)] * 3
+    for dtype, times in ((torch.float32, 4), (torch.float16, 2), (torch.bfloat16, 2)):  # float32: tf32 too
+        assert sorted(call[1:] for call in forward if call[0] == dtype) == [(True, False)] * times + [(True, True)] * times
+
+
+class Clock:
+    """A GPU and its host, in us: a launch keeps the host for a while, the work begins when all before it is done."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.gpu = 0.0
+        fake = {
+            "_sleep": lambda cycles: self.enqueue(cycles / 2000),
+            "synchronize": lambda: None,
+            "Event": lambda **_: Event(self),
+        }
+        for name, function in fake.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def enqueue(self, takes, launch=2.0):
+        self.host += launch
+        self.gpu = max(self.gpu, self.host) + takes
+
+    def zero_(self):
+        self.enqueue(50.0)
+
+
+class Event:
+    def __init__(self, clock):
+        self.clock = clock
+
+    def record(self):
+        self.clock.enqueue(0.0)
+        self.time = self.clock.gpu
+
+    def query(self):
+        return self.time <= self.clock.host
+
+    def elapsed_time(self, end):
+        return (end.time - self.time) / 1e3
+
+
+@pytest.mark.parametrize("launches", [1, 20, 100, 1000])
+def test_launches_do_not_count(harness, monkeypatch, launches):
+    """A call of many kernels that take a tenth of their launches: the pause grows until all are in the queue."""
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(harness.gpu, "flush_buffer", lambda: clock)
+    calls = []
+
+    def call():
+        calls.append(clock.host)
+        for _ in range(launches):
+            clock.enqueue(0.2)
+
+    times = harness.gpu.microseconds({"call": call, "nothing": lambda: None}, 7)
+    assert times == {"call": pytest.approx(0.2 * launches), "nothing": pytest.approx(0.0)}
+    assert 7 <= len(calls) <= 7 + 5
+
+
+def test_a_call_that_waits_for_the_gpu_is_measured_too(harness, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(harness.gpu, "flush_buffer", lambda: clock)
+    calls = []
+
+    def call():
+        calls.append(clock.host)
+        clock.enqueue(5.0)
+        clock.host = clock.gpu
+
+    assert 5.0 <= harness.gpu.microseconds({"call": call}, 3)["call"] < 10.0
+    assert 3 < len(calls) < 12
 
 
 def test_a_missed_aim_fails(without_gpu, tmp_path, capsys):
     path = str(tmp_path / "rows.csv")
     assert without_gpu("conv", "--classes", "1x1", "--csv", path, peers=7.9) == 1
     printed = capsys.readouterr().out
-    assert printed.count("MISS") == 3 * 3  # tensor cores: every direction of tf32, float16 and bfloat16, not of float32
+    assert (
+        printed.count("MISS") == 3 * 3 * 2
+    )  # tensor cores: every direction of tf32, float16, bfloat16 in both layouts, not float32
     assert without_gpu("conv", "--classes", "1x1", "--csv", path, peers=8.1) == 0
     assert without_gpu("conv", "--classes", "depthwise", "--csv", path, peers=8.1) == 1
 
@@ -182,13 +292,63 @@ def test_a_wrong_result_on_a_gpu_fails(harness, without_gpu, monkeypatch, tmp_pa
     right = harness.contenders.torchcnn_conv
     monkeypatch.setattr(harness.contenders, "torchcnn_conv", wrong)
     assert without_gpu("conv", "--classes", "5x5", "--csv", str(tmp_path / "rows.csv")) == 1
-    assert capsys.readouterr().out.count("wrong: 1,4,5,4 3x3 p1") == 4  # forward, in every arithmetic
+    assert capsys.readouterr().out.count("wrong: 1,4,5,4 3x3 p1") == 4 * 2  # forward, in every arithmetic and layout
 
 
 def test_cudnn_is_told_what_to_use(harness, without_gpu):
-    harness.gpu.use_arithmetic("tf32")
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.backends.cudnn.benchmark
-    harness.gpu.use_arithmetic("float32")
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    for value in (True, False):
-        assert harness.gpu.deterministic(lambda: torch.backends.cudnn.deterministic, value)() is value
+    cudnn = torch.backends.cudnn
+    for arithmetic, precision in (("tf32", "tf32"), ("float32", "ieee"), ("float16", "ieee")):
+        harness.gpu.use_arithmetic(arithmetic)
+        assert cudnn.conv.fp32_precision == precision
+    for switches in ((True, True), (True, False), (False, True)):
+        assert harness.gpu.switched(lambda: (cudnn.benchmark, cudnn.deterministic), *switches)() == switches
+
+
+@pytest.mark.parametrize(("number", "version"), [(91002, "9.10.2"), (90100, "9.1.0"), (8907, "8.9.7")])
+def test_versions_of_cudnn(harness, number, version):
+    assert harness.gpu.cudnn_version(number) == version
+
+
+def test_tables_of_the_readme(harness, without_gpu, tmp_path, capsys):
+    """Beside no table of processors, whose markers are not needed then; one cell is of two layers, twice as fast and half."""
+    for table in ("conv", "pool"):
+        without_gpu(table, "--csv", str(tmp_path / f"{table}.csv"), peers=5.0, ours=2.5)
+    path = tmp_path / "conv.csv"
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    key = {"class": "1x1", "direction": "forward", "arithmetic": "float16", "layout": "nchw"}
+    row = next(row for row in rows if key.items() <= row.items())
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerows([*rows, row | {"layer": "another", "ratio": "0.5"}])
+    readme = tmp_path / "README.md"
+    begin, end = harness.plot.GPU_BEGIN, harness.plot.GPU_END
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    capsys.readouterr()
+    harness.plot.main(["--results", str(tmp_path), "--readme", str(readme)])
+    table = capsys.readouterr().out.rstrip("\n")
+    assert readme.read_text() == f"before\n{begin}\n{table}\n{end}\nafter\n"
+    assert not (tmp_path / "speedup.png").exists()
+    machine = f"NVIDIA A100-SXM4-80GB, torch {torch.__version__}, cuDNN 9.0.0"
+    for kind, layout in itertools.product(("Convolution", "Pooling"), ("NCHW", "channels_last")):
+        assert f"**{kind}, {layout} tensors, {machine}**" in table
+    assert table.count("| class | direction | float32 | TF32 | float16 | bfloat16 |") == 2
+    assert table.count("| class | direction | float32 | float16 | bfloat16 |") == 2
+    assert table.count("| 1x1 | forward | 2.00 | 2.00 | 1.00 (0.50) | 2.00 |") == 1
+    assert table.count("| 1x1 | forward | 2.00 | 2.00 | 2.00 | 2.00 |") == 1
+
+
+def test_a_readme_keeps_its_tables_of_gpus(harness, tmp_path):
+    """Where no GPU has been measured, whatever stands in the README stays."""
+    text = (BENCHMARKS.parent / "README.md").read_text()
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    results = tmp_path / "results"
+    results.mkdir()
+    for path in (BENCHMARKS / "results").glob("*.csv"):
+        (results / path.name).write_text(path.read_text())
+    assert not harness.plot.read_gpu(results)
+    harness.plot.main(["--results", str(results), "--readme", str(readme)])
+    begin, end = text.index(harness.plot.GPU_BEGIN), text.index(harness.plot.GPU_END)
+    assert text[begin:end] in readme.read_text()

@@ -59,9 +59,9 @@ __device__ T from_arithmetic(A x) {
   }
 }
 
-// A kernel has one block of dynamic shared memory at most; this is it.
+// A kernel has one block of dynamic shared memory at most; this is it. wgmma.cuh asks for the alignment.
 __device__ inline unsigned char* dynamic_shared_memory() {
-  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   return dynamic_shared;
 }
 

@@ -18,8 +18,8 @@ namespace torchcnn::cuda {
 template <class T>
 struct GradWeightProblem {
   Axis h, w;
-  int images, groups, K_per_group;
-  int columns;  // R S C/G
+  int images, groups, K_per_group, C_per_group;
+  int columns, read_columns;  // R S C/G; the same with the zeros that fill vectors of channels
   Activation<T> gradient, input;
   SumOf<T>* parts;      // [part][group][output channel][column]
   int64_t part_pixels;  // a multiple of block_k
@@ -27,9 +27,11 @@ struct GradWeightProblem {
 };
 
 template <class Math>
-__global__ void __launch_bounds__(Math::Shape::threads, 1)
+__global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
     conv2d_grad_weight_parts(const GradWeightProblem<typename Math::T> problem) {
   using Shape = typename Math::Shape;
+  using A = typename Shape::A;
+  using B = typename Shape::B;
   using T = typename Math::T;
   if constexpr (!Math::is_compiled) {
     __trap();
@@ -48,106 +50,122 @@ __global__ void __launch_bounds__(Math::Shape::threads, 1)
   const int64_t end_pixel = first_pixel + problem.part_pixels < pixels ? first_pixel + problem.part_pixels : pixels;
   const int tiles = int((end_pixel - first_pixel + Shape::block_k - 1) / Shape::block_k);
 
-  // grad_output is read as it is: one tap, at the pixel itself.
-  const Phase itself{0, 1, 1, 0, 0, 1, 0, 0}, h = phase_of(problem.h, 0), w = phase_of(problem.w, 0);
+  // grad_output is read as it lies: a row of the tile is a pixel.
   const Activation<T>&gradient = problem.gradient, &input = problem.input;
-  const Share<Shape> gradient_share(gradient.in_vectors), input_share(input.in_vectors);
-  const int first_k = tile_m * Shape::block_m, first_column = tile_n * Shape::block_n;
-  const Counter channel = Counter::of(first_k + gradient_share.vector * kVectorSize<T>, 1, gradient.channels);
-  const Counter tap = Counter::of(first_column + input_share.vector * kVectorSize<T>, w.taps, input.channels);
-  const int64_t gradient_group = int64_t(group) * gradient.channels * gradient.stride_c,
-                input_group = int64_t(group) * input.channels * input.stride_c;
-  const Counter pixel_step = Counter::of(Shape::block_k, P, Q);
-  Counter gradient_pixel[Shape::copies], input_pixel[Shape::copies];
-#pragma unroll
-  for (int copy = 0; copy < Shape::copies; ++copy) {
-    gradient_pixel[copy] = Counter::of(first_pixel + gradient_share.row(copy), P, Q);
-    input_pixel[copy] = Counter::of(first_pixel + input_share.row(copy), P, Q);
-  }
+  const int first_k = tile_m * Shape::block_m, own_k = first_k + A::own_vector() * kVectorSize<T>;
+  const T* const from_gradient = gradient.data + int64_t(group) * gradient.channels + own_k;
+  int64_t gradient_pixel = first_pixel + A::own_row(0);
 
-  Piece<T> gradient_piece[Shape::copies], input_piece[Shape::copies];
+  // Of input a thread reads one tap of each of its pixels.
+  const Phase h = phase_of(problem.h, 0), w = phase_of(problem.w, 0);
+  const int first_column = tile_n * Shape::block_n, own_column = first_column + B::own_vector() * kVectorSize<T>;
+  const TapOffset tap = tap_offset(input, h, w, Counter::of(own_column, w.taps, input.channels));
+  const T* const from_input = input.data + int64_t(group) * input.channels;
+  const Counter pixel_step = Counter::of(Shape::block_k, P, Q);
+  Counter input_pixel[B::copies];
+#pragma unroll
+  for (int copy = 0; copy < B::copies; ++copy) input_pixel[copy] = Counter::of(first_pixel + B::own_row(copy), P, Q);
+
   const auto fetch = [&](int, T* gradient_tile, T* input_tile) {
 #pragma unroll
-    for (int copy = 0; copy < Shape::copies; ++copy) {
-      Counter& at = gradient_pixel[copy];
-      const Corner here{at.a < problem.images ? at.a * gradient.stride_n + gradient_group : -1, at.b, at.c};
-      gradient_piece[copy].fetch(gradient, itself, itself, P, Q, here, channel, gradient_tile + gradient_share.offset(copy));
-      at.add(pixel_step, P, Q);
-      Counter& of = input_pixel[copy];
-      const Corner corner{of.a < problem.images ? of.a * input.stride_n + input_group : -1, of.b * h.step + h.origin,
-                          of.c * w.step + w.origin};
-      input_piece[copy].fetch(input, h, w, problem.h.read, problem.w.read, corner, tap, input_tile + input_share.offset(copy));
-      of.add(pixel_step, P, Q);
+    for (int copy = 0; copy < A::copies; ++copy) {
+      const int64_t pixel = gradient_pixel + copy * A::rows_at_once;
+      const bool exists = pixel < pixels && own_k < gradient.channels;
+      copy_async(gradient_tile + A::own_offset(copy), exists ? from_gradient + pixel * gradient.stride_w : gradient.data, exists);
     }
-  };
-  const auto store = [&](T* gradient_tile, T* input_tile) {
+    gradient_pixel += Shape::block_k;
 #pragma unroll
-    for (int copy = 0; copy < Shape::copies; ++copy) {
-      gradient_piece[copy].store(gradient, gradient_tile + gradient_share.offset(copy));
-      input_piece[copy].store(input, input_tile + input_share.offset(copy));
+    for (int copy = 0; copy < B::copies; ++copy) {
+      Counter& at = input_pixel[copy];
+      const int y = at.b * h.step + h.origin, x = at.c * w.step + w.origin;
+      const T* const data = from_input + at.a * input.stride_n + y * input.stride_h + x * input.stride_w;
+      copy_vector(input, {data, at.a < problem.images ? y : kNowhere, x}, tap, input_tile + B::own_offset(copy));
+      at.add(pixel_step, P, Q);
     }
   };
-
   Math math;
-  add_up_tiles(math, tiles, fetch, store);
+  add_up_tiles(math, tiles, fetch);
 
   auto* to = problem.parts + (part * problem.groups + group) * problem.K_per_group * problem.columns;
+  const auto store = [&](int k, int column, auto sum) {
+    const int c = column % input.channels, of_tap = column / input.channels;
+    if (column < problem.read_columns && c < problem.C_per_group)
+      to[int64_t(k) * problem.columns + of_tap * problem.C_per_group + c] = sum;
+  };
   math.for_each_pair([&](int m, int n, auto first, auto second) {
-    const int k = first_k + m, column = first_column + n;
-    if (k >= problem.K_per_group) return;
-    auto* at = to + int64_t(k) * problem.columns + column;
-    if (column < problem.columns) at[0] = first;
-    if (column + 1 < problem.columns) at[1] = second;
+    if (first_k + m >= problem.K_per_group) return;
+    store(first_k + m, first_column + n, first);
+    store(first_k + m, first_column + n + 1, second);
   });
 }
 
 namespace {
 
-// How the sum over pixels is cut: into parts of at least 16 tiles, and no more than fill a GPU twice.
+// How the sum over pixels is cut: into parts of at least 8 tiles, and no more than fill a GPU three times.
 struct Parts {
   int tiles_m, tiles_n;
   int64_t count, pixels;
 };
 
-Parts parts_of(const Conv2dGeometry& g, int block, int block_k) {
-  const int tiles_m = int(ceil_div(g.K_per_group(), block)), tiles_n = int(ceil_div(g.C_per_group() * g.R * g.S, block));
-  const int64_t tiles_k = ceil_div(g.N * g.P * g.Q, block_k), wanted = ceil_div(2 * kBlocksThatFillAGpu, tiles_m * tiles_n * g.G);
-  const int64_t part_tiles = std::max<int64_t>(16, ceil_div(tiles_k, wanted));
+template <class T>
+int64_t read_columns(const Conv2dGeometry& g) {
+  return g.R * g.S * round_up(g.C_per_group(), kVectorSize<Device<T>>);
+}
+
+// The tile: 128 x 128 where both sides fill it. Float64, and 16-bit types before sm_80, have no such kernel.
+template <class T>
+int grad_weight_block(const Conv2dGeometry& g) {
+  if (sizeof(T) == 8 || (sizeof(T) == 2 && !has_tensor_cores())) return 64;
+  return g.K_per_group() > 64 && read_columns<T>(g) > 64 ? 128 : 64;
+}
+
+template <class T>
+Parts parts_of(const Conv2dGeometry& g) {
+  const int block = grad_weight_block<T>(g), block_k = kTileDepthBytes / int(sizeof(T));
+  const int tiles_m = int(ceil_div(g.K_per_group(), block)), tiles_n = int(ceil_div(read_columns<T>(g), block));
+  const int64_t tiles_k = ceil_div(g.N * g.P * g.Q, block_k), wanted = ceil_div(3 * kBlocksThatFillAGpu, tiles_m * tiles_n * g.G);
+  const int64_t part_tiles = std::max<int64_t>(8, ceil_div(tiles_k, wanted));
   return {tiles_m, tiles_n, ceil_div(tiles_k, part_tiles), part_tiles * block_k};
 }
 
-int grad_weight_block(const Conv2dGeometry& g) { return g.K_per_group() > 64 && g.C_per_group() * g.R * g.S > 64 ? 128 : 64; }
+template <class T>
+int64_t parts_bytes(const Conv2dGeometry& g) {
+  return round_up(parts_of<T>(g).count * g.K * g.C_per_group() * g.R * g.S * int64_t(sizeof(SumOf<T>)), kAlignment);
+}
+
+template <class T>
+Vectors<Device<T>> gradient_vectors(const char* op, const Conv2dGeometry& g, const T* data) {
+  return {on_device(data), g.output_strides(), g.N, int(g.P), int(g.Q), int(g.G), as_int(op, "output channels", g.K_per_group())};
+}
+template <class T>
+Vectors<Device<T>> input_vectors(const char* op, const Conv2dGeometry& g, const T* data) {
+  return {on_device(data), g.input_strides(), g.N, int(g.H), int(g.W), int(g.G), as_int(op, "input channels", g.C_per_group())};
+}
 
 template <class Math>
-void run_grad_weight(const Conv2dGeometry& g, GradWeightProblem<typename Math::T>& problem, const Parts& parts, Stream stream) {
+void run_grad_weight(const Conv2dGeometry& g, GradWeightProblem<typename Math::T>& problem, int64_t parts, Stream stream) {
   using Shape = typename Math::Shape;
   const char* op = "conv2d_grad_weight";
-  const int64_t tiles = checked_mul(int64_t(parts.tiles_m) * parts.tiles_n, g.G, op, "thread blocks");
-  launch(op, conv2d_grad_weight_parts<Math>, block_count(op, checked_mul(tiles, parts.count, op, "thread blocks")),
-         Shape::threads, Shape::shared_bytes, stream, problem);
+  const int64_t tiles = checked_mul(int64_t(problem.tiles_m) * problem.tiles_n, g.G, op, "thread blocks");
+  launch(op, conv2d_grad_weight_parts<Math>, block_count(op, checked_mul(tiles, parts, op, "thread blocks")), Shape::threads,
+         Shape::shared_bytes, stream, problem);
 }
 
 template <class T, template <class> class Math>
-void choose_grad_weight_tile(const Conv2dGeometry& g, GradWeightProblem<T>& problem, const Parts& parts, Stream stream) {
-  if (grad_weight_block(g) == 128)
-    run_grad_weight<Math<TileShape<T, 128, Storage::by_k>>>(g, problem, parts, stream);
+void choose_grad_weight_tile(const Conv2dGeometry& g, GradWeightProblem<T>& problem, int block, int64_t parts, Stream stream) {
+  if (block == 128)
+    run_grad_weight<Math<TileShape<T, 128, 128, Storage::by_k>>>(g, problem, parts, stream);
   else
-    run_grad_weight<Math<TileShape<T, 64, Storage::by_k>>>(g, problem, parts, stream);
-}
-
-// One arithmetic for 16-bit types before sm_80 and one for float64: 64 x 64.
-template <class T>
-int block_in_use(const Conv2dGeometry& g) {
-  return sizeof(T) == 8 || (sizeof(T) == 2 && !has_tensor_cores()) ? 64 : grad_weight_block(g);
+    run_grad_weight<Math<TileShape<T, 64, 64, Storage::by_k>>>(g, problem, parts, stream);
 }
 
 }  // namespace
 
 template <class T>
-int64_t conv2d_grad_weight_workspace(const Conv2dGeometry& g) {
+int64_t conv2d_grad_weight_workspace(const Conv2dGeometry& g, const T* grad_output, const T* input) {
   if (suits_depthwise(g)) return depthwise::conv2d_grad_weight_workspace<T>(g);
-  const Parts parts = parts_of(g, block_in_use<T>(g), kTileDepthBytes / int(sizeof(T)));
-  return parts.count * g.K * g.C_per_group() * g.R * g.S * int64_t(sizeof(SumOf<T>));
+  const char* op = "conv2d_grad_weight";
+  return parts_bytes<T>(g) + gradient_vectors(op, g, grad_output).workspace() + input_vectors(op, g, input).workspace();
 }
 
 template <class T>
@@ -156,28 +174,35 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   if (suits_depthwise(g)) return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight, workspace, stream);
   using D = Device<T>;
   const char* op = "conv2d_grad_weight";
-  const Parts parts = parts_of(g, block_in_use<T>(g), kTileDepthBytes / int(sizeof(T)));
+  const Parts parts = parts_of<T>(g);
+  const int block = grad_weight_block<T>(g);
+  char* scratch = static_cast<char*>(workspace);
   GradWeightProblem<D> problem = {};
   problem.h = axis_of(op, "height", g.H, g.P, g.R, g.stride_h, g.pad_h, g.dilation_h, false);
   problem.w = axis_of(op, "width", g.W, g.Q, g.S, g.stride_w, g.pad_w, g.dilation_w, false);
   problem.images = as_int(op, "batch", g.N);
   problem.groups = as_int(op, "groups", g.G);
   problem.K_per_group = as_int(op, "output channels", g.K_per_group());
+  problem.C_per_group = as_int(op, "input channels", g.C_per_group());
   problem.columns = as_int(op, "weights of an output channel", g.C_per_group() * g.R * g.S);
-  problem.gradient = activation(on_device(grad_output), g.output_strides(), problem.K_per_group);
-  problem.input = activation(on_device(input), g.input_strides(), as_int(op, "input channels", g.C_per_group()));
-  problem.parts = static_cast<SumOf<T>*>(workspace);
+  problem.read_columns = as_int(op, "weights of an output channel", read_columns<T>(g));
+  problem.parts = reinterpret_cast<SumOf<T>*>(scratch);
+  scratch += parts_bytes<T>(g);
+  problem.gradient = gradient_vectors(op, g, grad_output).get(op, scratch, stream);
+  problem.input = input_vectors(op, g, input).get(op, scratch, stream);
   problem.part_pixels = parts.pixels;
   problem.tiles_m = parts.tiles_m;
   problem.tiles_n = parts.tiles_n;
   if constexpr (sizeof(T) == 8) {
-    run_grad_weight<SimtMath<TileShape<D, 64, Storage::by_k>>>(g, problem, parts, stream);
+    run_grad_weight<SimtMath<TileShape<D, 64, 64, Storage::by_k>>>(g, problem, parts.count, stream);
+  } else if (sizeof(T) == 2 && has_warpgroup_steps()) {
+    if constexpr (sizeof(T) == 2) choose_grad_weight_tile<D, WarpgroupMath>(g, problem, block, parts.count, stream);
   } else if (has_tensor_cores() && (sizeof(T) == 2 || precision == Float32Precision::tf32)) {
-    choose_grad_weight_tile<D, TensorMath>(g, problem, parts, stream);
+    choose_grad_weight_tile<D, TensorMath>(g, problem, block, parts.count, stream);
   } else if constexpr (sizeof(T) == 2) {
-    run_grad_weight<SimtMath<TileShape<D, 64, Storage::by_k>>>(g, problem, parts, stream);
+    run_grad_weight<SimtMath<TileShape<D, 64, 64, Storage::by_k>>>(g, problem, parts.count, stream);
   } else {
-    choose_grad_weight_tile<D, SimtMath>(g, problem, parts, stream);
+    choose_grad_weight_tile<D, SimtMath>(g, problem, block, parts.count, stream);
   }
   const int64_t count = g.K * g.C_per_group() * g.R * g.S;
   launch("conv2d_add_parts", conv2d_add_parts<D, SumOf<T>>, blocks_for(count, 256), 256, 0, stream, problem.parts, parts.count,
@@ -185,7 +210,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
 }
 
 #define TORCHCNN_INSTANTIATE(T)                                                                                     \
-  template int64_t conv2d_grad_weight_workspace<T>(const Conv2dGeometry&);                                          \
+  template int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&, const T*, const T*);                         \
   template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*, Float32Precision, void*, Stream);
 TORCHCNN_INSTANTIATE(float)
 TORCHCNN_INSTANTIATE(double)

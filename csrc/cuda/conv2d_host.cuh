@@ -34,18 +34,48 @@ inline Axis axis_of(const char* op, const char* name, int64_t input, int64_t out
           int(period)};
 }
 
-template <class T>
-Activation<T> activation(const T* data, const Strides& s, int channels) {
-  constexpr int size = kVectorSize<T>;
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
-  const bool in_vectors = aligned && s.c == 1 && channels % size == 0 && s.w % size == 0 && s.h % size == 0 && s.n % size == 0;
-  return {data, s.n, s.h, s.w, s.c, channels, in_vectors};
-}
+constexpr int64_t kAlignment = 256;  // of parts of the scratch memory, in bytes
 
 inline unsigned block_count(const char* op, int64_t blocks) {
   require(blocks <= INT32_MAX, op, "a launch has at most ", INT32_MAX, " thread blocks, but needs ", blocks);
   return unsigned(blocks);
 }
+
+// An activation of `groups` times `from_channels` channels, as the kernels get it: where it lies, if there its channels are whole,
+// aligned vectors, else in scratch memory.
+template <class T>
+struct Vectors {
+  const T* data;
+  Strides strides;
+  int64_t images;
+  int height, width, groups, from_channels;
+
+  int channels() const { return int(round_up(from_channels, kVectorSize<T>)); }
+  bool are_there() const {
+    return strides.c == 1 && channels() == from_channels && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
+  }
+  int64_t pixels() const { return images * height * width; }
+  int64_t workspace() const {
+    return are_there() ? 0 : round_up(pixels() * groups * channels() * int64_t(sizeof(T)), kAlignment);
+  }
+
+  // Brings them there; takes its scratch memory from the front of `workspace`.
+  Activation<T> get(const char* op, char*& workspace, Stream stream) const {
+    const int64_t all = int64_t(groups) * channels();
+    const T* from = data;
+    if (!are_there()) {
+      T* to = reinterpret_cast<T*>(workspace);
+      workspace += this->workspace();
+      const int64_t channel_tiles = ceil_div(all, kTransposeTile);
+      const int64_t blocks = checked_mul(channel_tiles, ceil_div(pixels(), kTransposeTile), op, "thread blocks");
+      if (blocks > 0)
+        launch(op, conv2d_to_vectors<T>, block_count(op, blocks), dim3(kTransposeTile, 8), 0, stream, data, strides, groups,
+               from_channels, channels(), int64_t(height) * width, pixels(), channel_tiles, to);
+      from = to;
+    }
+    return {from, height, width, all * width * height, all * width, all, channels()};
+  }
+};
 
 // For kernels whose threads stride over a count.
 inline unsigned blocks_for(int64_t count, int threads) {
@@ -53,12 +83,12 @@ inline unsigned blocks_for(int64_t count, int threads) {
   return unsigned(std::min(enough, ceil_div(count, threads)));
 }
 
-// Two blocks for each of the 132 multiprocessors of an H100. A constant, so that results do not depend on the GPU. The emulator
-// takes few, so that sizes which it can compute take every kernel.
+// One block for each multiprocessor of an H100. A constant, so that results do not depend on the GPU. The emulator takes few, so that
+// sizes which it can compute take every kernel.
 #ifdef TORCHCNN_CUDA_EMULATOR
 constexpr int64_t kBlocksThatFillAGpu = 3;
 #else
-constexpr int64_t kBlocksThatFillAGpu = 264;
+constexpr int64_t kBlocksThatFillAGpu = 132;
 #endif
 
 // mma.sync with 16 deep steps, cp.async and TF32 came with sm_80.
@@ -67,6 +97,25 @@ inline bool has_tensor_cores() {
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   return major >= 8;
+}
+
+// wgmma is Hopper's alone. setup.py says whether that architecture's own code is part of the build.
+inline bool has_warpgroup_steps() {
+#ifdef TORCHCNN_SM90A
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  return major == 9;
+#else
+  return false;
+#endif
+}
+
+inline int64_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
 }
 
 // A group of one input channel and few output channels is no matrix product.

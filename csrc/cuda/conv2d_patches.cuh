@@ -1,5 +1,5 @@
 // How a convolution kernel reads an activation as a matrix of patches: row = pixel of the result, column = tap and channel,
-// (i taps_w + j) channels + c. The matrix is never in memory; 16-byte pieces of it go straight to shared memory.
+// (i taps_w + j) channels + c. The matrix is never in memory; 16-byte vectors of channels go straight to shared memory.
 //
 // Along one axis, result position y meets tap i at position  y step + i tap + origin  of the activation that is read.
 //
@@ -71,74 +71,79 @@ struct Counter {
   }
 };
 
-// The activation that is read.
+// The activation that is read: channels innermost, those of each group in whole, aligned 16-byte vectors. Others are brought into
+// that form first, in scratch memory.
 template <class T>
 struct Activation {
   const T* data;
-  int64_t stride_n, stride_h, stride_w, stride_c;
-  int channels;     // of a group
-  bool in_vectors;  // whether channels come in whole, aligned 16-byte vectors
+  int height, width;
+  int64_t stride_n, stride_h, stride_w;
+  int channels;  // of a group, zeros at its end included
 };
 
-// Where a pixel's patch begins.
+// Far outside every activation, also after a tap has been added.
+constexpr int kNowhere = -(1 << 30);
+
+// Where the patch of a pixel begins; h is kNowhere if there is no such pixel.
+template <class T>
 struct Corner {
-  int64_t image;  // offset; negative: no such pixel
+  const T* data;
   int h, w;
 };
 
-// One 16-byte piece of a patch on its way to shared memory. Vectors are copied there asynchronously by `fetch`; single elements, whose
-// pixels are neighbours in memory when their channels are not, wait in registers until `store`.
+// Where a tap lies from the corner, and how far in memory, with its channel.
+struct TapOffset {
+  int h, w;
+  int64_t elements;
+};
+
 template <class T>
-struct Piece {
-  union {
-    uint4 bits;
-    T elements[kVectorSize<T>];
+__device__ __forceinline__ TapOffset tap_offset(const Activation<T>& from, const Phase& h_axis, const Phase& w_axis,
+                                                const Counter& tap) {
+  const int h = tap.a < h_axis.taps ? tap.a * h_axis.tap : kNowhere, w = tap.b * w_axis.tap;
+  return {h, w, h * from.stride_h + w * from.stride_w + tap.c};
+}
+
+// Starts the copy of one vector of a patch; zeros where the tap lies in the padding.
+template <class T>
+__device__ __forceinline__ void copy_vector(const Activation<T>& from, const Corner<T>& corner, const TapOffset& tap, T* shared) {
+  const bool inside = unsigned(corner.h + tap.h) < unsigned(from.height) && unsigned(corner.w + tap.w) < unsigned(from.width);
+  copy_async(shared, inside ? corner.data + tap.elements : from.data, inside);
+}
+
+// ------------------------------------------------------------------------------------------- activations in vectors of channels
+
+constexpr int kTransposeTile = 32;  // pixels and channels, by a block of 32 x 8 threads
+
+// to[pixel][group][channel], zeros after the last channel of a group.
+template <class T>
+__global__ void __launch_bounds__(256) conv2d_to_vectors(const T* from, Strides s, int groups, int from_channels, int channels,
+                                                         int64_t plane, int64_t pixels, int64_t channel_tiles, T* to) {
+  __shared__ T tile[kTransposeTile][kTransposeTile + 1];  // [channel][pixel]
+  const bool along_channels = s.c == 1;                   // what lies together in `from`, and goes to neighbouring threads
+  const int64_t all_channels = int64_t(groups) * channels, first_channel = blockIdx.x % channel_tiles * kTransposeTile;
+  const int64_t first_pixel = blockIdx.x / channel_tiles * kTransposeTile;
+  const auto element = [&](int64_t pixel, int64_t channel) {
+    const T zero = from_arithmetic<T>(SumOf<T>(0));
+    if (pixel >= pixels || channel >= all_channels) return zero;
+    const int64_t image = pixels <= INT32_MAX ? int64_t(unsigned(pixel) / unsigned(plane)) : pixel / plane;
+    const int group = int(channel) / channels, c = int(channel) % channels;
+    if (c >= from_channels) return zero;
+    return from[image * s.n + (pixel - image * plane) * s.w + (int64_t(group) * from_channels + c) * s.c];
   };
-  __device__ Piece() : bits{0, 0, 0, 0} {}
-
-  __device__ __forceinline__ void fetch(const Activation<T>& from, const Phase& h_axis, const Phase& w_axis, int height,
-                                        int width, const Corner& corner, Counter tap, T* shared) {
-    if (from.in_vectors) {
-      const int h = corner.h + tap.a * h_axis.tap, w = corner.w + tap.b * w_axis.tap;
-      const bool inside =
-          corner.image >= 0 && tap.a < h_axis.taps && unsigned(h) < unsigned(height) && unsigned(w) < unsigned(width);
-      copy_async(shared, inside ? from.data + corner.image + h * from.stride_h + w * from.stride_w + tap.c : from.data, inside);
-      return;
-    }
-    bits = uint4{0, 0, 0, 0};
-    if (corner.image < 0) return;
 #pragma unroll
-    for (int e = 0; e < kVectorSize<T>; ++e) {
-      const int h = corner.h + tap.a * h_axis.tap, w = corner.w + tap.b * w_axis.tap;
-      if (tap.a < h_axis.taps && unsigned(h) < unsigned(height) && unsigned(w) < unsigned(width))
-        elements[e] = from.data[corner.image + h * from.stride_h + w * from.stride_w + tap.c * from.stride_c];
-      if (++tap.c == from.channels) {
-        tap.c = 0;
-        if (++tap.b == w_axis.taps) {
-          tap.b = 0;
-          ++tap.a;
-        }
-      }
-    }
+  for (int y = threadIdx.y; y < kTransposeTile; y += 8) {
+    if (along_channels)
+      tile[threadIdx.x][y] = element(first_pixel + y, first_channel + threadIdx.x);
+    else
+      tile[y][threadIdx.x] = element(first_pixel + threadIdx.x, first_channel + y);
   }
-
-  __device__ __forceinline__ void store(const Activation<T>& from, T* shared) const {
-    if (!from.in_vectors) *reinterpret_cast<uint4*>(shared) = bits;
+  __syncthreads();
+#pragma unroll
+  for (int y = threadIdx.y; y < kTransposeTile; y += 8) {
+    const int64_t pixel = first_pixel + y, channel = first_channel + threadIdx.x;
+    if (pixel < pixels && channel < all_channels) to[pixel * all_channels + channel] = tile[threadIdx.x][y];
   }
-};
-
-// Which vectors of an operand a thread copies: column `vector` of vectors, rows first_row, first_row + rows_at_once, ...
-// Neighbouring threads take what is neighbouring in memory: vectors of a row where these are copied whole, else rows (pixels).
-template <class Shape>
-struct Share {
-  int vector, first_row;
-  __device__ explicit Share(bool in_vectors) {
-    const int thread = threadIdx.x;
-    vector = in_vectors ? thread % Shape::vectors_per_row : thread / Shape::rows_at_once;
-    first_row = in_vectors ? thread / Shape::vectors_per_row : thread % Shape::rows_at_once;
-  }
-  __device__ int row(int copy) const { return first_row + copy * Shape::rows_at_once; }
-  __device__ int offset(int copy) const { return row(copy) * Shape::pitch + vector * kVectorSize<typename Shape::T>; }
-};
+}
 
 }  // namespace torchcnn::cuda

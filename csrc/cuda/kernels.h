@@ -2,7 +2,7 @@
 // and no PyTorch header to compile them.
 //
 // T is float, double, Float16 or BFloat16. Where a function needs scratch memory, `..._workspace` says how many bytes, 16-byte
-// aligned; its contents need not be initialised. Nothing is allocated, nothing waits, so that a CUDA graph can record every call.
+// aligned (256 for convolution, it may depend on how tensors are aligned); its contents need not be initialised. Nothing is allocated, nothing waits, so that a CUDA graph can record every call.
 // A sum has the same order on every run: results are the same bits every time on GPUs of one architecture.
 #pragma once
 
@@ -19,20 +19,20 @@ using Stream = void*;  // a cudaStream_t
 enum class Float32Precision { ieee, tf32 };
 
 template <class T>
-int64_t conv2d_forward_workspace(const Conv2dGeometry&);
+int64_t conv2d_forward_workspace(const Conv2dGeometry&, const T* input);
 template <class T>
 void conv2d_forward(const Conv2dGeometry&, const T* input, const T* weight, const Epilogue<T>&, T* output, Float32Precision,
                     void* workspace, Stream);
 
 template <class T>
-int64_t conv2d_grad_input_workspace(const Conv2dGeometry&);
+int64_t conv2d_grad_input_workspace(const Conv2dGeometry&, const T* grad_output);
 // The epilogue serves conv_transpose2d, whose forward this is.
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry&, const T* grad_output, const T* weight, const Epilogue<T>&, T* grad_input,
                        Float32Precision, void* workspace, Stream);
 
 template <class T>
-int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&);
+int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&, const T* grad_output, const T* input);
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight, Float32Precision,
                         void* workspace, Stream);
@@ -56,10 +56,7 @@ void avg_pool2d_grad_input(const Pool2dGeometry&, Divisor, const T* grad_output,
 template <class T>
 void offset_pool2d_grad_input(const Pool2dGeometry&, const T* grad_output, Positions offsets, T* grad_input, Stream);
 template <class T>
-int64_t pool2d_scatter_add_workspace(const Pool2dGeometry&);
-template <class T>
-void pool2d_scatter_add(const Pool2dGeometry&, const T* grad_output, const int64_t* indices, T* grad_input, void* workspace,
-                        Stream);
+void pool2d_scatter_add(const Pool2dGeometry&, const T* grad_output, const int64_t* indices, T* grad_input, Stream);
 
 // Elements that are moved, never computed with: T is the unsigned integer of their size.
 template <class T>

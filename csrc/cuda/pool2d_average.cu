@@ -3,9 +3,9 @@
 //   forward      output[n,c,p,q]     = sum of the window of (p, q) / divisor
 //   grad_input   grad_input[n,c,h,w] = sum of grad_output[n,c,p,q] (1 / divisor) over the windows that contain (h, w)
 //
-// Both gather: what is written is written once, by one thread. Forward adds up rows and then their sums, in teams where windows are
-// large (pool2d.cuh); grad_input takes the windows in the order of p, then q. bfloat16 and float16 are summed in float32 and
-// rounded once; int64, in forward alone, is divided as C++ divides.
+// Both gather: what is written is written once, by one thread. Forward has a kernel for windows of 2 x 2 and 3 x 3, whose loads all
+// start at once, and one for teams (pool2d.cuh). grad_input takes the windows in the order of p, then q. bfloat16 and float16 are
+// summed in float32 and rounded once; int64, in forward alone, is divided as C++ divides.
 #include "pool2d.cuh"
 
 namespace torchcnn::cuda {
@@ -24,79 +24,135 @@ struct Sum {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
-    avg_pool2d_forward_by_teams(const Pool2dGeometry g, const Divisor divisor, const Team team, int64_t items, const T* input,
-                                T* output) {
-  const Strides in = g.input_strides();
-  for (int64_t block = blockIdx.x; block * team.items_of_block() < items; block += gridDim.x) {
-    const Member member(team, block);
-    const bool exists = member.item < items;
-    Sum<T, V> sum = {};
-    int64_t divide_by = 1;
-    if (exists) {
-      const Place place = place_of(member.item * V, g.layout, g.C, g.P, g.Q);
-      const Window row = row_window(g, place.row), column = column_window(g, place.column);
-      divide_by = divisor(row, column);
-      const T* const from = input + place.n * in.n + place.c * in.c;
-      for (int64_t h = row.begin + member.row; h < row.end; h += int64_t(1) << team.rows_log) {
-        Sum<T, V> row_sum = {};
-        for (int64_t w = column.begin + member.column; w < column.end; w += int64_t(1) << team.columns_log) {
-          const Elements<T, V> values = load<V>(from + h * in.h + w * in.w);
+__device__ void add(Sum<T, V>& sum, const Elements<T, V>& elements) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) row_sum.of[v] += to_arithmetic(values.of[v]);
-        }
-#pragma unroll
-        for (int v = 0; v < V; ++v) sum.of[v] += row_sum.of[v];
-      }
-    }
-    take_together(team, member, sum, [&](Sum<T, V>& mine, const Sum<T, V>& others) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) mine.of[v] += others.of[v];
-    });
-    if (!exists || member.number != 0) continue;
-    Elements<T, V> means;
-#pragma unroll
-    for (int v = 0; v < V; ++v) means.of[v] = from_arithmetic<T>(mean_of(sum.of[v], divide_by));
-    store<V>(output + member.item * V, means);
-  }
+  for (int v = 0; v < V; ++v) sum.of[v] += to_arithmetic(elements.of[v]);
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
-    avg_pool2d_grad_input_gather(const Pool2dGeometry g, const Divisor divisor, int64_t items, const T* grad_output,
-                                 T* grad_input) {
-  using A = decltype(to_arithmetic(T()));
-  const Strides out = g.output_strides();
-  for (int64_t block = blockIdx.x; block * kPoolThreads < items; block += gridDim.x) {
-    const int64_t item = block * kPoolThreads + threadIdx.x;
-    if (item >= items) return;
-    const Place place = place_of(item * V, g.layout, g.C, g.H, g.W);
-    const WindowRange rows = row_windows_over(g, place.row), columns = column_windows_over(g, place.column);
-    const T* const from = grad_output + place.n * out.n + place.c * out.c;
-    Sum<T, V> sum = {};
-    for (int64_t p = rows.begin; p < rows.end; ++p) {
-      const Window row = row_window(g, p);
-      for (int64_t q = columns.begin; q < columns.end; ++q) {
-        const A share = A(1) / static_cast<A>(divisor(row, column_window(g, q)));
-        const Elements<T, V> gradients = load<V>(from + p * out.h + q * out.w);
+// What the sum of a window is divided by.
+template <class I>
+__device__ int64_t divide_by(const Divisor& divisor, const PoolWindow<I>& row, const PoolWindow<I>& column) {
+  return divisor(Window{row.begin, row.end, row.padded_size}, Window{column.begin, column.end, column.padded_size});
+}
+
+template <class T, int V, class I>
+__device__ void write(const Divisor& divisor, const PoolWindow<I>& row, const PoolWindow<I>& column, const Sum<T, V>& sum,
+                      T* to) {
+  const int64_t by = divide_by(divisor, row, column);
+  Elements<T, V> means;
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum.of[v] += to_arithmetic(gradients.of[v]) * share;
+  for (int v = 0; v < V; ++v) means.of[v] = from_arithmetic<T>(mean_of(sum.of[v], by));
+  store<V>(to, means);
+}
+
+template <class T, int V, int R, int S>
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks<V>)
+    avg_pool2d_forward_direct(const Pool<int32_t> pool, const Divisor divisor, int items, const T* __restrict__ input,
+                              T* __restrict__ output) {
+  const int item = blockIdx.x * kPoolThreads + threadIdx.x;
+  if (item >= items) return;
+  const Place<int32_t> place = pool.output_place(item * V);
+  const PoolWindow<int32_t> row = pool.rows.window(place.row), column = pool.columns.window(place.column);
+  const T* const plane = input + pool.input_plane(place);
+  Elements<T, V> taps[R * S];
+#pragma unroll
+  for (int tap = 0; tap < R * S; ++tap) {
+    const int h = row.first + tap / S, w = column.first + tap % S;
+    const bool inside = h >= row.begin && h < row.end && w >= column.begin && w < column.end;
+    taps[tap] = inside ? load<V>(plane + (h * pool.columns.size + w) * pool.inner) : all_of<V>(zero<T>());
+  }
+  Sum<T, V> sum = {};
+#pragma unroll
+  for (int tap = 0; tap < R * S; ++tap) add(sum, taps[tap]);
+  write(divisor, row, column, sum, output + item * V);
+}
+
+template <class T, int V, class I>
+__global__ void __launch_bounds__(kMostPoolThreads)
+    avg_pool2d_forward_by_teams(const Pool<I> pool, const Divisor divisor, const Team team, I items, const T* __restrict__ input,
+                                T* __restrict__ output) {
+  constexpr int unroll = V == 1 ? 8 : 4;
+  const Member<I> member(team);
+  const bool exists = member.item < items;
+  const Place<I> place = pool.output_place(exists ? member.item * V : 0);
+  const PoolWindow<I> row = pool.rows.window(place.row), column = pool.columns.window(place.column);
+  Sum<T, V> sum = {};
+  if (exists) {
+    for_taps<V, unroll>(pool, row, column, I(0), team, member.number, input + pool.input_plane(place), zero<T>(),
+                        [&](const Elements<T, V>(&elements)[unroll], const I(&)[unroll]) {
+      Sum<T, V> part = {};  // a sum of few has a small error, and part and sum need not wait for each other
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) add(part, elements[u]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum.of[v] += part.of[v];
+    });
+  }
+  take_together(team, sum, [](const Sum<T, V>& mine, unsigned by) {
+    Sum<T, V> others;
+#pragma unroll
+    for (int v = 0; v < V; ++v) others.of[v] = __shfl_down_sync(0xffffffff, mine.of[v], by);
+    return others;
+  }, [](Sum<T, V>& mine, const Sum<T, V>& others) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) mine.of[v] += others.of[v];
+  });
+  if (exists && member.number == 0) write(divisor, row, column, sum, output + member.item * V);
+}
+
+template <class T, int V, int X, int rows_over, int columns_over, class I>
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks<V>)
+    avg_pool2d_grad_input_gather(const Pool<I> pool, const Divisor divisor, I items, const T* __restrict__ grad_output,
+                                 T* __restrict__ grad_input) {
+  using A = decltype(to_arithmetic(T()));
+  const I item = static_cast<I>(blockIdx.x) * kPoolThreads + threadIdx.x;
+  if (item >= items) return;
+  const Place<I> place = pool.input_place(item * (V * X));
+  const T* const plane = grad_output + pool.output_plane(place);
+  A sum[X * V] = {};
+  int64_t last_divisor = 1;
+  A share = 1;
+  for_windows<X, rows_over, columns_over>(pool, place, [&](I p, I q, bool exists) {
+    const Elements<T, V> gradients = exists ? load<V>(plane + (p * pool.columns.windows + q) * pool.inner) : Elements<T, V>{};
+    const PoolWindow<I> column = pool.columns.window(q);
+    const int64_t by = divide_by(divisor, pool.rows.window(p), column);
+    if (exists && by != last_divisor) {
+      share = A(1) / static_cast<A>(by);
+      last_divisor = by;
+    }
+#pragma unroll
+    for (int x = 0; x < X; ++x) {
+      const bool contains = exists && (X == 1 || (place.column + x >= column.begin && place.column + x < column.end));
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const A more = fma(to_arithmetic(gradients.of[v]), share, sum[x * V + v]);
+        if (contains) sum[x * V + v] = more;
       }
     }
-    Elements<T, V> sums;
+  });
+  Elements<T, X * V> sums;
 #pragma unroll
-    for (int v = 0; v < V; ++v) sums.of[v] = from_arithmetic<T>(sum.of[v]);
-    store<V>(grad_input + item * V, sums);
-  }
+  for (int v = 0; v < X * V; ++v) sums.of[v] = from_arithmetic<T>(sum[v]);
+  store<X * V>(grad_input + item * (X * V), sums);
 }
 
 template <int V, class T>
 void avg_pool2d_forward_of(const Pool2dGeometry& g, Divisor divisor, const T* input, T* output, Stream stream) {
   using D = Device<T>;
-  const Team team = team_for(g, V);
   const int64_t items = g.N * g.C * g.P * g.Q / V;
-  launch("avg_pool2d", avg_pool2d_forward_by_teams<D, V>, pool_blocks(items, team), kPoolThreads, shared_bytes<Sum<D, V>>(team),
-         stream, g, divisor, team, items, on_device(input), on_device(output));
+  const char* name = "avg_pool2d";
+  if constexpr (!std::is_integral_v<T>) {
+    const auto direct = [&](auto kernel) {
+      launch(name, kernel, pool_blocks(items), kPoolThreads, 0, stream, Pool<int32_t>(g), divisor, items, on_device(input),
+             on_device(output));
+    };
+    if (fits_32_bits(g) && g.R == 2 && g.S == 2) return direct(avg_pool2d_forward_direct<D, V, 2, 2>);
+    if (fits_32_bits(g) && g.R == 3 && g.S == 3) return direct(avg_pool2d_forward_direct<D, V, 3, 3>);
+  }
+  const Team team = team_for(g, V);
+  with_index_type<V>(g, [&]<class I>(I) {
+    launch(name, avg_pool2d_forward_by_teams<D, V, I>, pool_blocks(items, team.items_of_block()), team.threads(),
+           shared_bytes<Sum<D, V>>(team), stream, Pool<I>(g), divisor, team, items, on_device(input), on_device(output));
+  });
 }
 
 template <class T>
@@ -108,19 +164,15 @@ void avg_pool2d_forward(const Pool2dGeometry& g, Divisor divisor, const T* input
   avg_pool2d_forward_of<1>(g, divisor, input, output, stream);
 }
 
-template <int V, class T>
-void avg_pool2d_grad_input_of(const Pool2dGeometry& g, Divisor divisor, const T* grad_output, T* grad_input, Stream stream) {
-  const int64_t items = g.N * g.C * g.H * g.W / V;
-  launch("avg_pool2d_grad_input", avg_pool2d_grad_input_gather<Device<T>, V>, pool_blocks(items, kSingle), kPoolThreads, 0,
-         stream, g, divisor, items, on_device(grad_output), on_device(grad_input));
-}
-
 template <class T>
 void avg_pool2d_grad_input(const Pool2dGeometry& g, Divisor divisor, const T* grad_output, T* grad_input, Stream stream) {
   if (g.N == 0) return;
-  if (in_vectors<T>(g, grad_output, grad_input))
-    return avg_pool2d_grad_input_of<kVector<T>>(g, divisor, grad_output, grad_input, stream);
-  avg_pool2d_grad_input_of<1>(g, divisor, grad_output, grad_input, stream);
+  with_gather_shape<T>(g, grad_input, in_vectors<T>(g, grad_output, grad_input),
+                       [&]<int V, int X, int rows_over, int columns_over, class I>() {
+    const int64_t items = g.N * g.C * g.H * g.W / (V * X);
+    launch("avg_pool2d_grad_input", avg_pool2d_grad_input_gather<Device<T>, V, X, rows_over, columns_over, I>, pool_blocks(items),
+           kPoolThreads, 0, stream, Pool<I>(g), divisor, items, on_device(grad_output), on_device(grad_input));
+  });
 }
 
 template void avg_pool2d_forward<int64_t>(const Pool2dGeometry&, Divisor, const int64_t*, int64_t*, Stream);

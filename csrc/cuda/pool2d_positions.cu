@@ -7,9 +7,8 @@
 //   pool2d_scatter_assign     output[n,c,indices[n,c,p,q]] = input[n,c,p,q]; of equal indices the last stays
 //
 // The first gathers over the windows that contain a position. Indices know nothing of windows, and equal ones may stand anywhere:
-// there one warp owns a plane, or one of `parts` equal ranges of it, and walks through the indices, 32 at a time. Lanes with the same
-// index find each other; the first adds up for all of them in the order of the windows, or the last one writes. No atomics, and the
-// order is that of the CPU kernels. Sums of bfloat16 and float16 stand in a float32 plane beside the tensor until all are there.
+// there one warp owns a part of a plane, or of 32 neighbouring channels in channels_last, keeps it in shared memory, and walks
+// through the indices in the order of the windows, as the CPU kernels do. No atomics, and every element is written once.
 //
 // An offset outside the window or the plane counts for nothing; an index outside the plane stops the kernel, as in torch.
 #undef NDEBUG
@@ -19,78 +18,74 @@
 
 namespace torchcnn::cuda {
 
-template <class T, int V, class Offset>
-__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
-    offset_pool2d_grad_input_gather(const Pool2dGeometry g, int64_t items, const T* grad_output, const Offset* offsets,
-                                    T* grad_input) {
+template <class T, int V, int X, int rows_over, int columns_over, class Offset, class I>
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks<V>)
+    offset_pool2d_grad_input_gather(const Pool<I> pool, I items, const T* __restrict__ grad_output,
+                                    const Offset* __restrict__ offsets, T* __restrict__ grad_input) {
   using A = decltype(to_arithmetic(T()));
-  const Strides out = g.output_strides();
+  const I item = static_cast<I>(blockIdx.x) * kPoolThreads + threadIdx.x;
+  if (item >= items) return;
+  const Place<I> place = pool.input_place(item * (V * X));
+  const I plane = pool.output_plane(place), S = pool.columns.kernel;
   // The tap at which a window meets a position `distance` after its first tap: -1 if it steps over it.
-  const auto tap_at = [](int64_t distance, int64_t dilation) {
-    if (dilation == 1) return distance;
-    const int64_t tap = distance / dilation;
-    return tap * dilation == distance ? tap : -1;
+  const auto tap_at = [](I distance, I dilation) {
+    if (rows_over > 0 || dilation == 1) return distance;
+    const I tap = distance / dilation;
+    return tap * dilation == distance ? tap : I(-1);
   };
-  for (int64_t block = blockIdx.x; block * kPoolThreads < items; block += gridDim.x) {
-    const int64_t item = block * kPoolThreads + threadIdx.x;
-    if (item >= items) return;
-    const Place place = place_of(item * V, g.layout, g.C, g.H, g.W);
-    const WindowRange rows = row_windows_over(g, place.row), columns = column_windows_over(g, place.column);
-    const int64_t plane = place.n * out.n + place.c * out.c;
-    A sum[V] = {};
-    for (int64_t p = rows.begin; p < rows.end; ++p) {
-      const int64_t r = tap_at(place.row + g.pad_h - p * g.stride_h, g.dilation_h);
-      if (r < 0) continue;
-      for (int64_t q = columns.begin; q < columns.end; ++q) {
-        const int64_t s = tap_at(place.column + g.pad_w - q * g.stride_w, g.dilation_w);
-        const int64_t window = plane + p * out.h + q * out.w;
-        const int32_t wanted = static_cast<int32_t>(r * g.S + s);
-        const Elements<Offset, V> given = load<V>(offsets + window);
-        bool chosen = false;
+  A sum[X * V] = {};
+  for_windows<X, rows_over, columns_over>(pool, place, [&](I p, I q, bool exists) {
+    const I r = tap_at(place.row + pool.rows.pad - p * pool.rows.stride, pool.rows.dilation);
+    const I s = tap_at(place.column + pool.columns.pad - q * pool.columns.stride, pool.columns.dilation);
+    exists &= r >= 0 && (X > 1 || s >= 0);
+    const I window = plane + (p * pool.columns.windows + q) * pool.inner;
+    const Elements<Offset, V> given = exists ? load<V>(offsets + window) : Elements<Offset, V>{};
+    const Elements<T, V> gradients = exists ? load<V>(grad_output + window) : all_of<V>(zero<T>());
 #pragma unroll
-        for (int v = 0; v < V; ++v) chosen |= given.of[v] == wanted;
-        if (s < 0 || !chosen) continue;
-        const Elements<T, V> gradients = load<V>(grad_output + window);
+    for (int x = 0; x < X; ++x) {
+      const bool contains = exists && (X == 1 || (s + x >= 0 && s + x < S));
+      const int wanted = static_cast<int>(r * S + s + x);
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] += given.of[v] == wanted ? to_arithmetic(gradients.of[v]) : A(0);
-      }
+      for (int v = 0; v < V; ++v) sum[x * V + v] += contains && given.of[v] == wanted ? to_arithmetic(gradients.of[v]) : A(0);
     }
-    Elements<T, V> sums;
+  });
+  Elements<T, X * V> sums;
 #pragma unroll
-    for (int v = 0; v < V; ++v) sums.of[v] = from_arithmetic<T>(sum[v]);
-    store<V>(grad_input + item * V, sums);
-  }
+  for (int v = 0; v < X * V; ++v) sums.of[v] = from_arithmetic<T>(sum[v]);
+  store<X * V>(grad_input + item * (X * V), sums);
 }
 
-template <class T, class Offset>
-__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
-    pool2d_gather_by_offset(const Pool2dGeometry g, int64_t items, const T* source, const Offset* offsets, T* output) {
-  const Strides in = g.input_strides();
-  for (int64_t block = blockIdx.x; block * kPoolThreads < items; block += gridDim.x) {
-    const int64_t item = block * kPoolThreads + threadIdx.x;
-    if (item >= items) return;
-    const Place place = place_of(item, g.layout, g.C, g.P, g.Q);
-    const int64_t offset = offsets[item];
-    const int64_t h = place.row * g.stride_h - g.pad_h + offset / g.S * g.dilation_h,
-                  w = place.column * g.stride_w - g.pad_w + offset % g.S * g.dilation_w;
-    const bool inside = offset >= 0 && offset < g.R * g.S && h >= 0 && h < g.H && w >= 0 && w < g.W;
-    output[item] = inside ? source[place.n * in.n + place.c * in.c + h * in.h + w * in.w] : T(0);
-  }
+template <class T, class Offset, class I>
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks<1>)
+    pool2d_gather_by_offset(const Pool<I> pool, I items, const T* source, const Offset* offsets, T* output) {
+  const I item = static_cast<I>(blockIdx.x) * kPoolThreads + threadIdx.x;
+  if (item >= items) return;
+  const Place<I> place = pool.output_place(item);
+  const I offset = offsets[item], r = offset / pool.columns.kernel, s = offset - r * pool.columns.kernel;
+  const I h = place.row * pool.rows.stride - pool.rows.pad + r * pool.rows.dilation,
+          w = place.column * pool.columns.stride - pool.columns.pad + s * pool.columns.dilation;
+  const bool inside = offset >= 0 && r < pool.rows.kernel && h >= 0 && h < pool.rows.size && w >= 0 && w < pool.columns.size;
+  output[item] = inside ? source[pool.input_plane(place) + (h * pool.columns.size + w) * pool.inner] : T(0);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
-    pool2d_gather_by_index(const Pool2dGeometry g, int64_t items, const T* source, const int64_t* indices, T* output) {
-  const Strides in = g.input_strides();
-  for (int64_t block = blockIdx.x; block * kPoolThreads < items; block += gridDim.x) {
-    const int64_t item = block * kPoolThreads + threadIdx.x;
-    if (item >= items) return;
-    const Place place = place_of(item, g.layout, g.C, g.P, g.Q);
-    const int64_t index = indices[item];
-    assert(index >= 0 && index < g.H * g.W && "indices must lie in the plane");
-    output[item] = source[place.n * in.n + place.c * in.c + index * (g.layout == Layout::nchw ? 1 : g.C)];
-  }
+template <class T, class I>
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks<1>)
+    pool2d_gather_by_index(const Pool<I> pool, I items, const T* source, const int64_t* indices, T* output) {
+  const I item = static_cast<I>(blockIdx.x) * kPoolThreads + threadIdx.x;
+  if (item >= items) return;
+  const Place<I> place = pool.output_place(item);
+  const int64_t index = indices[item], plane_size = pool.rows.size * pool.columns.size;
+  assert(index >= 0 && index < plane_size && "indices must lie in the plane");
+  output[item] = source[pool.input_plane(place) + index * pool.inner];
 }
+
+// ------------------------------------------------------------------------------------------------------------- scattering
+
+inline constexpr int kScatterWarps = 4, kScatterBytes = 8 << 10;  // of shared memory a warp
+
+// What stands in shared memory while equal indices are added up, or what is written last.
+template <bool adds, class T>
+using Kept = std::conditional_t<adds, decltype(to_arithmetic(T())), T>;
 
 // The sum, in the order of the lanes, of `start` and the values of the lanes in `peers`. All lanes of the warp call it.
 template <class A>
@@ -104,64 +99,133 @@ __device__ A sum_over(unsigned peers, A value, A start) {
   return start;
 }
 
-template <bool adds, class T, class Kept>
-__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
-    pool2d_scatter_by_warps(const Pool2dGeometry g, int64_t parts, const T* from, const int64_t* indices, Kept* planes) {
+// The sizes of a scatter. Of each plane, or 32 planes side by side, a warp has `part` positions.
+struct Scatter {
+  int64_t N, C, plane, windows, inner, part;
+  unsigned parts, tasks;  // a device has no memory for 2^32 tasks
+
+  Scatter(const Pool2dGeometry& g, bool by_channels, int64_t kept_bytes)
+      : N(g.N),
+        C(g.C),
+        plane(g.H * g.W),
+        windows(g.P * g.Q),
+        inner(g.layout == Layout::nchw ? 1 : g.C),
+        part(std::clamp<int64_t>(plane, 1, kScatterBytes / kept_bytes / (by_channels ? 32 : 1))),
+        parts(ceil_div(plane, part)),
+        tasks(parts * N * (by_channels ? ceil_div(C, 32) : C)) {}
+};
+
+// Lanes with the same index find each other; the first adds up for all of them in the order of the windows, or the last one writes.
+template <bool adds, class T>
+__global__ void __launch_bounds__(kScatterWarps * 32)
+    pool2d_scatter_by_planes(const Scatter sizes, const T* __restrict__ from, const int64_t* __restrict__ indices,
+                             T* __restrict__ to) {
+  using K = Kept<adds, T>;
   constexpr unsigned all = 0xffffffff;
-  const Strides in = g.input_strides(), out = g.output_strides();
   const int lane = threadIdx.x % 32;
-  const int64_t plane_size = g.H * g.W, part_size = ceil_div(plane_size, parts), windows = g.P * g.Q,
-                step = g.layout == Layout::nchw ? 1 : g.C, warps = int64_t(gridDim.x) * (kPoolThreads / 32);
-  for (int64_t task = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) / 32; task < parts * g.N * g.C; task += warps) {
-    const int64_t part = task / (g.N * g.C), n = task % (g.N * g.C) / g.C, c = task % g.C;
-    const int64_t begin = part * part_size, end = begin + part_size;
-    const int64_t first = n * out.n + c * out.c;
-    Kept* const plane = planes + n * in.n + c * in.c;
-    for (int64_t base = 0; base < windows; base += 32) {
-      const bool exists = base + lane < windows;
-      const int64_t at = first + (base + lane) * step, index = exists ? indices[at] : -1;
-      assert((!exists || (index >= 0 && index < plane_size)) && "indices must lie in the plane");
-      const bool owned = exists && index >= begin && index < end;
-      if (!__any_sync(all, owned)) continue;
-      const unsigned peers = __match_any_sync(all, static_cast<unsigned long long>(owned ? index : -1));
+  const unsigned task = blockIdx.x * kScatterWarps + threadIdx.x / 32, plane_number = task / sizes.parts;
+  if (task >= sizes.tasks) return;
+  const int64_t nc = plane_number, begin = (task - plane_number * sizes.parts) * sizes.part;
+  const int count = static_cast<int>(min(sizes.part, sizes.plane - begin));
+  // The number of a plane's first element is this times the plane's size, less c (size - 1) where channels stand side by side.
+  const int64_t c = sizes.inner == 1 ? 0 : nc % sizes.C, first = nc * sizes.windows - c * (sizes.windows - 1);
+  K* const kept = reinterpret_cast<K*>(dynamic_shared_memory()) + threadIdx.x / 32 * sizes.part;
+  for (int i = lane; i < count; i += 32) kept[i] = K(0);
+  __syncwarp();
+  bool inside = true;
+  for (int64_t base = 0; base < sizes.windows; base += 32) {
+    const bool exists = base + lane < sizes.windows;
+    const int64_t at = first + (base + lane) * sizes.inner, index = exists ? indices[at] : begin - 1;
+    inside &= !exists || (index >= 0 && index < sizes.plane);
+    const bool owned = index >= begin && index - begin < count;
+    if (!__any_sync(all, owned)) continue;
+    const int mine = owned ? static_cast<int>(index - begin) : -1;
+    const unsigned peers = __match_any_sync(all, static_cast<unsigned>(mine));
+    if constexpr (adds) {
+      const bool leads = owned && lane == __ffs(peers) - 1;
+      const K sum = sum_over<K>(leads ? peers : 0, owned ? to_arithmetic(from[at]) : K(0), leads ? kept[mine] : K(0));
+      if (leads) kept[mine] = sum;
+    } else {
+      if (owned && lane == 31 - __clz(peers)) kept[mine] = from[at];
+    }
+    __syncwarp();  // other lanes may add to, or write over, what has been written
+  }
+  assert(inside && "indices must lie in the plane");
+  T* const plane = to + nc * sizes.plane - c * (sizes.plane - 1);
+  for (int i = lane; i < count; i += 32) plane[(begin + i) * sizes.inner] = from_arithmetic<T>(kept[i]);
+}
+
+// In channels_last: a lane has a channel.
+template <bool adds, class T>
+__global__ void __launch_bounds__(kScatterWarps * 32)
+    pool2d_scatter_by_channels(const Scatter sizes, const T* __restrict__ from, const int64_t* __restrict__ indices,
+                               T* __restrict__ to) {
+  using K = Kept<adds, T>;
+  constexpr int unroll = 8;
+  const int lane = threadIdx.x % 32;
+  const unsigned task = blockIdx.x * kScatterWarps + threadIdx.x / 32, groups = (sizes.C + 31) / 32;
+  const int64_t n = task / groups / sizes.parts, c = task % groups * 32 + lane, begin = task / groups % sizes.parts * sizes.part;
+  if (task >= sizes.tasks || c >= sizes.C) return;
+  const int count = static_cast<int>(min(sizes.part, sizes.plane - begin));
+  K* const kept = reinterpret_cast<K*>(dynamic_shared_memory()) + threadIdx.x / 32 * sizes.part * 32 + lane;
+  for (int i = 0; i < count; ++i) kept[i * 32] = K(0);
+  const int64_t first = n * sizes.windows * sizes.C + c;
+  bool inside = true;
+  for (int64_t base = 0; base < sizes.windows; base += unroll) {
+    int mine[unroll];  // -1: of another warp
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      const bool exists = base + u < sizes.windows;
+      const int64_t index = exists ? indices[first + (base + u) * sizes.C] : -1;
+      inside &= !exists || (index >= 0 && index < sizes.plane);
+      mine[u] = index >= begin && index - begin < count ? static_cast<int>(index - begin) : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      if (mine[u] < 0) continue;
+      const T value = from[first + (base + u) * sizes.C];
+      K& sum = kept[mine[u] * 32];
       if constexpr (adds) {
-        const bool leads = owned && lane == __ffs(peers) - 1;
-        const Kept sum =
-            sum_over<Kept>(leads ? peers : 0, owned ? to_arithmetic(from[at]) : Kept(0), leads ? plane[index * step] : Kept(0));
-        if (leads) plane[index * step] = sum;
+        sum += to_arithmetic(value);
       } else {
-        if (owned && lane == 31 - __clz(peers)) plane[index * step] = from[at];
+        sum = value;
       }
-      __syncwarp();  // other lanes of this warp may add to, or write over, what has been written
     }
   }
+  assert(inside && "indices must lie in the plane");
+  T* const plane = to + (n * sizes.plane + begin) * sizes.C + c;
+  for (int i = 0; i < count; ++i) plane[i * sizes.C] = from_arithmetic<T>(kept[i * 32]);
 }
 
-template <class T, class A>
-__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks) pool2d_narrow(int64_t items, const A* sums, T* to) {
-  for (int64_t block = blockIdx.x; block * kPoolThreads < items; block += gridDim.x) {
-    const int64_t item = block * kPoolThreads + threadIdx.x;
-    if (item < items) to[item] = from_arithmetic<T>(sums[item]);
-  }
-}
-
-template <int V, class T, class Offset>
-void offset_pool2d_grad_input_of(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input,
-                                 Stream stream) {
-  const int64_t items = g.N * g.C * g.H * g.W / V;
-  launch("offset_pool2d_grad_input", offset_pool2d_grad_input_gather<Device<T>, V, Offset>, pool_blocks(items, kSingle),
-         kPoolThreads, 0, stream, g, items, on_device(grad_output), offsets, on_device(grad_input));
+// A warp reads all indices of its planes for each part: for many windows the parts of a single plane, which are larger, are better.
+template <bool adds, class T>
+void scatter(const char* name, const Pool2dGeometry& g, const T* from, const int64_t* indices, T* to, Stream stream) {
+  if (g.N * g.C * g.H * g.W == 0) return;
+  const bool by_channels = g.layout == Layout::channels_last && g.P * g.Q <= 256;
+  const Scatter sizes(g, by_channels, sizeof(Kept<adds, T>));
+  const size_t shared = kScatterWarps * sizes.part * (by_channels ? 32 : 1) * sizeof(Kept<adds, T>);
+  launch(name, by_channels ? pool2d_scatter_by_channels<adds, T> : pool2d_scatter_by_planes<adds, T>,
+         pool_blocks(sizes.tasks, kScatterWarps), kScatterWarps * 32, shared, stream, sizes, from, indices, to);
 }
 
 template <class T>
 void offset_pool2d_grad_input(const Pool2dGeometry& g, const T* grad_output, Positions offsets, T* grad_input, Stream stream) {
   if (g.N == 0) return;
-  if (offsets.kind == PositionKind::int_offsets)
-    return offset_pool2d_grad_input_of<1>(g, grad_output, static_cast<const int32_t*>(offsets.to), grad_input, stream);
+  const char* name = "offset_pool2d_grad_input";
+  if (offsets.kind == PositionKind::int_offsets) {
+    return with_index_type<1>(g, [&]<class I>(I) {
+      const int64_t items = g.N * g.C * g.H * g.W;
+      launch(name, offset_pool2d_grad_input_gather<Device<T>, 1, 1, 0, 0, int32_t, I>, pool_blocks(items), kPoolThreads, 0,
+             stream, Pool<I>(g), items, on_device(grad_output), static_cast<const int32_t*>(offsets.to), on_device(grad_input));
+    });
+  }
   const uint8_t* bytes = static_cast<const uint8_t*>(offsets.to);
-  if (in_vectors<T>(g, grad_output, bytes, grad_input))
-    return offset_pool2d_grad_input_of<kVector<T>>(g, grad_output, bytes, grad_input, stream);
-  offset_pool2d_grad_input_of<1>(g, grad_output, bytes, grad_input, stream);
+  with_gather_shape<T>(g, grad_input, in_vectors<T>(g, grad_output, bytes, grad_input),
+                       [&]<int V, int X, int rows_over, int columns_over, class I>() {
+    const int64_t items = g.N * g.C * g.H * g.W / (V * X);
+    launch(name, offset_pool2d_grad_input_gather<Device<T>, V, X, rows_over, columns_over, uint8_t, I>, pool_blocks(items),
+           kPoolThreads, 0, stream, Pool<I>(g), items, on_device(grad_output), bytes, on_device(grad_input));
+  });
 }
 
 template <class T>
@@ -169,8 +233,10 @@ void pool2d_gather_offsets(const Pool2dGeometry& g, const T* source, Positions o
   const int64_t items = g.N * g.C * g.P * g.Q;
   if (items == 0) return;
   const auto gather = [&]<class Offset>(const Offset* from) {
-    launch("offset_pool2d", pool2d_gather_by_offset<T, Offset>, pool_blocks(items, kSingle), kPoolThreads, 0, stream, g, items,
-           source, from, output);
+    with_index_type<1>(g, [&]<class I>(I) {
+      launch("offset_pool2d", pool2d_gather_by_offset<T, Offset, I>, pool_blocks(items), kPoolThreads, 0, stream, Pool<I>(g),
+             items, source, from, output);
+    });
   };
   if (offsets.kind == PositionKind::int_offsets) return gather(static_cast<const int32_t*>(offsets.to));
   gather(static_cast<const uint8_t*>(offsets.to));
@@ -180,53 +246,25 @@ template <class T>
 void pool2d_gather(const Pool2dGeometry& g, const T* source, const int64_t* indices, T* output, Stream stream) {
   const int64_t items = g.N * g.C * g.P * g.Q;
   if (items == 0) return;
-  launch("max_unpool2d_grad_input", pool2d_gather_by_index<T>, pool_blocks(items, kSingle), kPoolThreads, 0, stream, g, items,
-         source, indices, output);
-}
-
-template <bool adds, class T, class Kept>
-void zero_and_scatter(const char* name, const Pool2dGeometry& g, const T* from, const int64_t* indices, Kept* planes,
-                      Stream stream) {
-  const int64_t count = g.N * g.C * g.H * g.W;
-  if (count > 0) check(cudaMemsetAsync(planes, 0, count * sizeof(Kept), static_cast<cudaStream_t>(stream)), name);
-  if (g.N * g.C * g.P * g.Q == 0) return;
-  // Every part reads all indices of its plane: only as many as a large GPU has warps to run at once.
-  constexpr int64_t enough_warps = 4096, most_parts = 32;
-  const int64_t parts = std::clamp<int64_t>(enough_warps / (g.N * g.C), 1, most_parts), threads = 32 * parts * g.N * g.C;
-  launch(name, pool2d_scatter_by_warps<adds, T, Kept>, pool_blocks(threads, kSingle), kPoolThreads, 0, stream, g, parts, from,
-         indices, planes);
+  with_index_type<1>(g, [&]<class I>(I) {
+    launch("max_unpool2d_grad_input", pool2d_gather_by_index<T, I>, pool_blocks(items), kPoolThreads, 0, stream, Pool<I>(g),
+           items, source, indices, output);
+  });
 }
 
 template <class T>
-int64_t pool2d_scatter_add_workspace(const Pool2dGeometry& g) {
-  return kIsLowPrecision<T> ? g.N * g.C * g.H * g.W * static_cast<int64_t>(sizeof(float)) : 0;
-}
-
-template <class T>
-void pool2d_scatter_add(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input, void* workspace,
-                        Stream stream) {
-  const char* name = "max_pool2d_grad_input";
-  if constexpr (kIsLowPrecision<T>) {
-    float* const sums = static_cast<float*>(workspace);
-    zero_and_scatter<true>(name, g, on_device(grad_output), indices, sums, stream);
-    const int64_t items = g.N * g.C * g.H * g.W;
-    if (items == 0) return;
-    launch(name, pool2d_narrow<Device<T>, float>, pool_blocks(items, kSingle), kPoolThreads, 0, stream, items, sums,
-           on_device(grad_input));
-  } else {
-    zero_and_scatter<true>(name, g, grad_output, indices, grad_input, stream);
-  }
+void pool2d_scatter_add(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input, Stream stream) {
+  scatter<true>("max_pool2d_grad_input", g, on_device(grad_output), indices, on_device(grad_input), stream);
 }
 
 template <class T>
 void pool2d_scatter_assign(const Pool2dGeometry& g, const T* input, const int64_t* indices, T* output, Stream stream) {
-  zero_and_scatter<false>("max_unpool2d", g, input, indices, output, stream);
+  scatter<false>("max_unpool2d", g, input, indices, output, stream);
 }
 
 #define TORCHCNN_INSTANTIATE(T)                                                                      \
   template void offset_pool2d_grad_input<T>(const Pool2dGeometry&, const T*, Positions, T*, Stream); \
-  template int64_t pool2d_scatter_add_workspace<T>(const Pool2dGeometry&);                           \
-  template void pool2d_scatter_add<T>(const Pool2dGeometry&, const T*, const int64_t*, T*, void* workspace, Stream)
+  template void pool2d_scatter_add<T>(const Pool2dGeometry&, const T*, const int64_t*, T*, Stream)
 TORCHCNN_INSTANTIATE(float);
 TORCHCNN_INSTANTIATE(double);
 TORCHCNN_INSTANTIATE(Float16);

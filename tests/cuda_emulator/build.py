@@ -31,7 +31,7 @@ BUILD = ROOT / "build" / "cuda-emulator"
 # The processor's multiply-add serves a * b + c as nvcc's does. PyTorch's build of extensions sets the macros of cuda_fp16.h.
 FLAGS = [
     *["-std=c++20", "-fPIC", "-march=x86-64-v3", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing", "-g1"],
-    *["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTORCHCNN_CUDA", "-DTORCHCNN_CUDA_EMULATOR"],
+    *["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTORCHCNN_CUDA", "-DTORCHCNN_CUDA_EMULATOR", "-DTORCHCNN_SM90A"],
     *[f"-D__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")],
 ]
 KERNEL_FLAGS = {

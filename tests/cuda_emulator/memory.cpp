@@ -26,7 +26,7 @@
 
 namespace torchcnn::cuda {
 // What common.cuh declares; a launch may use a part of it.
-alignas(128) thread_local unsigned char dynamic_shared[emulator::kMostSharedBytes];
+alignas(1024) thread_local unsigned char dynamic_shared[emulator::kMostSharedBytes];
 }  // namespace torchcnn::cuda
 
 namespace emulator {

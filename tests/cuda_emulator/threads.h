@@ -60,4 +60,13 @@ enum class Format { f16, bf16, tf32 };
 void mma(Format, float* d, const uint32_t* a, const uint32_t* b, const Place&);
 void load_matrices(uint32_t* to, const void* shared_row, bool transposed, const Place&);
 
+// Steps of a warpgroup (csrc/cuda/wgmma.cuh): each thread adds up its own elements of d when it waits, and reads both times.
+struct WarpgroupOperand {
+  const char* first;
+  int panel_bytes;
+};
+void wgmma(Format, float* d, int columns, const WarpgroupOperand& a, const WarpgroupOperand& b, bool by_k, const Place&);
+void wgmma_wait(const Place&);
+void show_tensor_cores();
+
 }  // namespace emulator
