@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(256, 1)
 
 constexpr int kStripThreads = 128;
 
-// Of a multiprocessor at once: 128 registers a thread for 3 x 3 taps, 168 for more.
+// Of a multiprocessor at once, which leaves a thread 128, 168 or 255 registers.
 template <int kKernel>
-constexpr int kStripBlocks = kKernel == 3 ? 4 : 3;
+constexpr int kStripBlocks = kKernel == 3 ? 4 : kKernel == 5 ? 3 : 2;
 
 // Channels of a thread in channels_last, read at once; of 5 x 5 taps 2 channels would take 50 registers, with what they need.
 template <int kKernel, bool kLast>
