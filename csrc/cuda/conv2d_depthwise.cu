@@ -165,11 +165,13 @@ struct Strip {
   static constexpr int columns = kTransposed ? before + 1 : kKernel;
   static constexpr int read_rows = kTransposed ? (rows - 1) / kStride + before + 1 : (rows - 1) * kStride + kKernel;
 
-  static constexpr __host__ __device__ int tap(int i, int j) { return kTransposed ? i - (j - before) * kStride : j - i * kStride; }
+  static constexpr __host__ __device__ int tap(int i, int j) {
+    return kTransposed ? i - (j - before) * kStride : j - i * kStride;
+  }
   static __host__ __device__ int overhang(int pad) { return kTransposed ? pad % kStride : 0; }  // of the first strip
   static int strips(int written, int pad) { return int(ceil_div(written + overhang(pad), rows)); }
 
-  int first, top;     // rows: the first one written, the first one read; both may lie outside
+  int first, top;      // rows: the first one written, the first one read; both may lie outside
   int left, tap_left;  // column and tap; the others follow at distances -1 and stride in grad_input, 1 and 1 in forward
 
   __device__ Strip(int strip, int column, int h_pad, int w_pad) {
@@ -180,9 +182,7 @@ struct Strip {
   }
   __device__ int column(int c) const { return kTransposed ? left - c : left + c; }
   __device__ int column_tap(int c) const { return kTransposed ? tap_left + c * kStride : c; }
-  __device__ bool has_column(int c, int width) const {
-    return column_tap(c) < kKernel && unsigned(column(c)) < unsigned(width);
-  }
+  __device__ bool has_column(int c, int width) const { return column_tap(c) < kKernel && unsigned(column(c)) < unsigned(width); }
   __device__ bool has_rows(int height) const { return top >= 0 && top + read_rows <= height; }
 };
 
@@ -195,9 +195,8 @@ struct Deal {
 };
 
 template <class T, int kKernel, int kStride, bool kTransposed, bool kLast>
-__global__ void __launch_bounds__(kStripThreads, 4)
-    conv2d_depthwise_strips(const Problem problem, const Deal deal, const T* from, const T* weight, const T* bias, bool relu,
-                            T* to) {
+__global__ void __launch_bounds__(kStripThreads, 4) conv2d_depthwise_strips(const Problem problem, const Deal deal, const T* from,
+                                                                            const T* weight, const T* bias, bool relu, T* to) {
   using Strip = Strip<kKernel, kStride, kTransposed>;
   constexpr int V = kStripChannels<kKernel, kLast>, taps = kKernel * kKernel, pitch = kStripBlockChannels + 1;
   const int height = kTransposed ? problem.h.written : problem.h.read, width = kTransposed ? problem.w.written : problem.w.read;
@@ -294,7 +293,8 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   using Strip = Strip<kKernel, kStride, false>;
   constexpr int V = kStripChannels<kKernel, kLast>, taps = kKernel * kKernel;
   const int height = problem.h.read, width = problem.w.read, P = problem.h.written, Q = problem.w.written, C = problem.C;
-  const int part = int(blockIdx.x) / deal.channel_blocks, first_channel = int(blockIdx.x) % deal.channel_blocks * deal.vectors * V;
+  const int part = int(blockIdx.x) / deal.channel_blocks,
+            first_channel = int(blockIdx.x) % deal.channel_blocks * deal.vectors * V;
   const int c = first_channel + int(threadIdx.x) % deal.vectors * V, lane = int(threadIdx.x) / deal.vectors;
   const int column_pitch = kLast ? C : 1, row_pitch = int(problem.input.h), gradient_pitch = int(problem.output.h);
   const int all = problem.images * deal.strips * Q, begin = part * part_strips;
@@ -311,8 +311,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
     SumOf<T> nothing = 0;
 #pragma unroll
     for (int i = 0; i < Strip::rows; ++i)
-      if (strip.first + i < P)
-        gradients[i] = load_neighbours<V>(gradient + (strip.first + i) * gradient_pitch, deal.aligned);
+      if (strip.first + i < P) gradients[i] = load_neighbours<V>(gradient + (strip.first + i) * gradient_pitch, deal.aligned);
 #pragma unroll
     for (int i = 0; i < Strip::rows; ++i)
 #pragma unroll
@@ -434,7 +433,8 @@ Deal deal_of(const Conv2dGeometry& g, int strips, bool aligned) {
 }
 
 template <bool kTransposed, class T>
-void run(const char* op, const Conv2dGeometry& g, const T* from, const T* weight, const T* bias, bool relu, T* to, Stream stream) {
+void run(const char* op, const Conv2dGeometry& g, const T* from, const T* weight, const T* bias, bool relu, T* to,
+         Stream stream) {
   const Problem problem = problem_of(op, g);
   if constexpr (sizeof(T) <= 4) {
     if (suits_strips<T>(g)) {
@@ -474,7 +474,8 @@ Cut grad_weight_cut(const Conv2dGeometry& g) {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output,
                     Stream stream) {
-  run<false>("conv2d", g, on_device(input), on_device(weight), on_device(epilogue.bias), epilogue.relu, on_device(output), stream);
+  run<false>("conv2d", g, on_device(input), on_device(weight), on_device(epilogue.bias), epilogue.relu, on_device(output),
+             stream);
 }
 
 template <class T>
@@ -506,8 +507,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         const int strips = Strip<kernel(), stride(), false>::strips(problem.h.written, 0);
         const Deal deal = deal_of<V, last()>(g, strips, is_aligned<V>(gradient) && is_aligned<V>(in));
         launch(op, conv2d_depthwise_grad_weight_strips<D, kernel(), stride(), last()>,
-               block_count(op, cut.parts * deal.channel_blocks), deal.vectors * deal.lanes, 0, stream, problem, deal, gradient, in,
-               int(cut.size * deal.lanes), to);
+               block_count(op, cut.parts * deal.channel_blocks), deal.vectors * deal.lanes, 0, stream, problem, deal, gradient,
+               in, int(cut.size * deal.lanes), to);
       });
   } else {
     const bool last = problem.output.c == 1;

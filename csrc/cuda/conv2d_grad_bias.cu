@@ -87,10 +87,16 @@ Plan plan_of(const char* op, const Conv2dGeometry& g) {
   const int64_t pixels = g.P * g.Q;
   const bool last = g.output_strides().c == 1 && g.K > 1, in_vectors = (last ? g.K : pixels) % V == 0;
   const int64_t all = ceil_div(last ? g.K : g.N * pixels, in_vectors ? V : 1);
-  if (!last) return {last, in_vectors, 1, kBiasThreads, as_int(op, "channels", g.K), cut_of(ceil_div(all, kBiasThreads), kLeastRounds, g.K)};
+  if (!last)
+    return {
+        last, in_vectors, 1, kBiasThreads, as_int(op, "channels", g.K), cut_of(ceil_div(all, kBiasThreads), kLeastRounds, g.K)};
   const int64_t channel_blocks = ceil_div(all, in_vectors ? block_vectors : 32), vectors = ceil_div(all, channel_blocks);
   const int64_t lanes = kBiasThreads / vectors;
-  return {last, in_vectors, int(vectors), int(lanes), as_int(op, "channels", channel_blocks),
+  return {last,
+          in_vectors,
+          int(vectors),
+          int(lanes),
+          as_int(op, "channels", channel_blocks),
           cut_of(ceil_div(g.N * pixels, lanes), kLeastRounds, channel_blocks)};
 }
 
@@ -130,7 +136,7 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
   if (plan.cut.parts > 1) add_parts(to.parts, to.part_count, 1, 1, to.count, to.result, stream);
 }
 
-#define TORCHCNN_INSTANTIATE(T)                                           \
+#define TORCHCNN_INSTANTIATE(T)                                          \
   template int64_t conv2d_grad_bias_workspace<T>(const Conv2dGeometry&); \
   template void conv2d_grad_bias(const Conv2dGeometry&, const T*, T*, void*, Stream);
 TORCHCNN_INSTANTIATE(float)
