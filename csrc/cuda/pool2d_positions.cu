@@ -117,7 +117,7 @@ struct Scatter {
 
 // Lanes with the same index find each other; the first adds up for all of them in the order of the windows, or the last one writes.
 template <bool adds, class T>
-__global__ void __launch_bounds__(kScatterWarps * 32)
+__global__ void __launch_bounds__(kScatterWarps * 32, 4)
     pool2d_scatter_by_planes(const Scatter sizes, const T* __restrict__ from, const int64_t* __restrict__ indices,
                              T* __restrict__ to) {
   using K = Kept<adds, T>;
@@ -135,11 +135,11 @@ __global__ void __launch_bounds__(kScatterWarps * 32)
   bool inside = true;
   for (int64_t base = 0; base < sizes.windows; base += 32) {
     const bool exists = base + lane < sizes.windows;
-    const int64_t at = first + (base + lane) * sizes.inner, index = exists ? indices[at] : begin - 1;
+    const int64_t at = first + (base + lane) * sizes.inner, index = exists ? indices[at] : -1;
     inside &= !exists || (index >= 0 && index < sizes.plane);
     const bool owned = index >= begin && index - begin < count;
-    if (!__any_sync(all, owned)) continue;
     const int mine = owned ? static_cast<int>(index - begin) : -1;
+    if (!__any_sync(all, owned)) continue;
     const unsigned peers = __match_any_sync(all, static_cast<unsigned>(mine));
     if constexpr (adds) {
       const bool leads = owned && lane == __ffs(peers) - 1;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kScatterWarps * 32)
 
 // In channels_last: a lane has a channel.
 template <bool adds, class T>
-__global__ void __launch_bounds__(kScatterWarps * 32)
+__global__ void __launch_bounds__(kScatterWarps * 32, 4)
     pool2d_scatter_by_channels(const Scatter sizes, const T* __restrict__ from, const int64_t* __restrict__ indices,
                                T* __restrict__ to) {
   using K = Kept<adds, T>;
