@@ -8,10 +8,10 @@
 // m = K / C is the channel multiplier. Neighbouring threads compute neighbours in memory: pixels of a row in NCHW, channels in
 // channels_last; what they read twice comes from the L1 cache.
 //
-// Square filters of 3, 5 and 7 rows with stride 1 or 2 are computed in strips: a thread has some rows of one column, walks down the
-// rows that these read, and keeps the filter in registers. Any other geometry takes a thread for each element. The sums of
-// grad_weight are cut into parts of the pixels, the block's threads add theirs up in a fixed order, and a second kernel adds the
-// parts in order: no atomics, the same bits every time.
+// Square filters of 3 and 5 rows with stride 1 or 2, and of 7 with stride 1, are computed in strips: a thread has some rows of one
+// column, walks down the rows that these read, and keeps the filter in registers. Any other geometry takes a thread for each
+// element. The sums of grad_weight are cut into parts of the pixels, the block's threads add theirs up in a fixed order, and a
+// second kernel adds the parts in order: no atomics, the same bits every time.
 #include "conv2d_parts.cuh"
 
 namespace torchcnn::cuda::depthwise {
@@ -58,8 +58,8 @@ __device__ SumOf<T> sum_at(const Problem& problem, const T* from, const T* weigh
       const int far = to + axis.pad - tap * axis.dilation, at = far / axis.stride;
       return far >= 0 && at * axis.stride == far && at < axis.written ? at : -1;
     };
-    for (int r = 0; r < h_axis.kernel; ++r) {
-      const int h = read_at(h_axis, e.h, r);
+    for (int i = 0; i < h_axis.kernel; ++i) {
+      const int r = kTransposed ? h_axis.kernel - 1 - i : i, h = read_at(h_axis, e.h, r);  // from the top
       if (h < 0) continue;
       for (int s = 0; s < w_axis.kernel; ++s) {
         const int w = read_at(w_axis, e.w, s);
@@ -151,16 +151,20 @@ __global__ void __launch_bounds__(256, 1)
 
 constexpr int kStripThreads = 128;
 
-// Channels of a thread in channels_last: 2 are read at once; 7 x 7 taps of 2 would take 98 registers.
+// Of a multiprocessor at once: 128 registers a thread for 3 x 3 taps, 168 for more.
+template <int kKernel>
+constexpr int kStripBlocks = kKernel == 3 ? 4 : 3;
+
+// Channels of a thread in channels_last, read at once; of 5 x 5 taps 2 channels would take 50 registers, with what they need.
 template <int kKernel, bool kLast>
-constexpr int kStripChannels = kLast && kKernel < 7 ? 2 : 1;
+constexpr int kStripChannels = kLast && kKernel == 3 ? 2 : 1;
 constexpr int kStripBlockChannels = 32;  // of a block in channels_last: 128 bytes of float32
 
 // What a thread writes, `rows` rows of a column, and what it reads for that: `read_rows` rows of `columns` columns. Which tap takes
 // row j to row i is known to the compiler: in grad_input with a stride, because strips begin where h + pad is a multiple of it.
 template <int kKernel, int kStride, bool kTransposed>
 struct Strip {
-  static constexpr int rows = kStride == 1 || kTransposed ? 8 : 4;
+  static constexpr int rows = kStride == 1 ? 7 : kTransposed ? 8 : 4;  // 7 divides 14, 28, 56, 112
   static constexpr int before = (kKernel - 1) / kStride;
   static constexpr int columns = kTransposed ? before + 1 : kKernel;
   static constexpr int read_rows = kTransposed ? (rows - 1) / kStride + before + 1 : (rows - 1) * kStride + kKernel;
@@ -183,7 +187,32 @@ struct Strip {
   __device__ int column(int c) const { return kTransposed ? left - c : left + c; }
   __device__ int column_tap(int c) const { return kTransposed ? tap_left + c * kStride : c; }
   __device__ bool has_column(int c, int width) const { return column_tap(c) < kKernel && unsigned(column(c)) < unsigned(width); }
-  __device__ bool has_rows(int height) const { return top >= 0 && top + read_rows <= height; }
+
+  // Calls use(j, values) for each row j inside a plane of which `plane` is this strip's first column and pitches are the distances
+  // of rows and columns. Rows are read some rows ahead of their use; values outside are 0.
+  template <int V, class T, class Use>
+  __device__ __forceinline__ void for_each_row(const T* plane, int row_pitch, int column_pitch, int height,
+                                               const bool (&inside)[columns], Use use) const {
+    constexpr int ahead = kKernel == 3 ? 3 : 1;
+    Neighbours<T, V> values[ahead + 1][columns];
+    const auto is_inside = [&](int j) { return unsigned(top + j) < unsigned(height); };
+    const auto read = [&](int j) {
+      const T* const row = plane + (top + j) * row_pitch;
+#pragma unroll
+      for (int c = 0; c < columns; ++c) {
+        values[j % (ahead + 1)][c] = {};
+        if (is_inside(j) && inside[c])
+          values[j % (ahead + 1)][c] = *reinterpret_cast<const Neighbours<T, V>*>(row + (kTransposed ? -c : c) * column_pitch);
+      }
+    };
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) read(j);
+#pragma unroll
+    for (int j = 0; j < read_rows; ++j) {
+      if (j + ahead < read_rows) read(j + ahead);
+      if (is_inside(j)) use(j, values[j % (ahead + 1)]);
+    }
+  }
 };
 
 // How strips are dealt out. NCHW: a thread has one strip of one channel. channels_last: thread t of a block has channels
@@ -191,12 +220,12 @@ struct Strip {
 struct Deal {
   int strips;  // of a column
   int vectors, lanes, channel_blocks;
-  bool aligned;
 };
 
 template <class T, int kKernel, int kStride, bool kTransposed, bool kLast>
-__global__ void __launch_bounds__(kStripThreads, 4) conv2d_depthwise_strips(const Problem problem, const Deal deal, const T* from,
-                                                                            const T* weight, const T* bias, bool relu, T* to) {
+__global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
+    conv2d_depthwise_strips(const Problem problem, const Deal deal, const T* from, const T* weight, const T* bias, bool relu,
+                            T* to) {
   using Strip = Strip<kKernel, kStride, kTransposed>;
   constexpr int V = kStripChannels<kKernel, kLast>, taps = kKernel * kKernel, pitch = kStripBlockChannels + 1;
   const int height = kTransposed ? problem.h.written : problem.h.read, width = kTransposed ? problem.w.written : problem.w.read;
@@ -224,9 +253,9 @@ __global__ void __launch_bounds__(kStripThreads, 4) conv2d_depthwise_strips(cons
     n /= C;
   }
 
-  // Where a column lies outside, both factors are 0, so that an infinite one makes no NaN of the other; rows see below.
+  // Where a column lies outside, both factors are 0, so that an infinite one makes no NaN of the other.
   bool inside[Strip::columns];
-  SumOf<T> filter[kKernel][Strip::columns][V], nothing = 0;
+  SumOf<T> filter[kKernel][Strip::columns][V];
 #pragma unroll
   for (int j = 0; j < Strip::columns; ++j) {
     inside[j] = strip.has_column(j, width);
@@ -238,32 +267,13 @@ __global__ void __launch_bounds__(kStripThreads, 4) conv2d_depthwise_strips(cons
         filter[r][j][v] = 0;
         if (inside[j])
           filter[r][j][v] = kLast ? staged[tap * pitch + c - first_channel + v] : to_arithmetic(weight[c * taps + tap]);
-        nothing += 0 * filter[r][j][v];
       }
   }
-  T* const result = to + n * target.n + c * target.c + int64_t(column) * target.w;
-  if (!strip.has_rows(height) && !(nothing == 0)) {
-#pragma unroll 1
-    for (int i = 0; i < Strip::rows * V; ++i) {
-      const int y = strip.first + i / V, v = i % V;
-      if (unsigned(y) >= unsigned(rows)) continue;
-      const SumOf<T> sum = sum_at<T, kTransposed>(problem, from, weight, {n, c + v, y, column});
-      result[y * target.h + v] = finished(sum, bias, c + v, relu);
-    }
-    return;
-  }
 
-  const T* const plane = from + n * source.n + c * source.c;
-  const int row_pitch = int(source.h), column_pitch = kLast ? C : 1;
+  const int column_pitch = kLast ? C : 1;
   SumOf<T> sums[Strip::rows][V] = {};
-#pragma unroll
-  for (int j = 0; j < Strip::read_rows; ++j) {
-    const bool row_inside = unsigned(strip.top + j) < unsigned(height);
-    const T* const row = plane + (strip.top + j) * row_pitch;
-    Neighbours<T, V> values[Strip::columns] = {};
-#pragma unroll
-    for (int s = 0; s < Strip::columns; ++s)
-      if (row_inside && inside[s]) values[s] = load_neighbours<V>(row + strip.column(s) * column_pitch, deal.aligned);
+  strip.template for_each_row<V>(from + n * source.n + c * source.c + strip.left * column_pitch, int(source.h), column_pitch,
+                                 height, inside, [&](int j, const auto& values) {
 #pragma unroll
     for (int i = 0; i < Strip::rows; ++i) {
       const int r = Strip::tap(i, j);
@@ -273,7 +283,8 @@ __global__ void __launch_bounds__(kStripThreads, 4) conv2d_depthwise_strips(cons
 #pragma unroll
         for (int v = 0; v < V; ++v) sums[i][v] += filter[r][s][v] * to_arithmetic(values[s].of[v]);
     }
-  }
+  });
+  T* const result = to + n * target.n + c * target.c + int64_t(column) * target.w;
 #pragma unroll
   for (int i = 0; i < Strip::rows; ++i) {
     const int y = strip.first + i;
@@ -281,13 +292,13 @@ __global__ void __launch_bounds__(kStripThreads, 4) conv2d_depthwise_strips(cons
     Neighbours<T, V> written;
 #pragma unroll
     for (int v = 0; v < V; ++v) written.of[v] = finished(sums[i][v], bias, c + v, relu);
-    store_neighbours<V>(result + y * int(target.h), written, deal.aligned);
+    *reinterpret_cast<Neighbours<T, V>*>(result + y * int(target.h)) = written;
   }
 }
 
 // A thread adds up the products of all taps over its strips; a block has one part of the strips of its channels.
 template <class T, int kKernel, int kStride, bool kLast>
-__global__ void __launch_bounds__(kStripThreads, 4)
+__global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
     conv2d_depthwise_grad_weight_strips(const Problem problem, const Deal deal, const T* grad_output, const T* input,
                                         int part_strips, PartSums<T, SumOf<T>> to) {
   using Strip = Strip<kKernel, kStride, false>;
@@ -307,44 +318,38 @@ __global__ void __launch_bounds__(kStripThreads, 4)
     const T* const gradient = grad_output + n * problem.output.n + c * problem.output.c + column * column_pitch;
     const T* const plane = input + n * problem.input.n + c * problem.input.c + strip.left * column_pitch;
     Neighbours<T, V> gradients[Strip::rows] = {};
-    bool inside[kKernel], all_inside = strip.has_rows(height);
+    bool inside[kKernel], all_inside = true;
     SumOf<T> nothing = 0;
 #pragma unroll
-    for (int i = 0; i < Strip::rows; ++i)
-      if (strip.first + i < P) gradients[i] = load_neighbours<V>(gradient + (strip.first + i) * gradient_pitch, deal.aligned);
-#pragma unroll
-    for (int i = 0; i < Strip::rows; ++i)
+    for (int i = 0; i < Strip::rows; ++i) {
+      if (strip.first + i < P)
+        gradients[i] = *reinterpret_cast<const Neighbours<T, V>*>(gradient + (strip.first + i) * gradient_pitch);
 #pragma unroll
       for (int v = 0; v < V; ++v) nothing += 0 * to_arithmetic(gradients[i].of[v]);
+    }
 #pragma unroll
     for (int s = 0; s < kKernel; ++s) {
       inside[s] = strip.has_column(s, width);
       all_inside = all_inside && inside[s];
     }
-    // Outside the input is 0, which must not make a NaN of an infinite gradient.
-    const auto add = [&](auto only_inside) {
-#pragma unroll
-      for (int j = 0; j < Strip::read_rows; ++j) {
-        const bool row_inside = unsigned(strip.top + j) < unsigned(height);
-        const T* const row = plane + (strip.top + j) * row_pitch;
-        Neighbours<T, V> values[kKernel] = {};
-#pragma unroll
-        for (int s = 0; s < kKernel; ++s)
-          if (row_inside && inside[s]) values[s] = load_neighbours<V>(row + s * column_pitch, deal.aligned);
+    // Zeros stand for what lies outside, but must not make a NaN of an infinite factor.
+    const int count = min(Strip::rows, P - strip.first);
+    const auto add = [&](auto guarded) {
+      strip.template for_each_row<V>(plane, row_pitch, column_pitch, height, inside, [&](int j, const auto& values) {
 #pragma unroll
         for (int i = 0; i < Strip::rows; ++i) {
           const int r = Strip::tap(i, j);
-          if (r < 0 || r >= kKernel) continue;
+          if (r < 0 || r >= kKernel || (guarded && i >= count)) continue;
 #pragma unroll
           for (int s = 0; s < kKernel; ++s) {
-            if (only_inside && !(row_inside && inside[s])) continue;
+            if (guarded && !inside[s]) continue;
 #pragma unroll
             for (int v = 0; v < V; ++v) sums[r][s][v] += to_arithmetic(gradients[i].of[v]) * to_arithmetic(values[s].of[v]);
           }
         }
-      }
+      });
     };
-    if (all_inside || nothing == 0)
+    if (count == Strip::rows && (all_inside || nothing == 0))
       add(std::false_type());
     else
       add(std::true_type());
@@ -392,13 +397,14 @@ constexpr int64_t kPartPixels = 8192;  // of the taps; what a block reads of a c
 
 bool is_last(const Conv2dGeometry& g) { return g.layout == Layout::channels_last && g.C > 1; }
 
-// Offsets of strips have 32 bits.
+// Offsets of strips have 32 bits; pairs of channels must be aligned.
 template <class T>
 bool suits_strips(const Conv2dGeometry& g) {
   constexpr int64_t limit = INT32_MAX;
-  return sizeof(T) <= 4 && (g.R == 3 || g.R == 5 || g.R == 7) && g.S == g.R && g.stride_h <= 2 && g.stride_w == g.stride_h &&
-         g.dilation_h == 1 && g.dilation_w == 1 && g.K == g.C && (g.R == 7 || !is_last(g) || g.C % 2 == 0) &&
-         g.N * g.C * g.H * g.W <= limit && g.N * g.K * g.P * g.Q <= limit && g.K * g.R * g.S <= limit;
+  return sizeof(T) <= 4 && (g.R == 3 || g.R == 5 || g.R == 7) && g.S == g.R && g.stride_h <= (g.R < 7 ? 2 : 1) &&
+         g.stride_w == g.stride_h && g.dilation_h == 1 && g.dilation_w == 1 && g.K == g.C &&
+         (g.R > 3 || !is_last(g) || g.C % 2 == 0) && g.N * g.C * g.H * g.W <= limit && g.N * g.K * g.P * g.Q <= limit &&
+         g.K * g.R * g.S <= limit;
 }
 
 // Calls run(kernel, stride, channels_last), each the type of a constant.
@@ -413,7 +419,7 @@ void run_strips(const Conv2dGeometry& g, Run run) {
     };
     if (g.stride_h == 1)
       with_stride(std::integral_constant<int, 1>());
-    else
+    else if constexpr (kernel() < 7)
       with_stride(std::integral_constant<int, 2>());
   };
   if (g.R == 3)
@@ -425,11 +431,11 @@ void run_strips(const Conv2dGeometry& g, Run run) {
 }
 
 template <int V, bool kLast>
-Deal deal_of(const Conv2dGeometry& g, int strips, bool aligned) {
-  if (!kLast) return {strips, 1, kStripThreads, int(g.C), aligned};
+Deal deal_of(const Conv2dGeometry& g, int strips) {
+  if (!kLast) return {strips, 1, kStripThreads, int(g.C)};
   const int64_t vectors = g.C / V, channel_blocks = ceil_div(vectors, kStripBlockChannels / V);
   const int block_vectors = int(ceil_div(vectors, channel_blocks));
-  return {strips, block_vectors, kStripThreads / block_vectors, int(channel_blocks), aligned};
+  return {strips, block_vectors, kStripThreads / block_vectors, int(channel_blocks)};
 }
 
 template <bool kTransposed, class T>
@@ -437,13 +443,13 @@ void run(const char* op, const Conv2dGeometry& g, const T* from, const T* weight
          Stream stream) {
   const Problem problem = problem_of(op, g);
   if constexpr (sizeof(T) <= 4) {
-    if (suits_strips<T>(g)) {
+    if (suits_strips<T>(g) && is_aligned<2>(from) && is_aligned<2>(to)) {
       return run_strips(g, [&](auto kernel, auto stride, auto last) {
         constexpr int V = kStripChannels<kernel(), last()>;
         const int rows = kTransposed ? problem.h.read : problem.h.written;
         const int64_t columns = kTransposed ? g.W : g.Q;
         const int strips = Strip<kernel(), stride(), kTransposed>::strips(rows, problem.h.pad);
-        const Deal deal = deal_of<V, last()>(g, strips, is_aligned<V>(from) && is_aligned<V>(to));
+        const Deal deal = deal_of<V, last()>(g, strips);
         const int64_t work = g.N * strips * columns * (last() ? 1 : g.C);
         const int64_t blocks = ceil_div(work, deal.lanes) * (last() ? deal.channel_blocks : 1);
         launch(op, conv2d_depthwise_strips<T, kernel(), stride(), kTransposed, last()>, block_count(op, blocks),
@@ -456,14 +462,14 @@ void run(const char* op, const Conv2dGeometry& g, const T* from, const T* weight
          to, count);
 }
 
-// How the sums of grad_weight are cut: in rounds of the lanes, or in pixels.
-template <class T>
-Cut grad_weight_cut(const Conv2dGeometry& g) {
-  Cut cut{ceil_div(g.N * g.P * g.Q, kPartPixels), kPartPixels};
-  if (!suits_strips<T>(g)) return cut;
+// How the sums of grad_weight are cut: in pixels, or in rounds of the lanes.
+Cut taps_cut(const Conv2dGeometry& g) { return {ceil_div(g.N * g.P * g.Q, kPartPixels), kPartPixels}; }
+
+Cut strips_cut(const Conv2dGeometry& g) {
+  Cut cut;
   run_strips(g, [&](auto kernel, auto stride, auto last) {
     const int64_t strips = Strip<kernel(), stride(), false>::strips(int(g.P), 0);
-    const Deal deal = deal_of<kStripChannels<kernel(), last()>, last()>(g, int(strips), true);
+    const Deal deal = deal_of<kStripChannels<kernel(), last()>, last()>(g, int(strips));
     cut = cut_of(ceil_div(g.N * strips * g.Q, deal.lanes), 1, deal.channel_blocks);
   });
   return cut;
@@ -487,7 +493,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 
 template <class T>
 int64_t conv2d_grad_weight_workspace(const Conv2dGeometry& g) {
-  const int64_t parts = grad_weight_cut<T>(g).parts;
+  const int64_t parts = std::max(taps_cut(g).parts, suits_strips<T>(g) ? strips_cut(g).parts : 0);
   return parts == 1 ? 0 : parts * g.K * g.R * g.S * int64_t(sizeof(SumOf<T>));
 }
 
@@ -497,15 +503,15 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   using D = Device<T>;
   const char* op = "conv2d_grad_weight";
   const Problem problem = problem_of(op, g);
-  const Cut cut = grad_weight_cut<T>(g);
   const D *gradient = on_device(grad_output), *in = on_device(input);
+  const bool strips = suits_strips<T>(g) && is_aligned<2>(gradient) && is_aligned<2>(in);
+  const Cut cut = strips ? strips_cut(g) : taps_cut(g);
   const PartSums<D, SumOf<D>> to{on_device(grad_weight), static_cast<SumOf<D>*>(workspace), cut.parts, g.K * g.R * g.S};
-  if (suits_strips<T>(g)) {
+  if (strips) {
     if constexpr (sizeof(T) <= 4)
       run_strips(g, [&](auto kernel, auto stride, auto last) {
         constexpr int V = kStripChannels<kernel(), last()>;
-        const int strips = Strip<kernel(), stride(), false>::strips(problem.h.written, 0);
-        const Deal deal = deal_of<V, last()>(g, strips, is_aligned<V>(gradient) && is_aligned<V>(in));
+        const Deal deal = deal_of<V, last()>(g, Strip<kernel(), stride(), false>::strips(problem.h.written, 0));
         launch(op, conv2d_depthwise_grad_weight_strips<D, kernel(), stride(), last()>,
                block_count(op, cut.parts * deal.channel_blocks), deal.vectors * deal.lanes, 0, stream, problem, deal, gradient,
                in, int(cut.size * deal.lanes), to);

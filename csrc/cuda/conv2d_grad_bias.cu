@@ -11,10 +11,10 @@ namespace torchcnn::cuda {
 
 constexpr int kBiasThreads = 256;
 
-template <class T, int V>
+template <class T, int V, bool kAligned>
 __global__ void __launch_bounds__(kBiasThreads)
-    conv2d_grad_bias_planes(const T* gradient, bool aligned, int K, int plane_vectors, int64_t vectors, Strides s,
-                            int64_t part_vectors, PartSums<T, SumOf<T>> to) {
+    conv2d_grad_bias_planes(const T* gradient, int K, int plane_vectors, int64_t vectors, Strides s, int64_t part_vectors,
+                            PartSums<T, SumOf<T>> to) {
   const int k = int(blockIdx.x) % K, part = int(blockIdx.x) / K;
   const int64_t begin = part * part_vectors, end = begin + part_vectors < vectors ? begin + part_vectors : vectors;
   const int count = int(end - begin);
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kBiasThreads)
   SumOf<T> sums[V] = {};
 #pragma unroll 4
   for (int i = threadIdx.x; i < count; i += kBiasThreads, at.add(step, 1, plane_vectors)) {
-    const auto values = load_neighbours<V>(gradient + at.a * s.n + k * s.c + int64_t(at.c) * V, aligned);
+    const auto values = load_neighbours<V, kAligned>(gradient + at.a * s.n + k * s.c + int64_t(at.c) * V);
 #pragma unroll
     for (int v = 0; v < V; ++v) sums[v] += to_arithmetic(values.of[v]);
   }
@@ -39,9 +39,9 @@ __global__ void __launch_bounds__(kBiasThreads)
   to.put(part, k, sum);
 }
 
-template <class T, int V>
+template <class T, int V, bool kAligned>
 __global__ void __launch_bounds__(kBiasThreads)
-    conv2d_grad_bias_pixels(const T* gradient, bool aligned, int K, int channel_blocks, int vectors, int lanes, int64_t pixels,
+    conv2d_grad_bias_pixels(const T* gradient, int K, int channel_blocks, int vectors, int lanes, int64_t pixels,
                             int64_t part_pixels, PartSums<T, SumOf<T>> to) {
   const int part = int(blockIdx.x) / channel_blocks, vector = int(threadIdx.x) % vectors, lane = int(threadIdx.x) / vectors;
   const int first = int(blockIdx.x) % channel_blocks * vectors * V, k = first + vector * V;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kBiasThreads)
     const int count = int(end - begin);
 #pragma unroll 4
     for (int i = lane; i < count; i += lanes, from += step) {
-      const auto values = load_neighbours<V>(from, aligned);
+      const auto values = load_neighbours<V, kAligned>(from);
 #pragma unroll
       for (int v = 0; v < V; ++v) sums[v] += to_arithmetic(values.of[v]);
     }
@@ -100,17 +100,16 @@ Plan plan_of(const char* op, const Conv2dGeometry& g) {
           cut_of(ceil_div(g.N * pixels, lanes), kLeastRounds, channel_blocks)};
 }
 
-template <class T, int V>
+template <int V, bool kAligned, class T>
 void run_grad_bias(const char* op, const Conv2dGeometry& g, const Plan& plan, const T* gradient, const PartSums<T, SumOf<T>>& to,
                    Stream stream) {
   const unsigned blocks = block_count(op, checked_mul(plan.cut.parts, plan.channel_blocks, op, "thread blocks"));
-  const bool aligned = is_aligned<V>(gradient);
   const int K = as_int(op, "channels", g.K);
   if (plan.channels_last)
-    launch(op, conv2d_grad_bias_pixels<T, V>, blocks, plan.vectors * plan.lanes, 0, stream, gradient, aligned, K,
+    launch(op, conv2d_grad_bias_pixels<T, V, kAligned>, blocks, plan.vectors * plan.lanes, 0, stream, gradient, K,
            plan.channel_blocks, plan.vectors, plan.lanes, g.N * g.P * g.Q, plan.cut.size * plan.lanes, to);
   else
-    launch(op, conv2d_grad_bias_planes<T, V>, blocks, kBiasThreads, 0, stream, gradient, aligned, K,
+    launch(op, conv2d_grad_bias_planes<T, V, kAligned>, blocks, kBiasThreads, 0, stream, gradient, K,
            as_int(op, "output height * output width", g.P * g.Q / V), g.N * g.P * g.Q / V, g.output_strides(),
            plan.cut.size * kBiasThreads, to);
 }
@@ -129,10 +128,13 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
   const char* op = "conv2d_grad_bias";
   const Plan plan = plan_of<D>(op, g);
   const PartSums<D, SumOf<D>> to{on_device(grad_bias), static_cast<SumOf<D>*>(workspace), plan.cut.parts, g.K};
-  if (plan.in_vectors)
-    run_grad_bias<D, kVectorSize<D>>(op, g, plan, on_device(grad_output), to, stream);
+  const D* gradient = on_device(grad_output);
+  if (!plan.in_vectors)
+    run_grad_bias<1, true>(op, g, plan, gradient, to, stream);
+  else if (is_aligned<kVectorSize<D>>(gradient))
+    run_grad_bias<kVectorSize<D>, true>(op, g, plan, gradient, to, stream);
   else
-    run_grad_bias<D, 1>(op, g, plan, on_device(grad_output), to, stream);
+    run_grad_bias<kVectorSize<D>, false>(op, g, plan, gradient, to, stream);
   if (plan.cut.parts > 1) add_parts(to.parts, to.part_count, 1, 1, to.count, to.result, stream);
 }
 

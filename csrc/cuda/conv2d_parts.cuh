@@ -82,28 +82,21 @@ void add_parts(const Sum* parts, int64_t part_count, int channels, int taps, int
          stream, parts, part_count, channels, taps, count, to);
 }
 
-// Neighbours in memory, which a thread reads or writes at once if they are aligned for that.
+// Neighbours in memory, which a thread reads at once if they are aligned for that.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Neighbours {
   T of[V];
 };
 
-template <int V, class T>
-__device__ __forceinline__ Neighbours<T, V> load_neighbours(const T* from, bool aligned) {
-  if (aligned) return *reinterpret_cast<const Neighbours<T, V>*>(from);
-  Neighbours<T, V> neighbours;
-#pragma unroll
-  for (int v = 0; v < V; ++v) neighbours.of[v] = from[v];
-  return neighbours;
-}
-
-template <int V, class T>
-__device__ __forceinline__ void store_neighbours(T* to, const Neighbours<T, V>& neighbours, bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<Neighbours<T, V>*>(to) = neighbours;
+template <int V, bool kAligned, class T>
+__device__ __forceinline__ Neighbours<T, V> load_neighbours(const T* from) {
+  if constexpr (kAligned) {
+    return *reinterpret_cast<const Neighbours<T, V>*>(from);
   } else {
+    Neighbours<T, V> neighbours;
 #pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = neighbours.of[v];
+    for (int v = 0; v < V; ++v) neighbours.of[v] = from[v];
+    return neighbours;
   }
 }
 
