@@ -381,7 +381,7 @@ def test_jacobians_and_hessians(name, device):
     inputs = tuple(tensor.detach() for tensor in tensors(device))
     inputs = inputs[0][:1] / 3, inputs[1] / 3
     if name == "max_unpool2d":
-        inputs = torch.randn(PLANE, dtype=torch.float64), inputs[1]
+        inputs = torch.randn(PLANE, dtype=torch.float64, device=device), inputs[1]
     results = []
     for functional in (ours, F):
 

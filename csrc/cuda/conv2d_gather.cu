@@ -32,26 +32,35 @@ struct GatherProblem {
   int tiles_n;
 };
 
-// A block has 256 columns of one row: blockIdx.x = row * blocks_per_row + part of the row.
+constexpr int kPackThreads = 256, kPackColumns = 4 * kPackThreads;
+
+// A block has kPackColumns columns of one row: blockIdx.x = row * blocks_per_row + part of the row.
 template <class T>
-__global__ void __launch_bounds__(256) conv2d_pack_weight(const GatherProblem<T> problem, bool transposed, int K_per_group,
-                                                          int C_per_group, unsigned blocks_per_row, const T* weight, T* packed) {
+__global__ void __launch_bounds__(kPackThreads)
+    conv2d_pack_weight(const GatherProblem<T> problem, bool transposed, int K_per_group, int C_per_group, unsigned blocks_per_row,
+                       const T* weight, T* packed) {
   const Axis &h = problem.h, &w = problem.w;
-  const unsigned row = blockIdx.x / blocks_per_row, column = blockIdx.x % blocks_per_row * 256 + threadIdx.x;
-  if (column >= unsigned(problem.packed_row)) return;
+  const unsigned row = blockIdx.x / blocks_per_row;
   const unsigned written = row % problem.channels_written, rest = row / problem.channels_written;
   const unsigned group = rest % problem.groups, taps_class = rest / problem.groups;
   const int first_h = taps_class / w.classes(), first_w = taps_class % w.classes();
-  const unsigned channels = problem.from.channels, taps_w = w.taps(first_w);
-  const int read = column % channels, i = column / channels / taps_w, j = column / channels % taps_w;
-  T value = from_arithmetic<T>(SumOf<T>(0));  // where it fills a vector of channels or a tile
-  if (i < h.taps(first_h) && read < (transposed ? K_per_group : C_per_group)) {
-    const int r = first_h + i * h.period, s = first_w + j * w.period;
-    const int64_t k = int64_t(group) * K_per_group + (transposed ? read : written);
-    const int64_t c = transposed ? written : read;
-    value = weight[((k * C_per_group + c) * h.kernel + r) * w.kernel + s];
+  const int taps_h = h.taps(first_h), taps_w = w.taps(first_w), channels = problem.from.channels;
+  const int read_channels = transposed ? K_per_group : C_per_group;
+  const int64_t tap_count = int64_t(h.kernel) * w.kernel, read_step = transposed ? C_per_group * tap_count : tap_count;
+  const T* from =
+      weight + (int64_t(group) * K_per_group * C_per_group + written * int64_t(transposed ? 1 : C_per_group)) * tap_count;
+  T* const to = packed + int64_t(row) * problem.packed_row;
+  int column = blockIdx.x % blocks_per_row * kPackColumns + threadIdx.x;
+  Counter at = Counter::of(column, taps_w, channels);  // tap and channel
+  const Counter step = Counter::of(kPackThreads, taps_w, channels);
+#pragma unroll
+  for (int i = 0; i < kPackColumns / kPackThreads; ++i, column += kPackThreads, at.add(step, taps_w, channels)) {
+    if (column >= problem.packed_row) return;
+    T value = from_arithmetic<T>(SumOf<T>(0));  // where it fills a vector of channels or a tile
+    if (at.a < taps_h && at.c < read_channels)
+      value = from[at.c * read_step + int64_t(first_h + at.a * h.period) * w.kernel + first_w + at.b * w.period];
+    to[column] = value;
   }
-  packed[int64_t(row) * problem.packed_row + column] = value;
 }
 
 // Writes a tile of results: through shared memory, so that neighbouring threads write neighbours in memory, channels or pixels.
@@ -224,7 +233,7 @@ void run_gather(const char* op, GatherProblem<typename Math::T>& problem, Stream
 }
 
 // The rule for tiles: the largest that fills the GPU and that the channels fill. None changes a bit of the result.
-template <class T, template <class> class Math>
+template <class T, template <class> class Math, class Small>
 void choose_gather_tile(const char* op, GatherProblem<T>& problem, Stream stream) {
   using Large = TileShape<T, 128, 128, Storage::by_index>;
   using Tall = TileShape<T, 128, 64, Storage::by_index>;
@@ -234,7 +243,7 @@ void choose_gather_tile(const char* op, GatherProblem<T>& problem, Stream stream
   else if (blocks_of(problem, 128, 64) >= kBlocksThatFillAGpu && most_shared_bytes() >= int64_t(Tall::shared_bytes))
     run_gather<Math<Tall>>(op, problem, stream);
   else
-    run_gather<Math<TileShape<T, 64, 64, Storage::by_index>>>(op, problem, stream);
+    run_gather<Math<Small>>(op, problem, stream);
 }
 
 template <class T>
@@ -253,20 +262,22 @@ void gather(const char* op, const Conv2dGeometry& g, bool transposed, const Devi
   problem.to_strides = transposed ? g.input_strides() : g.output_strides();
   problem.to_vectors = problem.to_strides.c == 1 && problem.channels_written % kVectorSize<D> == 0 &&
                        reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
-  const int64_t rows = packed_rows(problem), per_row = ceil_div(problem.packed_row, 256);
+  const int64_t rows = packed_rows(problem), per_row = ceil_div(problem.packed_row, kPackColumns);
   if (rows * per_row > 0)  // else no channel is read, and the bias is all
-    launch(op, conv2d_pack_weight<D>, block_count(op, checked_mul(rows, per_row, op, "thread blocks")), 256, 0, stream, problem,
-           transposed, int(g.K_per_group()), int(g.C_per_group()), unsigned(per_row), weight, packed);
+    launch(op, conv2d_pack_weight<D>, block_count(op, checked_mul(rows, per_row, op, "thread blocks")), kPackThreads, 0, stream,
+           problem, transposed, int(g.K_per_group()), int(g.C_per_group()), unsigned(per_row), weight, packed);
+  using Small = TileShape<D, 64, 64, Storage::by_index>;
+  using SmallTensor = TileShape<D, 64, 64, Storage::by_index, 256>;
   if constexpr (sizeof(T) == 8) {
-    run_gather<SimtMath<TileShape<D, 64, 64, Storage::by_index>>>(op, problem, stream);
+    run_gather<SimtMath<Small>>(op, problem, stream);
   } else if (sizeof(T) == 2 && has_warpgroup_steps()) {
-    if constexpr (sizeof(T) == 2) choose_gather_tile<D, WarpgroupMath>(op, problem, stream);
+    if constexpr (sizeof(T) == 2) choose_gather_tile<D, WarpgroupMath, SmallTensor>(op, problem, stream);
   } else if (has_tensor_cores() && (sizeof(T) == 2 || precision == Float32Precision::tf32)) {
-    choose_gather_tile<D, TensorMath>(op, problem, stream);
+    choose_gather_tile<D, TensorMath, SmallTensor>(op, problem, stream);
   } else if constexpr (sizeof(T) == 2) {
-    run_gather<SimtMath<TileShape<D, 64, 64, Storage::by_index>>>(op, problem, stream);
+    run_gather<SimtMath<Small>>(op, problem, stream);
   } else {
-    choose_gather_tile<D, SimtMath>(op, problem, stream);
+    choose_gather_tile<D, SimtMath, Small>(op, problem, stream);
   }
 }
 

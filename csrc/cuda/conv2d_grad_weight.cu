@@ -53,49 +53,68 @@ __global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
   // grad_output is read as it lies: a row of the tile is a pixel.
   const Activation<T>&gradient = problem.gradient, &input = problem.input;
   const int first_k = tile_m * Shape::block_m, own_k = first_k + A::own_vector() * kVectorSize<T>;
-  const T* const from_gradient = gradient.data + int64_t(group) * gradient.channels + own_k;
-  int64_t gradient_pixel = first_pixel + A::own_row(0);
+  const T* from_gradient =
+      gradient.data + int64_t(group) * gradient.channels + own_k + (first_pixel + A::own_row(0)) * gradient.stride_w;
+  int gradient_left = int(end_pixel - first_pixel) - A::own_row(0);  // pixels; none where the tile has more output channels
+  if (own_k >= gradient.channels) gradient_left = 0;
 
-  // Of input a thread reads one tap of each of its pixels.
+  // Of input a thread reads one tap and vector of channels for each of its pixels, which move on by block_k from tile to tile.
   const Phase h = phase_of(problem.h, 0), w = phase_of(problem.w, 0);
   const int first_column = tile_n * Shape::block_n, own_column = first_column + B::own_vector() * kVectorSize<T>;
   const TapOffset tap = tap_offset(input, h, w, Counter::of(own_column, w.taps, input.channels));
-  const T* const from_input = input.data + int64_t(group) * input.channels;
-  const Counter pixel_step = Counter::of(Shape::block_k, P, Q);
-  Counter input_pixel[B::copies];
+  const Counter step = Counter::of(Shape::block_k, P, Q);
+  const int64_t on_w = h.step * input.stride_h - Q * (w.step * input.stride_w),
+                on_h = input.stride_n - P * (h.step * input.stride_h);
+  const int64_t onward = step.a * input.stride_n + step.b * (h.step * input.stride_h) + step.c * (w.step * input.stride_w);
+  int input_left = int(end_pixel - first_pixel) - B::own_row(0);
+  const T* from_input[B::copies];
+  Counter input_pixel[B::copies];  // the image counts no further: its number is in the pointer
 #pragma unroll
-  for (int copy = 0; copy < B::copies; ++copy) input_pixel[copy] = Counter::of(first_pixel + B::own_row(copy), P, Q);
+  for (int copy = 0; copy < B::copies; ++copy) {
+    const Counter at = input_pixel[copy] = Counter::of(first_pixel + B::own_row(copy), P, Q);
+    from_input[copy] = input.data + int64_t(group) * input.channels + at.a * input.stride_n +
+                       (at.b * h.step + h.origin) * input.stride_h + (at.c * w.step + w.origin) * input.stride_w;
+  }
 
   const auto fetch = [&](int, T* gradient_tile, T* input_tile) {
 #pragma unroll
     for (int copy = 0; copy < A::copies; ++copy) {
-      const int64_t pixel = gradient_pixel + copy * A::rows_at_once;
-      const bool exists = pixel < pixels && own_k < gradient.channels;
-      copy_async(gradient_tile + A::own_offset(copy), exists ? from_gradient + pixel * gradient.stride_w : gradient.data, exists);
+      const bool exists = copy * A::rows_at_once < gradient_left;
+      copy_async(gradient_tile + A::own_offset(copy),
+                 exists ? from_gradient + copy * A::rows_at_once * gradient.stride_w : gradient.data, exists);
     }
-    gradient_pixel += Shape::block_k;
+    from_gradient += Shape::block_k * gradient.stride_w;
+    gradient_left -= Shape::block_k;
 #pragma unroll
     for (int copy = 0; copy < B::copies; ++copy) {
       Counter& at = input_pixel[copy];
-      const int y = at.b * h.step + h.origin, x = at.c * w.step + w.origin;
-      const T* const data = from_input + at.a * input.stride_n + y * input.stride_h + x * input.stride_w;
-      copy_vector(input, {data, at.a < problem.images ? y : kNowhere, x}, tap, input_tile + B::own_offset(copy));
-      at.add(pixel_step, P, Q);
+      const bool exists = copy * B::rows_at_once < input_left;
+      copy_vector<T>(input, {from_input[copy], exists ? at.b * h.step + h.origin : kNowhere, at.c * w.step + w.origin}, tap,
+                     input_tile + B::own_offset(copy));
+      at.c += step.c;
+      const bool next_row = at.c >= Q;
+      at.c -= next_row ? Q : 0;
+      at.b += step.b + next_row;
+      const bool next_image = at.b >= P;
+      at.b -= next_image ? P : 0;
+      from_input[copy] += onward + (next_row ? on_w : 0) + (next_image ? on_h : 0);
     }
+    input_left -= Shape::block_k;
   };
   Math math;
   add_up_tiles(math, tiles, fetch);
 
   auto* to = problem.parts + (part * problem.groups + group) * problem.K_per_group * problem.columns;
-  const auto store = [&](int k, int column, auto sum) {
-    const int c = column % input.channels, of_tap = column / input.channels;
-    if (column < problem.read_columns && c < problem.C_per_group)
-      to[int64_t(k) * problem.columns + of_tap * problem.C_per_group + c] = sum;
-  };
+  const bool as_read = problem.columns == problem.read_columns;
   math.for_each_pair([&](int m, int n, auto first, auto second) {
-    if (first_k + m >= problem.K_per_group) return;
-    store(first_k + m, first_column + n, first);
-    store(first_k + m, first_column + n + 1, second);
+    const int column = first_column + n;
+    if (first_k + m >= problem.K_per_group || column >= problem.read_columns) return;
+    // Both are of one tap: its channels are whole vectors.
+    const int c = as_read ? 0 : column % input.channels;
+    const int place = as_read ? column : column / input.channels * problem.C_per_group + c;
+    auto* at = to + int64_t(first_k + m) * problem.columns + place;
+    if (as_read || c < problem.C_per_group) at[0] = first;
+    if (as_read || c + 1 < problem.C_per_group) at[1] = second;
   });
 }
 
@@ -193,24 +212,24 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   problem.part_pixels = parts.pixels;
   problem.tiles_m = parts.tiles_m;
   problem.tiles_n = parts.tiles_n;
+  using Small = TileShape<D, 64, 64, Storage::by_k>;
   if constexpr (sizeof(T) == 8) {
-    run_grad_weight<SimtMath<TileShape<D, 64, 64, Storage::by_k>>>(g, problem, parts.count, stream);
+    run_grad_weight<SimtMath<Small>>(g, problem, parts.count, stream);
   } else if (sizeof(T) == 2 && has_warpgroup_steps()) {
     if constexpr (sizeof(T) == 2) choose_grad_weight_tile<D, WarpgroupMath>(g, problem, block, parts.count, stream);
   } else if (has_tensor_cores() && (sizeof(T) == 2 || precision == Float32Precision::tf32)) {
     choose_grad_weight_tile<D, TensorMath>(g, problem, block, parts.count, stream);
   } else if constexpr (sizeof(T) == 2) {
-    run_grad_weight<SimtMath<TileShape<D, 64, 64, Storage::by_k>>>(g, problem, parts.count, stream);
+    run_grad_weight<SimtMath<Small>>(g, problem, parts.count, stream);
   } else {
     choose_grad_weight_tile<D, SimtMath>(g, problem, block, parts.count, stream);
   }
   const int64_t count = g.K * g.C_per_group() * g.R * g.S;
-  launch("conv2d_add_parts", conv2d_add_parts<D, SumOf<T>>, blocks_for(count, 256), 256, 0, stream, problem.parts, parts.count,
-         int(g.C_per_group()), int(g.R * g.S), count, on_device(grad_weight));
+  add_parts(problem.parts, parts.count, int(g.C_per_group()), int(g.R * g.S), count, on_device(grad_weight), stream);
 }
 
-#define TORCHCNN_INSTANTIATE(T)                                                                                     \
-  template int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&, const T*, const T*);                         \
+#define TORCHCNN_INSTANTIATE(T)                                                             \
+  template int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&, const T*, const T*); \
   template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*, Float32Precision, void*, Stream);
 TORCHCNN_INSTANTIATE(float)
 TORCHCNN_INSTANTIATE(double)

@@ -66,11 +66,15 @@ struct Vectors {
     if (!are_there()) {
       T* to = reinterpret_cast<T*>(workspace);
       workspace += this->workspace();
-      const int64_t channel_tiles = ceil_div(all, kTransposeTile);
-      const int64_t blocks = checked_mul(channel_tiles, ceil_div(pixels(), kTransposeTile), op, "thread blocks");
-      if (blocks > 0)
-        launch(op, conv2d_to_vectors<T>, block_count(op, blocks), dim3(kTransposeTile, 8), 0, stream, data, strides, groups,
-               from_channels, channels(), int64_t(height) * width, pixels(), channel_tiles, to);
+      const int vectors = int(all / kVectorSize<T>);
+      const VectorCopy<T> copy = {data, strides, from_channels, channels(), vectors, int64_t(height) * width, pixels(), to};
+      const bool turn = strides.c != 1 && vectors > 4;
+      const int64_t channel_tiles = ceil_div(vectors, 8), count = checked_mul(pixels(), vectors, op, "vectors of channels");
+      const int64_t blocks = turn ? channel_tiles * ceil_div(pixels(), kTurnPixels) : ceil_div(count, kTurnThreads);
+      if (blocks > 0 && turn)
+        launch(op, conv2d_turn_to_vectors<T>, block_count(op, blocks), kTurnThreads, 0, stream, copy, int(channel_tiles));
+      else if (blocks > 0)
+        launch(op, conv2d_to_vectors<T>, block_count(op, blocks), kTurnThreads, 0, stream, copy);
       from = to;
     }
     return {from, height, width, all * width * height, all * width, all, channels()};

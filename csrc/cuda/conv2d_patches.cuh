@@ -113,36 +113,82 @@ __device__ __forceinline__ void copy_vector(const Activation<T>& from, const Cor
 
 // ------------------------------------------------------------------------------------------- activations in vectors of channels
 
-constexpr int kTransposeTile = 32;  // pixels and channels, by a block of 32 x 8 threads
+// to[pixel][group][channel], zeros after the last channel of a group. Two kernels: a thread for each vector, where neighbouring
+// threads read neighbours that way, and tiles that are turned in shared memory, for NCHW with many channels.
 
-// to[pixel][group][channel], zeros after the last channel of a group.
+constexpr int kTurnThreads = 256, kTurnPixels = 64;
+
+// What a kernel below copies.
 template <class T>
-__global__ void __launch_bounds__(256) conv2d_to_vectors(const T* from, Strides s, int groups, int from_channels, int channels,
-                                                         int64_t plane, int64_t pixels, int64_t channel_tiles, T* to) {
-  __shared__ T tile[kTransposeTile][kTransposeTile + 1];  // [channel][pixel]
-  const bool along_channels = s.c == 1;                   // what lies together in `from`, and goes to neighbouring threads
-  const int64_t all_channels = int64_t(groups) * channels, first_channel = blockIdx.x % channel_tiles * kTransposeTile;
-  const int64_t first_pixel = blockIdx.x / channel_tiles * kTransposeTile;
-  const auto element = [&](int64_t pixel, int64_t channel) {
-    const T zero = from_arithmetic<T>(SumOf<T>(0));
-    if (pixel >= pixels || channel >= all_channels) return zero;
+struct VectorCopy {
+  const T* from;
+  Strides strides;
+  int from_channels, channels;  // of a group
+  int vectors;                  // of a pixel, all groups
+  int64_t plane, pixels;
+  T* to;
+
+  // Where a pixel lies; plane is below 2^31, as both axes of activations on GPUs are small.
+  __device__ __forceinline__ const T* place(int64_t pixel) const {
     const int64_t image = pixels <= INT32_MAX ? int64_t(unsigned(pixel) / unsigned(plane)) : pixel / plane;
-    const int group = int(channel) / channels, c = int(channel) % channels;
-    if (c >= from_channels) return zero;
-    return from[image * s.n + (pixel - image * plane) * s.w + (int64_t(group) * from_channels + c) * s.c];
-  };
+    return from + image * strides.n + (pixel - image * plane) * strides.w;
+  }
+  // Of channel `c` of all groups with their zeros: the channel in `from`, or -1.
+  __device__ __forceinline__ int64_t source_of(int c) const {
+    if (channels == from_channels) return c;
+    const int group = c / channels, in_group = c - group * channels;
+    return in_group < from_channels ? int64_t(group) * from_channels + in_group : -1;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kTurnThreads) conv2d_to_vectors(const VectorCopy<T> copy) {
+  const int64_t at = int64_t(blockIdx.x) * kTurnThreads + threadIdx.x;
+  if (at >= copy.pixels * copy.vectors) return;
+  int64_t pixel, vector;
+  if (copy.strides.c == 1) {
+    pixel = at / copy.vectors;
+    vector = at - pixel * copy.vectors;
+  } else {
+    vector = at / copy.pixels;
+    pixel = at - vector * copy.pixels;
+  }
+  constexpr int V = kVectorSize<T>;
+  const T* const from = copy.place(pixel);
+  int64_t source = copy.source_of(int(vector) * V);
+  const int64_t group_end = source < 0 ? 0 : (source / copy.from_channels + 1) * copy.from_channels;
+  Run<T, V> run;
 #pragma unroll
-  for (int y = threadIdx.y; y < kTransposeTile; y += 8) {
-    if (along_channels)
-      tile[threadIdx.x][y] = element(first_pixel + y, first_channel + threadIdx.x);
-    else
-      tile[y][threadIdx.x] = element(first_pixel + threadIdx.x, first_channel + y);
+  for (int e = 0; e < V; ++e, ++source)
+    run.of[e] = source >= 0 && source < group_end ? from[source * copy.strides.c] : from_arithmetic<T>(SumOf<T>(0));
+  *reinterpret_cast<Run<T, V>*>(copy.to + (pixel * copy.vectors + vector) * V) = run;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTurnThreads) conv2d_turn_to_vectors(const VectorCopy<T> copy, int channel_tiles) {
+  constexpr int V = kVectorSize<T>, channels = 8 * V;         // of a tile
+  constexpr int pitch = channels + (sizeof(T) == 2 ? 2 : 1);  // in either direction neighbours lie in different banks
+  __shared__ T tile[kTurnPixels * pitch];
+  const int first_channel = int(blockIdx.x % channel_tiles) * channels;
+  const int64_t first_pixel = int64_t(blockIdx.x / channel_tiles) * kTurnPixels;
+  const int own = threadIdx.x % kTurnPixels;
+  if (first_pixel + own < copy.pixels) {
+    const T* const from = copy.place(first_pixel + own);
+#pragma unroll
+    for (int c = threadIdx.x / kTurnPixels; c < channels; c += kTurnThreads / kTurnPixels) {
+      const int64_t source = first_channel + c < copy.vectors * V ? copy.source_of(first_channel + c) : -1;
+      tile[own * pitch + c] = source >= 0 ? from[source * copy.strides.c] : from_arithmetic<T>(SumOf<T>(0));
+    }
   }
   __syncthreads();
 #pragma unroll
-  for (int y = threadIdx.y; y < kTransposeTile; y += 8) {
-    const int64_t pixel = first_pixel + y, channel = first_channel + threadIdx.x;
-    if (pixel < pixels && channel < all_channels) to[pixel * all_channels + channel] = tile[threadIdx.x][y];
+  for (int at = threadIdx.x; at < kTurnPixels * 8; at += kTurnThreads) {
+    const int pixel = at / 8, vector = at % 8;
+    if (first_pixel + pixel >= copy.pixels || first_channel / V + vector >= copy.vectors) continue;
+    Run<T, V> run;
+#pragma unroll
+    for (int e = 0; e < V; ++e) run.of[e] = tile[pixel * pitch + vector * V + e];
+    *reinterpret_cast<Run<T, V>*>(copy.to + ((first_pixel + pixel) * copy.vectors + first_channel / V + vector) * V) = run;
   }
 }
 

@@ -65,14 +65,15 @@ struct OperandShape {
   }
 };
 
-// 128 x 128 are 2 x 4 warps of 64 x 32; 128 x 64 are 4 x 2 and 64 x 64 are 2 x 2 warps of 32 x 32. A warpgroup has 64 rows.
-template <class Element, int block_m_, int block_n_, Storage storage_>
+// 128 x 128 are 2 x 4 warps of 64 x 32; 128 x 64 are 4 x 2 and 64 x 64 are 2 x 2 warps of 32 x 32. On tensor cores, which are done
+// sooner with a tile than four warps are with copying the next, 64 x 64 by index are 4 x 2 warps of 16 x 32. A warpgroup has 64 rows.
+template <class Element, int block_m_, int block_n_, Storage storage_, int threads_ = 2 * block_m_>
 struct TileShape {
   using T = Element;
   using Sum = SumOf<T>;
   static constexpr Storage storage = storage_;
   static constexpr int block_m = block_m_, block_n = block_n_, block_k = kTileDepthBytes / int(sizeof(T));
-  static constexpr int threads = 2 * block_m, warps_n = block_n / 32, warps_m = threads / 32 / warps_n;
+  static constexpr int threads = threads_, warps_n = block_n / 32, warps_m = threads / 32 / warps_n;
   static constexpr int warp_m = block_m / warps_m, warp_n = block_n / warps_n;
   using A = OperandShape<T, block_m, storage, threads>;
   using B = OperandShape<T, block_n, storage, threads>;
@@ -278,17 +279,22 @@ struct WarpgroupMath {
   static constexpr bool is_compiled = kHasWarpgroupSteps, is_asynchronous = true;
   static constexpr int blocks_at_once = 2;  // of a multiprocessor: one multiplies while the other waits
   static constexpr bool by_k = Shape::storage == Storage::by_k;
-  static constexpr int tiles_n = Shape::block_n / 8;
+  static constexpr int groups_m = Shape::block_m / 64, groups_n = Shape::threads / 128 / groups_m;
+  static constexpr int columns = Shape::block_n / groups_n, tiles_n = columns / 8;
+  static_assert(groups_n == 1 || !by_k);
   float sum[tiles_n][4] = {};
 
-  static __device__ __forceinline__ int first_row() { return int(threadIdx.x) / 128 * 64; }
+  static __device__ __forceinline__ int first_row() {
+    return (groups_n == 1 ? int(threadIdx.x) / 128 : int(threadIdx.x) / 128 % groups_m) * 64;
+  }
+  static __device__ __forceinline__ int first_column() { return groups_n == 1 ? 0 : int(threadIdx.x) / 128 / groups_m * columns; }
 
   // Begins the products of one tile of k.
   __device__ __forceinline__ void step(const T* a_tile, const T* b_tile) {
     constexpr int depth = 16, row_bytes = 128;
     static_assert(A::block_k * int(sizeof(T)) == row_bytes);
     WarpgroupOperand a(a_tile + (by_k ? first_row() / 64 * A::panel_size : first_row() * A::row_size), A::panel_size * sizeof(T));
-    WarpgroupOperand b(b_tile, B::panel_size * sizeof(T));
+    WarpgroupOperand b(b_tile + first_column() * B::row_size, B::panel_size * sizeof(T));
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < Shape::block_k; k += depth) {
@@ -302,7 +308,8 @@ struct WarpgroupMath {
 
   template <class Write>
   __device__ __forceinline__ void for_each_pair(Write write) const {
-    const int lane = threadIdx.x % 32, m = first_row() + int(threadIdx.x) / 32 % 4 * 16 + lane / 4, n = lane % 4 * 2;
+    const int lane = threadIdx.x % 32, m = first_row() + int(threadIdx.x) / 32 % 4 * 16 + lane / 4,
+              n = first_column() + lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll

@@ -135,8 +135,8 @@ struct Axis {
 
   // On the host: the number of windows that windows_over can find.
   int64_t most_windows_over(int64_t count) const {
-    if (adaptive) return (count * windows + size - 1) / size + 1;
-    return (count + dilation * (kernel - 1) - 1) / stride + 1;
+    const int64_t most = adaptive ? (count * windows + size - 1) / size + 1 : (count + dilation * (kernel - 1) - 1) / stride + 1;
+    return std::min<int64_t>(most, windows);
   }
 };
 
@@ -292,9 +292,11 @@ struct Member {
   }
 };
 
-// Calls take(elements, taps) for `unroll` taps of a window after another, those of one member of a team. A tap is r S + s.
-// The elements of a tap that does not exist are `otherwise`. No load waits for what is done with another one of the same round.
-template <int V, int unroll, class I, class T, class Take>
+// Calls take(elements, taps) for kTaps taps of a window after another, those of one member of a team. A tap is r S + s. The elements
+// of a tap that does not exist are `otherwise`. No load waits for what is done with another one of the same round.
+inline constexpr int kTaps = 8;
+
+template <int V, class I, class T, class Take>
 __device__ void for_taps(const Pool<I>& pool, const PoolWindow<I>& row, const PoolWindow<I>& column, I S, const Team& team,
                          int number, const T* plane, T otherwise, Take take) {
   const I h_step = pool.rows.dilation, w_step = pool.columns.dilation;
@@ -304,10 +306,10 @@ __device__ void for_taps(const Pool<I>& pool, const PoolWindow<I>& row, const Po
   const I rows_on = team_size == 1 ? I(width == 1) : team_size / width, columns_on = team_size - rows_on * width;
   I r = number == 0 ? I(0) : number / width, s = number - r * width;
   while (r < height) {
-    Elements<T, V> elements[unroll];
-    I taps[unroll];
+    Elements<T, V> elements[kTaps];
+    I taps[kTaps];
 #pragma unroll
-    for (int u = 0; u < unroll; ++u) {
+    for (int u = 0; u < kTaps; ++u) {
       taps[u] = (row.skipped + r) * S + column.skipped + s;
       const T* const from = plane + ((row.begin + r * h_step) * pool.columns.size + column.begin + s * w_step) * pool.inner;
       elements[u] = r < height ? load<V>(from) : all_of<V>(otherwise);

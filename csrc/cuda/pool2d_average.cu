@@ -71,18 +71,17 @@ template <class T, int V, class I>
 __global__ void __launch_bounds__(kMostPoolThreads)
     avg_pool2d_forward_by_teams(const Pool<I> pool, const Divisor divisor, const Team team, I items, const T* __restrict__ input,
                                 T* __restrict__ output) {
-  constexpr int unroll = V == 1 ? 8 : 4;
   const Member<I> member(team);
   const bool exists = member.item < items;
   const Place<I> place = pool.output_place(exists ? member.item * V : 0);
   const PoolWindow<I> row = pool.rows.window(place.row), column = pool.columns.window(place.column);
   Sum<T, V> sum = {};
   if (exists) {
-    for_taps<V, unroll>(pool, row, column, I(0), team, member.number, input + pool.input_plane(place), zero<T>(),
-                        [&](const Elements<T, V>(&elements)[unroll], const I(&)[unroll]) {
+    for_taps<V>(pool, row, column, I(0), team, member.number, input + pool.input_plane(place), zero<T>(),
+                [&](const Elements<T, V>(&elements)[kTaps], const I(&)[kTaps]) {
       Sum<T, V> part = {};  // a sum of few has a small error, and part and sum need not wait for each other
 #pragma unroll
-      for (int u = 0; u < unroll; ++u) add(part, elements[u]);
+      for (int u = 0; u < kTaps; ++u) add(part, elements[u]);
 #pragma unroll
       for (int v = 0; v < V; ++v) sum.of[v] += part.of[v];
     });

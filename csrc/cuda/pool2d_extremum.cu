@@ -119,7 +119,6 @@ __global__ void __launch_bounds__(kMostPoolThreads)
     extremum_pool2d_forward_by_teams(const Pool<I> pool, const Extremum extremum, const Team team, I items,
                                      const T* __restrict__ input, T* __restrict__ output, const Positions positions) {
   using A = typename Best<T, V, I>::A;
-  constexpr int unroll = V == 1 ? 8 : 4;
   const Member<I> member(team);
   const bool exists = member.item < items;
   const Place<I> place = pool.output_place(exists ? member.item * V : 0);
@@ -127,11 +126,10 @@ __global__ void __launch_bounds__(kMostPoolThreads)
   const I S = pool.columns.adaptive ? column.end - column.begin : pool.columns.kernel;
   Best<T, V, I> best = worst_at<T, V>(extremum, row.skipped * S + column.skipped);
   if (exists) {
-    for_taps<V, unroll>(pool, row, column, S, team, member.number, input + pool.input_plane(place),
-                        from_arithmetic<T>(worst_of<A>(extremum)),
-                        [&](const Elements<T, V>(&elements)[unroll], const I(&taps)[unroll]) {
+    for_taps<V>(pool, row, column, S, team, member.number, input + pool.input_plane(place),
+                from_arithmetic<T>(worst_of<A>(extremum)), [&](const Elements<T, V>(&elements)[kTaps], const I(&taps)[kTaps]) {
 #pragma unroll
-      for (int u = 0; u < unroll; ++u) consider(extremum, best, elements[u], taps[u]);
+      for (int u = 0; u < kTaps; ++u) consider(extremum, best, elements[u], taps[u]);
     });
   }
   take_together(team, best, [](const Best<T, V, I>& mine, unsigned by) {

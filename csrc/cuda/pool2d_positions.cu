@@ -117,7 +117,7 @@ struct Scatter {
 
 // Lanes with the same index find each other; the first adds up for all of them in the order of the windows, or the last one writes.
 template <bool adds, class T>
-__global__ void __launch_bounds__(kScatterWarps * 32)
+__global__ void __launch_bounds__(kScatterWarps * 32, 4)
     pool2d_scatter_by_planes(const Scatter sizes, const T* __restrict__ from, const int64_t* __restrict__ indices,
                              T* __restrict__ to) {
   using K = Kept<adds, T>;
@@ -133,20 +133,30 @@ __global__ void __launch_bounds__(kScatterWarps * 32)
   for (int i = lane; i < count; i += 32) kept[i] = K(0);
   __syncwarp();
   bool inside = true;
+  int64_t next_index = -1;
+  T next_value = zero<T>();
+  const auto read = [&](int64_t window) {
+    if (window >= sizes.windows) return;
+    next_index = indices[first + window * sizes.inner];
+    next_value = from[first + window * sizes.inner];
+  };
+  read(lane);
   for (int64_t base = 0; base < sizes.windows; base += 32) {
     const bool exists = base + lane < sizes.windows;
-    const int64_t at = first + (base + lane) * sizes.inner, index = exists ? indices[at] : begin - 1;
+    const int64_t index = exists ? next_index : -1;
+    const T value = next_value;
+    read(base + 32 + lane);  // ahead of its turn
     inside &= !exists || (index >= 0 && index < sizes.plane);
     const bool owned = index >= begin && index - begin < count;
-    if (!__any_sync(all, owned)) continue;
     const int mine = owned ? static_cast<int>(index - begin) : -1;
+    if (!__any_sync(all, owned)) continue;
     const unsigned peers = __match_any_sync(all, static_cast<unsigned>(mine));
     if constexpr (adds) {
       const bool leads = owned && lane == __ffs(peers) - 1;
-      const K sum = sum_over<K>(leads ? peers : 0, owned ? to_arithmetic(from[at]) : K(0), leads ? kept[mine] : K(0));
+      const K sum = sum_over<K>(leads ? peers : 0, to_arithmetic(value), leads ? kept[mine] : K(0));
       if (leads) kept[mine] = sum;
     } else {
-      if (owned && lane == 31 - __clz(peers)) kept[mine] = from[at];
+      if (owned && lane == 31 - __clz(peers)) kept[mine] = value;
     }
     __syncwarp();  // other lanes may add to, or write over, what has been written
   }
@@ -157,11 +167,11 @@ __global__ void __launch_bounds__(kScatterWarps * 32)
 
 // In channels_last: a lane has a channel.
 template <bool adds, class T>
-__global__ void __launch_bounds__(kScatterWarps * 32)
+__global__ void __launch_bounds__(kScatterWarps * 32, 4)
     pool2d_scatter_by_channels(const Scatter sizes, const T* __restrict__ from, const int64_t* __restrict__ indices,
                                T* __restrict__ to) {
   using K = Kept<adds, T>;
-  constexpr int unroll = 8;
+  constexpr int unroll = 16;
   const int lane = threadIdx.x % 32;
   const unsigned task = blockIdx.x * kScatterWarps + threadIdx.x / 32, groups = (sizes.C + 31) / 32;
   const int64_t n = task / groups / sizes.parts, c = task % groups * 32 + lane, begin = task / groups % sizes.parts * sizes.part;
@@ -173,22 +183,23 @@ __global__ void __launch_bounds__(kScatterWarps * 32)
   bool inside = true;
   for (int64_t base = 0; base < sizes.windows; base += unroll) {
     int mine[unroll];  // -1: of another warp
+    T values[unroll];
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
       const bool exists = base + u < sizes.windows;
       const int64_t index = exists ? indices[first + (base + u) * sizes.C] : -1;
+      values[u] = exists ? from[first + (base + u) * sizes.C] : zero<T>();
       inside &= !exists || (index >= 0 && index < sizes.plane);
       mine[u] = index >= begin && index - begin < count ? static_cast<int>(index - begin) : -1;
     }
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
       if (mine[u] < 0) continue;
-      const T value = from[first + (base + u) * sizes.C];
       K& sum = kept[mine[u] * 32];
       if constexpr (adds) {
-        sum += to_arithmetic(value);
+        sum += to_arithmetic(values[u]);
       } else {
-        sum = value;
+        sum = values[u];
       }
     }
   }

@@ -43,6 +43,28 @@ struct WarpgroupOperand {
   __device__ __forceinline__ void advance(int bytes) { bits += bytes >> 4; }
 };
 
+// d += a b, 64 x 32 over 16 values of k. by_k says how both operands lie.
+template <int by_k>
+__device__ __forceinline__ void wgmma(float (&d)[4][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __half) {
+  TORCHCNN_WGMMA(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "
+      "%15}, %16, %17, p, 1, 1, %18, %18;\n}\n" : "+f"(d[0][0]),
+      "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]),
+      "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]) : "l"(a.bits),
+      "l"(b.bits), "n"(by_k));
+}
+template <int by_k>
+__device__ __forceinline__ void wgmma(float (&d)[4][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __nv_bfloat16) {
+  TORCHCNN_WGMMA(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "
+      "%15}, %16, %17, p, 1, 1, %18, %18;\n}\n" : "+f"(d[0][0]),
+      "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]),
+      "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]) : "l"(a.bits),
+      "l"(b.bits), "n"(by_k));
+}
+
 // d += a b, 64 x 64 over 16 values of k. by_k says how both operands lie.
 template <int by_k>
 __device__ __forceinline__ void wgmma(float (&d)[8][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __half) {
