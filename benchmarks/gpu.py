@@ -1,8 +1,8 @@
 """torchcnn beside cuDNN on one GPU: python benchmarks/run.py conv|pool --device cuda [--layout ...] [--classes ...] [--csv FILE]
 
 Every case is one layer in one direction and arithmetic: float32, tf32, float16, bfloat16. Torch, on NCHW and on channels_last
-tensors, with cuDNN's deterministic algorithms and with all of them (benchmark=True: cuDNN times them and takes the fastest), and
-torchcnn in either layout take turns, once the results of torchcnn have been compared with float64. Time is taken by CUDA events
+tensors, with the fastest algorithm that cuDNN finds by trial (benchmark=True) and with a deterministic one of its own choice
+(deterministic=True, benchmark=False), and torchcnn in either layout take turns, once the results of torchcnn have been compared with float64. Time is taken by CUDA events
 around one call. Before each call a buffer twice as large as the L2 cache is written: no tensor is in the cache then, and a pause
 lets the call be in the queue before its turn comes, so that its launch does not count. What counts is the median. Each layout of
 torchcnn has a row: the ratio is the time of torch's fastest over torchcnn's; `floor` is what part of torchcnn's time the floor of
@@ -31,7 +31,7 @@ import torchcnn
 RESULTS = Path(__file__).parent / "results" / "cuda"
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("nchw", "channels_last")
-KINDS = {"any": False, "deterministic": True}  # what cuDNN may choose from, and its switch
+KINDS = {"any": (True, False), "deterministic": (False, True)}  # cuDNN's switches: benchmark, deterministic
 PEERS = [f"{layout}_{kind}" for layout in LAYOUTS for kind in KINDS]
 ROUNDS, QUICK_ROUNDS = 11, 5
 PAUSE, LONGEST_PAUSE = 200_000, 6_400_000  # cycles: 0.1 ms to 4 ms
@@ -75,9 +75,9 @@ def by_direction(of_torch, ours, exact):
     return {
         direction: (
             {
-                f"{layout}_{kind}": switched(of_torch[layout][direction], True, only)
+                f"{layout}_{kind}": switched(of_torch[layout][direction], *switches)
                 for layout in LAYOUTS
-                for kind, only in KINDS.items()
+                for kind, switches in KINDS.items()
             },
             {layout: calls[direction] for layout, calls in ours.items()},
             functools.cache(switched(exact[direction], False, True)),
@@ -256,6 +256,11 @@ def main(args, machine=None):
     mode = torch.inference_mode if args.table == "conv" else torch.enable_grad
     with mode():
         for case, peers, ours, exact, work in cases(args.table, groups, layouts, args.quick, device):
+            if args.seconds and sum(seconds.values()) > args.seconds:
+                print(f"\nThe rest is left out: {args.seconds} seconds are over.")
+                break
+            if args.arithmetics and case["arithmetic"] not in args.arithmetics.split(","):
+                continue
             dtype, allowed = DTYPES[case["arithmetic"]], floors.CUDA_ERROR[case["arithmetic"]]
             use_arithmetic(case["arithmetic"])
             functions = peers | {f"torchcnn_{layout}": function for layout, function in ours.items()}

@@ -50,6 +50,8 @@ def parse(argv):
         "--layout", choices=["nchw", "channels_last"], help="of torchcnn's tensors: nchw without it, both with --device cuda"
     )
     parser.add_argument("--classes", help="only the classes whose names begin with one of these, separated by commas")
+    parser.add_argument("--arithmetics", help="with --device cuda, only these of float32, tf32, float16, bfloat16")
+    parser.add_argument("--seconds", type=int, help="with --device cuda, begin no case after so many; cuDNN's searches take long")
     parser.add_argument("--quick", action="store_true", help="no large layers, few rounds, no second process; under a minute")
     parser.add_argument("--csv", help="where to write the rows; a whole run writes into benchmarks/results/ anyway")
     parser.add_argument("--torch-isa", choices=["native", "avx2"], default="native", help="avx2: keep torch from AVX-512 and AMX")

@@ -33,8 +33,8 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = ["8.0", "9.0+PTX"]  # --full: all of setup.py's
 # Besides those of setup.py, whose warnings they turn into errors. The same machine code comes out.
 STRICT = "-Werror=all-warnings -Xptxas=-Werror"
-# What the emulator runs, a process for each: in its fast build every operator test, and those of 16-bit numbers as a GPU without
-# their tensor-core steps; in the build that checks memory, those with exact results, which have the geometries at the borders of
+# What the emulator runs, a process for each: in its fast build every operator test, and those of 16-bit numbers as GPUs without
+# their tensor-core steps and with the steps of Hopper; in the build that checks memory, those with exact results, which have the geometries at the borders of
 # tiles, with the threads of a block in three orders; some of these once more under the address sanitizer, for the arrays of a
 # kernel's own.
 OPERATOR_TESTS = ["test_pool2d", "test_conv2d", "test_conv_transpose", "test_pool_backward", "test_depthwise", "test_cuda"]
@@ -148,7 +148,7 @@ def check_sass(args):
     def having(opcode):
         return sum(any(each.startswith(opcode) for each in kernel.opcodes) for kernel in read)
 
-    return f"{len(read)} kernels of sm_80 and sm_90: {having('HMMA')} with HMMA, {having('LDGSTS')} with LDGSTS, no local memory"
+    return f"{len(read)} kernels of sm_80 and sm_90a: {having('HMMA')} with HMMA, {having('HGMMA')} with HGMMA, {having('LDGSTS')} with LDGSTS, no local memory"
 
 
 def check_docs(args):
@@ -192,11 +192,13 @@ def check_emulator_fast(args):
     return f"{emulate('fast', [(test, options, environment) for test in OPERATOR_TESTS])} tests"
 
 
-def check_emulator_older(args):
-    """emulator: sm_75"""
-    options = ["-m", "not slow", "-k", "exact and float16"]
-    environment = {"TORCHCNN_EMULATOR_SM": "75", "TORCHCNN_TEST_EXAMPLES": "3"}
-    return f"{emulate('fast', [('test_conv2d', options, environment)])} tests of 16-bit numbers"
+def check_emulator_others(args):
+    """emulator: sm_75 and sm_90"""
+    runs = [
+        ("test_conv2d", ["-m", "not slow", "-k", tests], {"TORCHCNN_EMULATOR_SM": sm, "TORCHCNN_TEST_EXAMPLES": "3"})
+        for sm, tests in (("75", "exact and float16"), ("90", "half"))
+    ]
+    return f"{emulate('fast', runs)} tests of 16-bit numbers"
 
 
 def check_emulator_memory(args):
@@ -207,6 +209,9 @@ def check_emulator_memory(args):
         for order in ORDERS
         for test in CHECKED_TESTS
     ]
+    # Hopper's steps are those of the same kernels: once.
+    hopper = {"TORCHCNN_EMULATOR_SM": "90", "TORCHCNN_EMULATOR_ORDER": "random", "TORCHCNN_TEST_EXAMPLES": "3"}
+    runs.append(("test_conv2d", ["-m", "not slow", "-k", "half_exact and float16"], hopper))
     return f"{emulate('check', runs)} tests, threads {', '.join(ORDERS)}"
 
 
@@ -226,7 +231,7 @@ def check_emulator_selftest(args):
 
 
 STEPS = [check_build, check_import, check_model, check_sass, check_docs]
-STEPS += [check_emulator_selftest, check_emulator_fast, check_emulator_older, check_emulator_memory, check_emulator_asan]
+STEPS += [check_emulator_selftest, check_emulator_fast, check_emulator_others, check_emulator_memory, check_emulator_asan]
 
 
 def main(argv):

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_model  # noqa: E402
 
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
-SHARED_KIB = {"sm_80": 164, "sm_90": 228}  # of a multiprocessor
+SHARED_KIB = {"sm_80": 164, "sm_90a": 228}  # of a multiprocessor
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor, both architectures
 USUAL_THREADS = 256  # of kernels without __launch_bounds__
 
@@ -135,7 +135,7 @@ def kernels_of(tools, path, architecture):
     kernels = {}
     for name, registers, stack, shared, local in re.findall(pattern, usage):
         # From sm_90 on the system's 1 KiB is counted as the kernel's.
-        reserved = 1024 if architecture == "sm_90" and int(shared) >= 1024 else 0
+        reserved = 1024 if architecture == "sm_90a" and int(shared) >= 1024 else 0
         kernels[name] = Kernel(name, architecture, int(registers), int(shared) - reserved, int(stack) + int(local), USUAL_THREADS)
     bounds = r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+(0x[0-9a-f]+) (0x[0-9a-f]+) (0x[0-9a-f]+)"
     for section in re.split(r"^\.nv\.info\.(?=\S+$)", dump(tools, "-elf", architecture, path), flags=re.MULTILINE)[1:]:
@@ -155,6 +155,7 @@ def kernels_of(tools, path, architecture):
 
 def read(tools, objects, architectures):
     kernels = [kernel for path in objects for each in architectures for kernel in kernels_of(tools, path, each)]
+    kernels = [kernel for kernel in kernels if kernel.architecture == "sm_90a" or "WarpgroupMath" not in kernel.name]  # elsewhere a trap
     return sorted(kernels, key=lambda kernel: (kernel.name, kernel.architecture))
 
 
@@ -166,8 +167,10 @@ def table(kernels):
     rows = {}
     for kernel in kernels:
         cells = [str(kernel.registers), f"{kernel.shared / 1024:.1f}", str(kernel.blocks), f"{kernel.occupancy:.0%}"]
-        rows.setdefault((kernel.name, kernel.threads), []).extend(cells)
-    lines += [f"| `{name}` | {threads} | {' | '.join(cells)} |" for (name, threads), cells in sorted(rows.items())]
+        rows.setdefault((kernel.name, kernel.threads), {})[kernel.architecture] = cells
+    for (name, threads), of in sorted(rows.items()):
+        cells = [cell for architecture in architectures for cell in of.get(architecture, [""] * 4)]
+        lines.append(f"| `{name}` | {threads} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

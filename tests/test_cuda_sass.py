@@ -29,7 +29,7 @@ def kernel(name="f<float>", architecture="sm_80", registers=32, shared=0, thread
     ],
 )
 def test_blocks_of_a_multiprocessor(registers, shared, threads, a100, h100):
-    for architecture, blocks in (("sm_80", a100), ("sm_90", h100)):
+    for architecture, blocks in (("sm_80", a100), ("sm_90a", h100)):
         assert kernel("f", architecture, registers, shared, threads).blocks == blocks
 
 
@@ -80,7 +80,7 @@ def test_real_code_is_read(tmp_path):
     (tmp_path / "code.cu").write_text(SOURCE)
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
     subprocess.run([NVCC, *targets, "-O3", "-c", "code.cu", "-o", "code.o"], cwd=tmp_path, check=True, capture_output=True)
-    for architecture in ("sm_80", "sm_90"):
+    for architecture in ("sm_80", "sm_90a"):
         kernels = {each.name: each for each in cuda_sass.read(cuda_sass.find_tools(), [tmp_path / "code.o"], [architecture])}
         assert set(kernels) == {"plain<float>", "spilling", "adding"}
         plain = kernels["plain<float>"]
@@ -93,7 +93,7 @@ def test_real_code_is_read(tmp_path):
 def test_table_goes_between_its_markers(tmp_path):
     path = tmp_path / "kernels.md"
     path.write_text(f"before\n{cuda_sass.BEGIN}\nold\n{cuda_sass.END}\nafter\n")
-    text = cuda_sass.table([kernel("f", "sm_80"), kernel("f", "sm_90", registers=64)])
+    text = cuda_sass.table([kernel("f", "sm_80"), kernel("f", "sm_90a", registers=64)])
     assert text.splitlines()[-1] == "| `f` | 256 | 32 | 0.0 | 8 | 100% | 64 | 0.0 | 4 | 50% |"
     assert cuda_sass.replace_block(path, text)
     assert not cuda_sass.replace_block(path, text)

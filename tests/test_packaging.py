@@ -110,7 +110,8 @@ def test_build_refuses_in_one_line(build, reason, circumstances):
 @pytest.mark.parametrize(
     ("wanted", "flags"),
     [
-        ("8.0;9.0a+PTX", "compute_80,code=sm_80 compute_90a,code=sm_90a compute_90a,code=compute_90a"),
+        ("8.0;9.0a+PTX", "compute_80,code=sm_80 compute_90a,code=sm_90a TORCHCNN_SM90A compute_90a,code=compute_90a"),
+        ("9.0+PTX", "compute_90a,code=sm_90a TORCHCNN_SM90A compute_90,code=compute_90"),  # Hopper's own steps
         ("8.6 12.0", "compute_86,code=sm_86 compute_120,code=sm_120"),
         ("", "compute_75,code=sm_75 compute_80,code=sm_80 compute_80,code=compute_80"),  # what both know
     ],
@@ -122,7 +123,9 @@ def test_architectures_become_flags_of_nvcc(tmp_path, monkeypatch, wanted, flags
     nvcc.chmod(0o755)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
     setup = runpy.run_path(str(ROOT / "setup.py"))
-    assert setup["architecture_flags"](tmp_path) == [f"-gencode=arch={flag}" for flag in flags.split()]
+    assert setup["architecture_flags"](tmp_path) == [
+        f"-D{flag}" if "code" not in flag else f"-gencode=arch={flag}" for flag in flags.split()
+    ]
 
 
 def test_sdist_needs_neither_torch_nor_compiler(build):

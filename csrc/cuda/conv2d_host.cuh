@@ -95,32 +95,26 @@ constexpr int64_t kBlocksThatFillAGpu = 3;
 constexpr int64_t kBlocksThatFillAGpu = 132;
 #endif
 
-// mma.sync with 16 deep steps, cp.async and TF32 came with sm_80.
-inline bool has_tensor_cores() {
-  int device = 0, major = 0;
+inline int attribute_of_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  return major >= 8;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
 }
+
+// mma.sync with 16 deep steps, cp.async and TF32 came with sm_80.
+inline bool has_tensor_cores() { return attribute_of_device(cudaDevAttrComputeCapabilityMajor) >= 8; }
 
 // wgmma is Hopper's alone. setup.py says whether that architecture's own code is part of the build.
 inline bool has_warpgroup_steps() {
 #ifdef TORCHCNN_SM90A
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  return major == 9;
+  return attribute_of_device(cudaDevAttrComputeCapabilityMajor) == 9;
 #else
   return false;
 #endif
 }
 
-inline int64_t most_shared_bytes() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return bytes;
-}
+inline int64_t most_shared_bytes() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // A group of one input channel and few output channels is no matrix product.
 inline bool suits_depthwise(const Conv2dGeometry& g) { return g.C_per_group() == 1 && g.K_per_group() <= 4; }
