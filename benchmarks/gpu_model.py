@@ -42,6 +42,7 @@ GPUS = [
 BLOCKS_THAT_FILL_A_GPU = 132  # conv2d_host.cuh
 TILE_DEPTH_BYTES, VECTOR_BYTES = 128, 16  # conv2d_tile.cuh
 LEAST_PART_TILES, FILLINGS = 8, 3  # conv2d_grad_weight.cu
+STRIP_THREADS, ENOUGH_BLOCKS = 128, 528  # conv2d_depthwise.cu, conv2d_parts.cuh
 BYTES = {"float32": 4, "tf32": 4, "float16": 2, "float64": 8}
 
 
@@ -141,15 +142,23 @@ def conv_work(layer, direction, arithmetic):
     input, weight, output = N * C * H * W, K * (C // G) * R * S, N * K * P * Q
     flops, least = 2 * output * (C // G) * R * S, (input + weight + output) * size
     if C == G and K // G <= 4 and G > 1:
-        # A thread for each element of the result; grad_weight: a block for each tap, 8192 pixels and 8 channels.
-        products = output * R * S
+        # A thread reads some rows of some columns for a strip of one column; the layers here have square filters and strides.
+        stride, transposed = layer.stride, direction == "grad_input"
+        rows, before = {1: 7, 2: 8 if transposed else 4}[stride], (R - 1) // stride
+        if transposed:
+            read, strips = ((rows - 1) // stride + before + 1) * (before + 1), ceil_div(H, rows) * W
+        else:
+            read, strips = ((rows - 1) * stride + R) * R, ceil_div(P, rows) * Q
         written = {"forward": output, "grad_input": input, "grad_weight": weight}[direction]
-        blocks = ceil_div(written, 256)
-        if direction == "grad_weight":
-            blocks = R * S * ceil_div(K, 8) * ceil_div(N * P * Q, 8192)
+        blocks, scratch, asked = ceil_div(N * C * strips, STRIP_THREADS), 0, N * C * strips * read * size + written * size
+        if direction == "grad_weight":  # the strips of a channel in parts
+            rounds = ceil_div(N * strips, STRIP_THREADS)
+            parts = ceil_div(rounds, ceil_div(rounds * C, ENOUGH_BLOCKS))
+            blocks, scratch = parts * C, 2 * parts * weight * 4 if parts > 1 else 0
+            asked += output * size + scratch
         peak = "float64" if arithmetic == "float64" else "float32"
-        kernel = f"conv2d_depthwise_{direction}"
-        return Work(kernel, flops, least, (2 * products + written) * size, flops, least, blocks, peak)
+        kernel = "conv2d_depthwise_grad_weight_strips" if direction == "grad_weight" else "conv2d_depthwise_strips"
+        return Work(kernel, flops, least, asked, flops, least + scratch, blocks, peak)
 
     vector = VECTOR_BYTES // size
 

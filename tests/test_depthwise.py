@@ -29,6 +29,7 @@ GEOMETRIES = {
     "lanes_17": (1, 17, 17, 7, 8, (3, 3), 1, 1, 1),
     "lanes_across_images": (7, 5, 5, 6, 9, (3, 3), 1, 1, 1),
     "channels_33": (2, 33, 33, 9, 10, (3, 3), 1, 1, 1),
+    "channels_66": (2, 66, 66, 9, 10, (3, 3), 2, 1, 1),
     "channels_120": (2, 120, 120, 5, 6, (5, 5), 1, 2, 1),
     "row_of_7": (2, 20, 20, 7, 7, (7, 7), 1, 3, 1),
     "row_of_8": (2, 20, 20, 8, 8, (7, 7), 1, 3, 1),
@@ -52,6 +53,7 @@ GEOMETRIES = {
     "blocks": (2, 18, 18, 60, 61, (3, 3), 1, 1, 1),
     "strips": (1, 18, 18, 150, 100, (3, 3), 1, 1, 1),
     "strips_strided": (1, 18, 18, 151, 100, (5, 5), 2, 2, 1),
+    "parts": (2, 2, 2, 210, 140, (3, 3), 1, 1, 1),
     "windows": (1, 18, 18, 4, 1100, (3, 5), 1, (1, 2), 1),
     "windows_strided": (1, 18, 18, 5, 1101, (3, 5), 2, (1, 2), 1),
     "windows_dilated": (1, 18, 18, 5, 1030, (1, 3), 1, (0, 40), (1, 40)),
@@ -95,14 +97,14 @@ def results(conv2d, input, weight, bias, grad_output, options):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_small_integers_are_exact(name, dtype, layout, device):
     *tensors, options = operands(name, dtype, LAYOUTS[layout])
     ours = results(functional.conv2d, *(tensor.to(device) for tensor in tensors), options)
     exact = results(F.conv2d, *(tensor.double() for tensor in tensors), options)
     for key, value in ours.items():
-        assert torch.equal(value.cpu().double(), exact[key]), key
+        assert torch.equal(value.cpu(), exact[key].to(dtype)), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -153,7 +153,9 @@ constexpr int kStripThreads = 128;
 
 // Of a multiprocessor at once, which leaves a thread 128, 168 or 255 registers.
 template <int kKernel>
-constexpr int kStripBlocks = kKernel == 3 ? 4 : kKernel == 5 ? 3 : 2;
+constexpr int kStripBlocks = kKernel == 3   ? 4
+                             : kKernel == 5 ? 3
+                                            : 2;
 
 // Channels of a thread in channels_last, read at once; of 5 x 5 taps 2 channels would take 50 registers, with what they need.
 template <int kKernel, bool kLast>
@@ -309,7 +311,7 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocks<kKernel>)
   const int c = first_channel + int(threadIdx.x) % deal.vectors * V, lane = int(threadIdx.x) / deal.vectors;
   const int column_pitch = kLast ? C : 1, row_pitch = int(problem.input.h), gradient_pitch = int(problem.output.h);
   const int all = problem.images * deal.strips * Q, begin = part * part_strips;
-  const int end = c < C ? min(begin + part_strips, all) : 0;
+  const int end = c < C ? begin + min(part_strips, all - begin) : 0;
 
   SumOf<T> sums[kKernel][kKernel][V] = {};
   for (int at = begin + lane; at < end; at += deal.lanes) {
@@ -397,7 +399,7 @@ constexpr int64_t kPartPixels = 8192;  // of the taps; what a block reads of a c
 
 bool is_last(const Conv2dGeometry& g) { return g.layout == Layout::channels_last && g.C > 1; }
 
-// Offsets of strips have 32 bits; pairs of channels must be aligned.
+// Offsets of strips have 32 bits.
 template <class T>
 bool suits_strips(const Conv2dGeometry& g) {
   constexpr int64_t limit = INT32_MAX;
@@ -405,6 +407,12 @@ bool suits_strips(const Conv2dGeometry& g) {
          g.stride_w == g.stride_h && g.dilation_h == 1 && g.dilation_w == 1 && g.K == g.C &&
          (g.R > 3 || !is_last(g) || g.C % 2 == 0) && g.N * g.C * g.H * g.W <= limit && g.N * g.K * g.P * g.Q <= limit &&
          g.K * g.R * g.S <= limit;
+}
+
+// Channels that are read in pairs must be aligned for that.
+template <class T>
+bool suits_strips(const Conv2dGeometry& g, const T* one, const T* other) {
+  return suits_strips<T>(g) && (g.R > 3 || !is_last(g) || (is_aligned<2>(one) && is_aligned<2>(other)));
 }
 
 // Calls run(kernel, stride, channels_last), each the type of a constant.
@@ -443,7 +451,7 @@ void run(const char* op, const Conv2dGeometry& g, const T* from, const T* weight
          Stream stream) {
   const Problem problem = problem_of(op, g);
   if constexpr (sizeof(T) <= 4) {
-    if (suits_strips<T>(g) && is_aligned<2>(from) && is_aligned<2>(to)) {
+    if (suits_strips(g, from, to)) {
       return run_strips(g, [&](auto kernel, auto stride, auto last) {
         constexpr int V = kStripChannels<kernel(), last()>;
         const int rows = kTransposed ? problem.h.read : problem.h.written;
@@ -504,7 +512,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const char* op = "conv2d_grad_weight";
   const Problem problem = problem_of(op, g);
   const D *gradient = on_device(grad_output), *in = on_device(input);
-  const bool strips = suits_strips<T>(g) && is_aligned<2>(gradient) && is_aligned<2>(in);
+  const bool strips = suits_strips(g, gradient, in);
   const Cut cut = strips ? strips_cut(g) : taps_cut(g);
   const PartSums<D, SumOf<D>> to{on_device(grad_weight), static_cast<SumOf<D>*>(workspace), cut.parts, g.K * g.R * g.S};
   if (strips) {
