@@ -2,9 +2,10 @@
 
 Every case is one layer in one direction and arithmetic: float32, tf32, float16, bfloat16. Torch, on NCHW and on channels_last
 tensors, with the fastest algorithm that cuDNN finds by trial (benchmark=True) and with a deterministic one of its own choice
-(deterministic=True, benchmark=False), and torchcnn in either layout take turns, once the results of torchcnn have been compared with float64. Time is taken by CUDA events
-around one call. Before each call a buffer twice as large as the L2 cache is written: no tensor is in the cache then, and a pause
-lets the call be in the queue before its turn comes, so that its launch does not count. What counts is the median. Each layout of
+(deterministic=True, benchmark=False), and torchcnn in either layout take turns, once the results of torchcnn have been compared
+with float64. Time is taken by CUDA events around one call. Before each call a buffer twice as large as the L2 cache is written: no
+tensor is in the cache then, and a pause lets the call be in the queue before its turn comes, so that its launch does not count.
+What counts is the median. Each layout of
 torchcnn has a row: the ratio is the time of torch's fastest over torchcnn's; `floor` is what part of torchcnn's time the floor of
 gpu_model.py is, on the GPUs that it knows. The aims stand in floors.py; the exit status is 1 if one is missed or a result is
 wrong.

@@ -186,7 +186,8 @@ def conv_work(layer, direction, arithmetic):
     fitting = [
         block
         for block in BLOCKS["by_index"][:2]
-        if ceil_div(pixels, block[0]) * ceil_div(written, block[1]) * G >= BLOCKS_THAT_FILL_A_GPU and (written > 64 or block[1] == 64)
+        if ceil_div(pixels, block[0]) * ceil_div(written, block[1]) * G >= BLOCKS_THAT_FILL_A_GPU
+        and (written > 64 or block[1] == 64)
     ]
     if arithmetic == "float64" or not fitting:
         fitting = [BLOCKS["by_index"][2]]

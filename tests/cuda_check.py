@@ -34,9 +34,9 @@ ARCHITECTURES = ["8.0+PTX", "9.0"]  # --full: all of setup.py's
 # Besides those of setup.py, whose warnings they turn into errors. The same machine code comes out.
 STRICT = "-Werror=all-warnings -Xptxas=-Werror"
 # What the emulator runs, a process for each: in its fast build every operator test, and those of 16-bit numbers as GPUs without
-# their tensor-core steps and with the steps of Hopper; in the build that checks memory, those with exact results, which have the geometries at the borders of
-# tiles, with the threads of a block in three orders; some of these once more under the address sanitizer, for the arrays of a
-# kernel's own.
+# tensor-core steps and with the steps of Hopper; in the build that checks memory, those with exact results, which have the
+# geometries at the borders of tiles, with the threads of a block in three orders; some of these once more under the address
+# sanitizer, for the arrays of a kernel's own.
 OPERATOR_TESTS = ["test_pool2d", "test_conv2d", "test_conv_transpose", "test_pool_backward", "test_depthwise", "test_cuda"]
 CHECKED_TESTS = ["test_conv2d", "test_pool2d"]
 CHECKED = os.environ.get("TORCHCNN_CHECKED_TESTS", "exact and not sliced and not (float64 and channels_last)")  # pytest -k
@@ -148,7 +148,8 @@ def check_sass(args):
     def having(opcode):
         return sum(any(each.startswith(opcode) for each in kernel.opcodes) for kernel in read)
 
-    return f"{len(read)} kernels of sm_80 and sm_90a: {having('HMMA')} with HMMA, {having('HGMMA')} with HGMMA, {having('LDGSTS')} with LDGSTS, no local memory"
+    counts = ", ".join(f"{having(opcode)} with {opcode}" for opcode in ("HMMA", "HGMMA", "LDGSTS"))
+    return f"{len(read)} kernels of sm_80 and sm_90a: {counts}, no local memory"
 
 
 def check_docs(args):

@@ -35,7 +35,7 @@ USUAL_THREADS = 256  # of kernels without __launch_bounds__
 # What the names of kernels promise: a regular expression of the name, those of instructions that must be there.
 FACTS = [
     (r"TensorMath<", ["HMMA"], "steps on the tensor cores"),
-    (r"TensorMath<TileShape<(__half|__nv_bfloat16|float, \d+, \d+, by_index)", [r"LDSM.*\.4"], "fragments by ldmatrix, four at a time"),
+    (r"TensorMath<TileShape<(__half|__nv_bfloat16|float, \d+, \d+, by_index)", [r"LDSM.*\.4"], "fragments by ldmatrix, by fours"),
     (r"WarpgroupMath<", ["HGMMA"], "steps of a warpgroup"),
     (r"SimtMath<TileShape<double", ["DFMA"], "multiply-adds in double"),
     (r"SimtMath<TileShape<(float|__)", ["FFMA"], "multiply-adds in float"),
@@ -155,7 +155,8 @@ def kernels_of(tools, path, architecture):
 
 def read(tools, objects, architectures):
     kernels = [kernel for path in objects for each in architectures for kernel in kernels_of(tools, path, each)]
-    kernels = [kernel for kernel in kernels if kernel.architecture == "sm_90a" or "WarpgroupMath" not in kernel.name]  # elsewhere a trap
+    # Elsewhere than on Hopper its own kernels are a trap.
+    kernels = [kernel for kernel in kernels if kernel.architecture == "sm_90a" or "WarpgroupMath" not in kernel.name]
     return sorted(kernels, key=lambda kernel: (kernel.name, kernel.architecture))
 
 
