@@ -3,7 +3,7 @@
 Every case is one layer in one direction and arithmetic: float32, tf32, float16, bfloat16. Torch, on NCHW and on channels_last
 tensors, with the fastest algorithm that cuDNN finds by trial (benchmark=True) and with a deterministic one of its own choice
 (deterministic=True, benchmark=False), and torchcnn in either layout take turns, once the results of torchcnn have been compared
-with float64. Time is taken by CUDA events around one call. Before each call a buffer twice as large as the L2 cache is written: no
+with float64. CUDA events around one call take the time. Before each call a buffer twice as large as the L2 cache is written: no
 tensor is in the cache then, and a pause lets the call be in the queue before its turn comes, so that its launch does not count.
 What counts is the median. Each layout of
 torchcnn has a row: the ratio is the time of torch's fastest over torchcnn's; `floor` is what part of torchcnn's time the floor of
