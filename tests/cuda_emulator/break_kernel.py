@@ -18,7 +18,9 @@ from pathlib import Path
 import build
 
 FOLDER = build.BUILD / "broken"
-WAITS = re.compile(r"__syncthreads\(\);|__syncwarp\(.*?\);|copy_async_wait<.*?>\(\);|copy_async_commit\(\);")
+WAITS = re.compile(
+    r"__syncthreads\(\);|__syncwarp\(.*?\);|copy_async_wait<.*?>\(\);|copy_async_commit\(\);|show_tensor_cores\(\);|math\.wait\(\);"
+)
 BOUNDS = re.compile(r"(?<=[\w)\]]) < (?=[\w(])")
 
 
