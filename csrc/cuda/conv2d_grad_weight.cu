@@ -131,10 +131,10 @@ int64_t read_columns(const Conv2dGeometry& g) {
   return g.R * g.S * round_up(g.C_per_group(), kVectorSize<Device<T>>);
 }
 
-// The tile: 128 x 128 where both sides fill it. Float64, and 16-bit types before sm_80, have no such kernel.
+// The tile: 128 x 128 where both sides fill it. Float64 has no such kernel, GPUs before sm_80 no such shared memory.
 template <class T>
 int grad_weight_block(const Conv2dGeometry& g) {
-  if (sizeof(T) == 8 || (sizeof(T) == 2 && !has_tensor_cores())) return 64;
+  if (sizeof(T) == 8 || !has_tensor_cores()) return 64;
   return g.K_per_group() > 64 && read_columns<T>(g) > 64 ? 128 : 64;
 }
 
@@ -194,6 +194,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   using D = Device<T>;
   const char* op = "conv2d_grad_weight";
   const Parts parts = parts_of<T>(g);
+  as_int(op, "pixels of a part", parts.pixels);
   const int block = grad_weight_block<T>(g);
   char* scratch = static_cast<char*>(workspace);
   GradWeightProblem<D> problem = {};

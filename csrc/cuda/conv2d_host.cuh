@@ -61,7 +61,7 @@ struct Vectors {
 
   // Brings them there; takes its scratch memory from the front of `workspace`.
   Activation<T> get(const char* op, char*& workspace, Stream stream) const {
-    const int64_t all = int64_t(groups) * channels();
+    const int64_t all = as_int(op, "channels in whole vectors", int64_t(groups) * channels());
     const T* from = data;
     if (!are_there()) {
       T* to = reinterpret_cast<T*>(workspace);

@@ -128,7 +128,7 @@ struct VectorCopy {
   int64_t plane, pixels;
   T* to;
 
-  // Where a pixel lies; plane is below 2^31, as both axes of activations on GPUs are small.
+  // Where a pixel lies.
   __device__ __forceinline__ const T* place(int64_t pixel) const {
     const int64_t image = pixels <= INT32_MAX ? int64_t(unsigned(pixel) / unsigned(plane)) : pixel / plane;
     return from + image * strides.n + (pixel - image * plane) * strides.w;

@@ -11,7 +11,7 @@
 // (the same types elsewhere, and TF32), SimtMath by one multiply-add at a time (float32, float64, and 16-bit types before sm_80). Each
 // adds up the products of an element of D step by step in
 // ascending order of k, whatever the tile: the choice of a tile does not change a bit. Within one step of the tensor cores the order
-// is the GPU's.
+// is the GPU's, and taken to be that of every width of B.
 #pragma once
 
 #include <utility>

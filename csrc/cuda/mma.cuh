@@ -1,4 +1,4 @@
-// Tensor-core and asynchronous-copy steps as functions on pointers and arrays: the only file with inline PTX.
+// Tensor-core and asynchronous-copy steps as functions on pointers and arrays: inline PTX stands here and in wgmma.cuh alone.
 //
 // Layouts (PTX ISA, "Matrix fragments for mma.m16n8k8 / m16n8k16"), lane = thread of the warp, g = lane / 4, t = lane % 4:
 //
