@@ -168,16 +168,17 @@ template <class T>
 __global__ void __launch_bounds__(kTurnThreads) conv2d_turn_to_vectors(const VectorCopy<T> copy, int channel_tiles) {
   constexpr int V = kVectorSize<T>, channels = 8 * V;         // of a tile
   constexpr int pitch = channels + (sizeof(T) == 2 ? 2 : 1);  // in either direction neighbours lie in different banks
-  __shared__ T tile[kTurnPixels * pitch];
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  __shared__ Bits tile[kTurnPixels * pitch];  // all zero bits are zero
   const int first_channel = int(blockIdx.x % channel_tiles) * channels;
   const int64_t first_pixel = int64_t(blockIdx.x / channel_tiles) * kTurnPixels;
   const int own = threadIdx.x % kTurnPixels;
   if (first_pixel + own < copy.pixels) {
-    const T* const from = copy.place(first_pixel + own);
+    const Bits* const from = reinterpret_cast<const Bits*>(copy.place(first_pixel + own));
 #pragma unroll
     for (int c = threadIdx.x / kTurnPixels; c < channels; c += kTurnThreads / kTurnPixels) {
       const int64_t source = first_channel + c < copy.vectors * V ? copy.source_of(first_channel + c) : -1;
-      tile[own * pitch + c] = source >= 0 ? from[source * copy.strides.c] : from_arithmetic<T>(SumOf<T>(0));
+      tile[own * pitch + c] = source >= 0 ? from[source * copy.strides.c] : Bits(0);
     }
   }
   __syncthreads();
@@ -185,10 +186,10 @@ __global__ void __launch_bounds__(kTurnThreads) conv2d_turn_to_vectors(const Vec
   for (int at = threadIdx.x; at < kTurnPixels * 8; at += kTurnThreads) {
     const int pixel = at / 8, vector = at % 8;
     if (first_pixel + pixel >= copy.pixels || first_channel / V + vector >= copy.vectors) continue;
-    Run<T, V> run;
+    Run<Bits, V> run;
 #pragma unroll
     for (int e = 0; e < V; ++e) run.of[e] = tile[pixel * pitch + vector * V + e];
-    *reinterpret_cast<Run<T, V>*>(copy.to + ((first_pixel + pixel) * copy.vectors + first_channel / V + vector) * V) = run;
+    *reinterpret_cast<Run<Bits, V>*>(copy.to + ((first_pixel + pixel) * copy.vectors + first_channel / V + vector) * V) = run;
   }
 }
 
