@@ -35,11 +35,12 @@ def interleave(contenders, seconds, rounds, use_threads):
 
     def seconds_of(function, threads, calls=1):
         # On one thread processor time: the time that other programs take is not counted.
-        clock = time.process_time if threads == 1 else time.perf_counter
+        name = "process_time" if threads == 1 else "perf_counter"
+        clock, tick = getattr(time, name), time.get_clock_info(name).resolution
         begin = clock()
         for _ in range(calls):
             function()
-        return (clock() - begin) / calls
+        return max(clock() - begin, tick) / calls  # in some virtual machines processor time stands still for a while
 
     def first_calls(function, threads):
         use_threads(threads)
