@@ -254,13 +254,16 @@ def main(args, machine=None):
     )
     torch.manual_seed(0)
     rows, shown, seconds = [], None, collections.Counter()
+    wanted = args.arithmetics.split(",") if args.arithmetics else list(DTYPES)
+    partly = bool(args.quick or args.classes or args.layout or args.arithmetics)
     mode = torch.inference_mode if args.table == "conv" else torch.enable_grad
     with mode():
         for case, peers, ours, exact, work in cases(args.table, groups, layouts, args.quick, device):
             if args.seconds and sum(seconds.values()) > args.seconds:
                 print(f"\nThe rest is left out: {args.seconds} seconds are over.")
+                partly = True
                 break
-            if args.arithmetics and case["arithmetic"] not in args.arithmetics.split(","):
+            if case["arithmetic"] not in wanted:
                 continue
             dtype, allowed = DTYPES[case["arithmetic"]], floors.CUDA_ERROR[case["arithmetic"]]
             use_arithmetic(case["arithmetic"])
@@ -288,7 +291,7 @@ def main(args, machine=None):
     lines, passed = verdicts(rows)
     print("", *lines, "", "; ".join(f"{what} {taken:.0f} s" for what, taken in seconds.items()), sep="\n")
     path = Path(args.csv) if args.csv else RESULTS / f"{args.table}_{re.sub('[^A-Za-z0-9]+', '_', machine['gpu'])}.csv"
-    if args.csv or not (args.quick or args.classes or args.layout):
+    if args.csv or not partly:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="") as file:
             columns = list(dict.fromkeys(column for row in rows for column in [*machine, *row]))

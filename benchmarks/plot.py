@@ -36,17 +36,19 @@ COLORS = {
 }
 
 
+def rows_in(folder, of_gpus):
+    for path in sorted(folder.rglob("*.csv")):
+        with open(path, newline="") as file:
+            yield from (row for row in csv.DictReader(file) if ("gpu" in row) == of_gpus)
+
+
 def read(folder):
     """Rows by (table, layout, threads, instruction sets) and then (class, direction); of two for a case the later counts."""
     cases = {}
-    for path in sorted(folder.rglob("*.csv")):
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                if "gpu" in row:
-                    continue
-                table = next(name for name, classes in TABLES.items() if row["class"] in classes)
-                setting = table, row["layout"], int(row["threads"]), f"{row['isa']} beside torch's {row['torch_isa']}"
-                cases[(*setting, row["class"], row["direction"], row["layer"])] = row
+    for row in rows_in(folder, of_gpus=False):
+        table = next(name for name, classes in TABLES.items() if row["class"] in classes)
+        setting = table, row["layout"], int(row["threads"]), f"{row['isa']} beside torch's {row['torch_isa']}"
+        cases[(*setting, row["class"], row["direction"], row["layer"])] = row
     tables, layouts = list(TABLES), ["nchw", "channels_last"]
     settings = {}
 
@@ -62,14 +64,11 @@ def read(folder):
 def read_gpu(folder):
     """Rows by (table, layout, GPU, torch, cuDNN) and then (class, direction) and arithmetic."""
     settings = {}
-    for path in sorted(folder.rglob("*.csv")):
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                if "gpu" in row:
-                    table = "conv" if row["class"] in TABLES["conv"] else "pool"
-                    setting = table, row["layout"], row["gpu"], row["torch_version"], row["cudnn_version"]
-                    cells = settings.setdefault(setting, {}).setdefault((row["class"], row["direction"]), {})
-                    cells.setdefault(row["arithmetic"], []).append(row)
+    for row in rows_in(folder, of_gpus=True):
+        table = "conv" if row["class"] in TABLES["conv"] else "pool"
+        setting = table, row["layout"], row["gpu"], row["torch_version"], row["cudnn_version"]
+        cells = settings.setdefault(setting, {}).setdefault((row["class"], row["direction"]), {})
+        cells.setdefault(row["arithmetic"], []).append(row)
     return settings
 
 

@@ -37,6 +37,7 @@ COLUMNS = [
     "wrong", "mean_floor", "worst_floor",
 ]
 # fmt: on
+ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")  # of GPUs
 
 
 def parse(argv):
@@ -50,7 +51,7 @@ def parse(argv):
         "--layout", choices=["nchw", "channels_last"], help="of torchcnn's tensors: nchw without it, both with --device cuda"
     )
     parser.add_argument("--classes", help="only the classes whose names begin with one of these, separated by commas")
-    parser.add_argument("--arithmetics", help="with --device cuda, only these of float32, tf32, float16, bfloat16")
+    parser.add_argument("--arithmetics", help=f"with --device cuda, only these of {', '.join(ARITHMETICS)}, separated by commas")
     parser.add_argument("--seconds", type=int, help="with --device cuda, begin no case after so many; cuDNN's searches take long")
     parser.add_argument("--quick", action="store_true", help="no large layers, few rounds, no second process; under a minute")
     parser.add_argument("--csv", help="where to write the rows; a whole run writes into benchmarks/results/ anyway")
@@ -59,6 +60,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.device == "cuda" and args.table not in ("conv", "pool"):
         parser.error("--device cuda measures conv and pool, in every dtype")
+    if args.device == "cpu" and (args.arithmetics or args.seconds):
+        parser.error("--arithmetics and --seconds are options of --device cuda")
+    if unknown := set((args.arithmetics or ARITHMETICS[0]).split(",")) - set(ARITHMETICS):
+        parser.error(f"--arithmetics must be of {', '.join(ARITHMETICS)}, got {', '.join(sorted(unknown))}")
     if args.device == "cpu":
         args.layout = args.layout or "nchw"
     return args

@@ -168,6 +168,12 @@ def test_interleave_gives_every_contender_every_round(harness):
     assert len(turns) == 2 * (4 + 1)  # and one to warm up
 
 
+def test_a_clock_that_stands_still_makes_no_zero(harness, monkeypatch):
+    monkeypatch.setattr(harness.timing.time, "process_time", lambda: 1.0)
+    times = harness.timing.interleave({"a": (lambda: None, 1)}, 0, 3, lambda threads: None)
+    assert all(taken > 0 for taken in times["a"])
+
+
 def test_slow_contender_is_called_once(harness, monkeypatch):
     monkeypatch.setattr(harness.timing, "SLOW", 0.0)
     calls = []

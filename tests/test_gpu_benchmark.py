@@ -184,6 +184,25 @@ def test_only_a_whole_run_writes_the_table(harness, without_gpu, monkeypatch, tm
     assert [path.name for path in tmp_path.iterdir()] == ["pool_NVIDIA_A100_SXM4_80GB.csv"]
 
 
+def test_arithmetics_and_time_can_be_chosen(harness, without_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(harness.gpu, "RESULTS", tmp_path)
+    without_gpu("conv", "--arithmetics", "tf32,float16")
+    printed = capsys.readouterr().out
+    assert "tf32" in printed and "float16" in printed and "float32 " not in printed and "bfloat16" not in printed
+    monkeypatch.setattr(harness.gpu.time, "perf_counter", iter(range(0, 10**9, 100)).__next__)
+    without_gpu("conv", "--seconds", "1")
+    printed = capsys.readouterr().out
+    assert "The rest is left out: 1 seconds are over." in printed and printed.count(" mean ") == 2  # one case, both layouts
+    assert not list(tmp_path.iterdir())  # nor is a part taken for the whole
+    for options, complaint in (
+        (["--device", "cuda", "--arithmetics", "float8"], "must be of float32, tf32, float16, bfloat16, got float8"),
+        (["--seconds", "1"], "are options of --device cuda"),
+    ):
+        with pytest.raises(SystemExit):
+            harness.run.parse(["conv", *options])
+        assert complaint in capsys.readouterr().err
+
+
 def test_torch_and_the_truth_are_computed_once(harness, without_gpu, monkeypatch, tmp_path):
     """torch's four take their turns once for both layouts; float64 is computed once for float32 and tf32, without a search."""
     cudnn, seen = torch.backends.cudnn, []

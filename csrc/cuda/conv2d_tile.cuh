@@ -9,9 +9,8 @@
 //
 // Three kinds of arithmetic, the same tiles: WarpgroupMath steps by wgmma (float16 and bfloat16 on Hopper), TensorMath by mma.sync
 // (the same types elsewhere, and TF32), SimtMath by one multiply-add at a time (float32, float64, and 16-bit types before sm_80). Each
-// adds up the products of an element of D step by step in
-// ascending order of k, whatever the tile: the choice of a tile does not change a bit. Within one step of the tensor cores the order
-// is the GPU's, and taken to be that of every width of B.
+// adds up the products of an element of D step by step in ascending order of k, whatever the tile: the choice of a tile does not
+// change a bit. Within one step of the tensor cores the order is the GPU's, and taken to be that of every width of B.
 #pragma once
 
 #include <utility>
@@ -295,7 +294,7 @@ struct WarpgroupMath {
     static_assert(A::block_k * int(sizeof(T)) == row_bytes);
     WarpgroupOperand a(a_tile + (by_k ? first_row() / 64 * A::panel_size : first_row() * A::row_size), A::panel_size * sizeof(T));
     WarpgroupOperand b(b_tile + first_column() * B::row_size, B::panel_size * sizeof(T));
-    wgmma_begin();
+    wgmma_begin(sum);
 #pragma unroll
     for (int k = 0; k < Shape::block_k; k += depth) {
       wgmma<by_k>(sum, a, b, T());

@@ -102,7 +102,7 @@ __device__ A sum_over(unsigned peers, A value, A start) {
 // The sizes of a scatter. Of each plane, or 32 planes side by side, a warp has `part` positions.
 struct Scatter {
   int64_t N, C, plane, windows, inner, part;
-  unsigned parts, tasks;  // a device has no memory for 2^32 tasks
+  unsigned parts, tasks;
 
   Scatter(const Pool2dGeometry& g, bool by_channels, int64_t kept_bytes)
       : N(g.N),
@@ -214,6 +214,8 @@ void scatter(const char* name, const Pool2dGeometry& g, const T* from, const int
   if (g.N * g.C * g.H * g.W == 0) return;
   const bool by_channels = g.layout == Layout::channels_last && g.P * g.Q <= 256;
   const Scatter sizes(g, by_channels, sizeof(Kept<adds, T>));
+  const int64_t limit = UINT32_MAX, tasks = ceil_div(sizes.plane, sizes.part) * g.N * (by_channels ? ceil_div(g.C, 32) : g.C);
+  require(tasks <= limit, name, "planes and their parts must be at most ", limit, " on a GPU, got ", tasks);
   const size_t shared = kScatterWarps * sizes.part * (by_channels ? 32 : 1) * sizeof(Kept<adds, T>);
   launch(name, by_channels ? pool2d_scatter_by_channels<adds, T> : pool2d_scatter_by_planes<adds, T>,
          pool_blocks(sizes.tasks, kScatterWarps), kScatterWarps * 32, shared, stream, sizes, from, indices, to);

@@ -43,106 +43,63 @@ struct WarpgroupOperand {
   __device__ __forceinline__ void advance(int bytes) { bits += bytes >> 4; }
 };
 
-// d += a b, 64 x 32 over 16 values of k. by_k says how both operands lie.
-template <int by_k>
-__device__ __forceinline__ void wgmma(float (&d)[4][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __half) {
-  TORCHCNN_WGMMA(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "
-      "%15}, %16, %17, p, 1, 1, %18, %18;\n}\n" : "+f"(d[0][0]),
-      "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]),
-      "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]) : "l"(a.bits),
-      "l"(b.bits), "n"(by_k));
-}
-template <int by_k>
-__device__ __forceinline__ void wgmma(float (&d)[4][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __nv_bfloat16) {
-  TORCHCNN_WGMMA(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "
-      "%15}, %16, %17, p, 1, 1, %18, %18;\n}\n" : "+f"(d[0][0]),
-      "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]),
-      "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]) : "l"(a.bits),
-      "l"(b.bits), "n"(by_k));
-}
+// clang-format off
+#define TORCHCNN_SUMS_4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define TORCHCNN_SUMS_16(j) TORCHCNN_SUMS_4(j), TORCHCNN_SUMS_4(j + 1), TORCHCNN_SUMS_4(j + 2), TORCHCNN_SUMS_4(j + 3)
+#define TORCHCNN_SUMS_32(j) TORCHCNN_SUMS_16(j), TORCHCNN_SUMS_16(j + 4)
+#define TORCHCNN_SUMS_64(j) TORCHCNN_SUMS_32(j), TORCHCNN_SUMS_32(j + 8)
+#define TORCHCNN_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define TORCHCNN_NAMES_32 TORCHCNN_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TORCHCNN_NAMES_64 TORCHCNN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d += a b, 64 x 64 over 16 values of k. by_k says how both operands lie.
-template <int by_k>
-__device__ __forceinline__ void wgmma(float (&d)[8][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __half) {
-  TORCHCNN_WGMMA(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %34, %34;\n}\n" : "+f"(
-          d[0][0]),
-      "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]),
-      "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]),
-      "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
-      "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]) : "l"(a.bits),
-      "l"(b.bits), "n"(by_k));
-}
-template <int by_k>
-__device__ __forceinline__ void wgmma(float (&d)[8][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __nv_bfloat16) {
-  TORCHCNN_WGMMA(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %34, %34;\n}\n"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-      : "l"(a.bits), "l"(b.bits), "n"(by_k));
-}
-
-// d += a b, 64 x 128 over 16 values of k. by_k says how both operands lie.
-template <int by_k>
-__device__ __forceinline__ void wgmma(float (&d)[16][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __half) {
-  TORCHCNN_WGMMA(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "
-      "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-      "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, "
-      "%63}, %64, %65, p, 1, 1, %66, %66;\n}\n" : "+f"(d[0][0]),
-      "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]),
-      "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]),
-      "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
-      "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]),
-      "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), "+f"(d[10][0]),
-      "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
-      "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]),
-      "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]),
-      "+f"(d[15][2]), "+f"(d[15][3]) : "l"(a.bits), "l"(b.bits), "n"(by_k));
-}
-template <int by_k>
-__device__ __forceinline__ void wgmma(float (&d)[16][4], const WarpgroupOperand& a, const WarpgroupOperand& b, __nv_bfloat16) {
-  TORCHCNN_WGMMA(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "
-      "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-      "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, "
-      "%63}, %64, %65, p, 1, 1, %66, %66;\n}\n" : "+f"(d[0][0]),
-      "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]),
-      "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]),
-      "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
-      "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]),
-      "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), "+f"(d[10][0]),
-      "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
-      "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]),
-      "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]),
-      "+f"(d[15][2]), "+f"(d[15][3]) : "l"(a.bits), "l"(b.bits), "n"(by_k));
-}
+// d += a b, 64 rows by `columns` over 16 values of k. by_k says how both operands lie. `a_name` and its like are the names of what
+// follows the sums, of which a thread has columns / 2.
+#define TORCHCNN_STEP(T, type, columns, sums, a_name, b_name, by_k_name) \
+  template <int by_k> \
+  __device__ __forceinline__ void wgmma(float (&d)[columns / 8][4], const WarpgroupOperand& a, const WarpgroupOperand& b, T) { \
+    TORCHCNN_WGMMA("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n" \
+                   "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" TORCHCNN_NAMES_##sums "}, " \
+                   a_name ", " b_name ", p, 1, 1, " by_k_name ", " by_k_name ";\n}\n" \
+                   : TORCHCNN_SUMS_##sums(0) \
+                   : "l"(a.bits), "l"(b.bits), "n"(by_k)); \
+  }
+#define TORCHCNN_STEPS(T, type) \
+  TORCHCNN_STEP(T, type, 32, 16, "%16", "%17", "%18") \
+  TORCHCNN_STEP(T, type, 64, 32, "%32", "%33", "%34") \
+  TORCHCNN_STEP(T, type, 128, 64, "%64", "%65", "%66")
+TORCHCNN_STEPS(__half, "f16")
+TORCHCNN_STEPS(__nv_bfloat16, "bf16")
+// clang-format on
 
 // What this thread has written to shared memory can be read by the tensor cores, once it has met the others at a barrier.
 __device__ __forceinline__ void show_tensor_cores() { TORCHCNN_WGMMA("fence.proxy.async.shared::cta;" :: : "memory"); }
 
-// Before the first step that adds to registers which this thread has written.
-__device__ __forceinline__ void wgmma_begin() { TORCHCNN_WGMMA("wgmma.fence.sync.aligned;" :: : "memory"); }
+// The compiler may move no use of the sums past this.
+template <int tiles>
+__device__ __forceinline__ void hold(float (&d)[tiles][4]) {
+#pragma unroll
+  for (int i = 0; i < tiles; ++i) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+}
+
+// Before the first step that adds to sums which this thread has written.
+template <int tiles>
+__device__ __forceinline__ void wgmma_begin(float (&d)[tiles][4]) {
+  hold(d);
+  TORCHCNN_WGMMA("wgmma.fence.sync.aligned;" :: : "memory");
+}
 __device__ __forceinline__ void wgmma_commit() { TORCHCNN_WGMMA("wgmma.commit_group.sync.aligned;" :: : "memory"); }
 
 // Waits for all steps: shared memory can be written again, and the sums be read.
 template <int tiles>
 __device__ __forceinline__ void wgmma_wait(float (&d)[tiles][4]) {
   TORCHCNN_WGMMA("wgmma.wait_group.sync.aligned 0;" :: : "memory");
-#pragma unroll
-  for (int i = 0; i < tiles; ++i)  // the compiler may not move a use of them before the wait
-    asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+  hold(d);
 }
 
 #undef TORCHCNN_WGMMA
+#undef TORCHCNN_STEP
+#undef TORCHCNN_STEPS
 
 }  // namespace torchcnn::cuda
 #endif

@@ -20,7 +20,8 @@ void wgmma(float (&d)[tiles][4], const WarpgroupOperand& a, const WarpgroupOpera
 }
 
 inline void show_tensor_cores() { emulator::show_tensor_cores(); }
-inline void wgmma_begin() {}
+template <int tiles>
+void wgmma_begin(float (&)[tiles][4]) {}
 inline void wgmma_commit() {}
 template <int tiles>
 void wgmma_wait(float (&)[tiles][4], emulator::Place place = emulator::Place::current()) {

@@ -334,6 +334,14 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Kernel& started) {
   return run_grid();
 }
 
+// TORCHCNN_EMULATOR_SM chooses a GPU without tensor-core steps (75), with (80), or with those of a warpgroup (90).
+int capability() {
+  const char* sm = std::getenv("TORCHCNN_EMULATOR_SM");
+  return sm == nullptr ? 80 : std::atoi(sm);
+}
+
+size_t most_shared_bytes() { return capability() < 80 ? size_t(64) << 10 : kMostSharedBytes; }
+
 void set_order(Order chosen, unsigned seed) {
   const std::lock_guard lock(one_launch);
   order = chosen;
@@ -344,7 +352,7 @@ void set_order(Order chosen, unsigned seed) {
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || size_t(value) > emulator::kMostSharedBytes) return cudaErrorInvalidValue;
+  if (value < 0 || size_t(value) > emulator::most_shared_bytes()) return cudaErrorInvalidValue;
   const std::lock_guard lock(emulator::one_launch);
   emulator::shared_bytes_asked[function] = size_t(value);
   return cudaSuccess;
@@ -371,16 +379,14 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-// TORCHCNN_EMULATOR_SM chooses a GPU without tensor-core steps (75) or with (80).
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const char* sm = std::getenv("TORCHCNN_EMULATOR_SM");
-  const int capability = sm == nullptr ? 80 : std::atoi(sm);
+  const int capability = emulator::capability();
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor: *value = capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; break;
     case cudaDevAttrMultiProcessorCount: *value = 4; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(emulator::kSharedBytesWithoutAsking); break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(emulator::kMostSharedBytes); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(emulator::most_shared_bytes()); break;
     case cudaDevAttrMaxThreadsPerBlock: *value = int(emulator::kMostThreads); break;
     default: return cudaErrorInvalidValue;
   }
