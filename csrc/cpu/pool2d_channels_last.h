@@ -28,14 +28,6 @@ inline Vec<Arithmetic<T>> load_channels(const T* from, int64_t left, int64_t unt
   return until_end >= kLanes<Arithmetic<T>> ? load_wide(from) : load_wide_partial(from, left);
 }
 
-template <class I, class Offset>
-inline Vec<I> load_offsets(const Offset* from, int64_t left, int64_t until_end) {
-  if (until_end >= kLanes<I>) return load_unsigned<I>(from);
-  Vec<I> v{};
-  for (int64_t lane = 0; lane < left; ++lane) v[lane] = static_cast<I>(from[lane]);
-  return v;
-}
-
 template <class T>
 inline void store_channels(T* to, Vec<Arithmetic<T>> v, int64_t until_end) {
   if (until_end >= kLanes<Arithmetic<T>>) {

@@ -83,57 +83,97 @@ template <class A>
   return bits;
 }
 
-// The first element of a plane that equals `value`, which one does.
+// The first element of a row that equals `value`, which one does; count >= kLanes.
 template <class T>
-inline int64_t first_equal(const T* plane, int64_t count, Vec<Arithmetic<T>> value) {
+inline int64_t first_equal(const T* row, int64_t count, Vec<Arithmetic<T>> value) {
   using A = Arithmetic<T>;
   constexpr int64_t L = kLanes<A>, block = 64;
   for (int64_t x = 0;; x += block) {
     uint64_t equal = 0;
 #pragma GCC unroll 32
-    for (int64_t v = 0; v < block; v += L) equal |= equal_lanes<A>(load_wide(plane + std::min(x + v, count - L)), value) << v;
+    for (int64_t v = 0; v < block; v += L) equal |= equal_lanes<A>(load_wide(row + std::min(x + v, count - L)), value) << v;
     if (equal == 0) continue;
     const int64_t bit = __builtin_ctzll(equal);
     return std::min(x + bit / L * L, count - L) + bit % L;
   }
 }
 
-// The largest value of each lane of a plane without NaN, with the signs turned; the last vector overlaps the one before it.
-// `trace` becomes NaN if there is one after all.
+// Vectors of a plane that are searched side by side, and the blocks that they go through, so that the largest value need not be
+// looked for in all of the plane.
+inline constexpr int64_t kChains = 4;
+template <class A>
+inline constexpr int64_t kBlock = 8 * kChains * kLanes<A>;
+
+// The largest value of each lane of a row without NaN, with the signs turned; the last vector overlaps the one before it. `trace`
+// becomes NaN if there is one after all.
 template <class T>
-inline Vec<Arithmetic<T>> largest_of_plane(const T* plane, int64_t count, Vec<IndexOf<Arithmetic<T>>> sign,
-                                           Vec<Arithmetic<T>>& trace) {
+inline Vec<Arithmetic<T>> largest_of_row(const T* row, int64_t count, Vec<IndexOf<Arithmetic<T>>> sign,
+                                         Vec<Arithmetic<T>>& trace) {
+  using A = Arithmetic<T>;
+  constexpr int64_t L = kLanes<A>;
+  Vec<A> largest = (Vec<A>)((Vec<IndexOf<A>>)load_wide(row) ^ sign);
+  trace += largest;
+  for (int64_t x = L; x < count; x += L) {
+    const Vec<A> candidate = (Vec<A>)((Vec<IndexOf<A>>)load_wide(row + std::min(x, count - L)) ^ sign);
+    largest = candidate > largest ? candidate : largest;
+    trace += candidate;
+  }
+  return largest;
+}
+
+// The same of a plane of several blocks, and in which of them it stands first.
+template <class T>
+inline Best<Arithmetic<T>> largest_of_plane(const T* plane, int64_t count, Vec<IndexOf<Arithmetic<T>>> sign,
+                                            Vec<Arithmetic<T>>& trace) {
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
-  constexpr int64_t L = kLanes<A>, chains = 4;
+  constexpr int64_t L = kLanes<A>;
   const auto at = [&](int64_t x) { return (Vec<A>)((Vec<I>)load_wide(plane + x) ^ sign); };
-  Vec<A> best = at(0);
-  trace += best;
-  int64_t x = L;
-  if (count >= 2 * chains * L) {
-    Vec<A> chain[chains], sum[chains];
+  Best<A> best{at(0), Vec<I>{}};
+  const auto offer_block = [&](Vec<A> largest, int64_t block) {
+    const Vec<I> better = largest > best.value;
+    best.value = better ? largest : best.value;
+    best.code = better ? broadcast(static_cast<I>(block)) : best.code;
+  };
+  int64_t x = 0;
+  for (; x + kBlock<A> <= count; x += kBlock<A>) {
+    Vec<A> chain[kChains], sum[kChains];
+    prefetch_row<T, 8192>(plane + x, kBlock<A>);
 #pragma GCC unroll 4
-    for (int v = 0; v < chains; ++v) chain[v] = sum[v] = at(v * L);
-    for (x = chains * L; x + chains * L <= count; x += chains * L) {
-      prefetch_row<T, 8192>(plane + x, chains * L);
+    for (int v = 0; v < kChains; ++v) chain[v] = sum[v] = at(x + v * L);
+    for (int64_t next = x + kChains * L; next < x + kBlock<A>; next += kChains * L) {
 #pragma GCC unroll 4
-      for (int v = 0; v < chains; ++v) {
-        const Vec<A> candidate = at(x + v * L);
+      for (int v = 0; v < kChains; ++v) {
+        const Vec<A> candidate = at(next + v * L);
         chain[v] = candidate > chain[v] ? candidate : chain[v];
         sum[v] += candidate;
       }
     }
     chain[0] = chain[0] > chain[1] ? chain[0] : chain[1];
     chain[2] = chain[2] > chain[3] ? chain[2] : chain[3];
-    best = chain[0] > chain[2] ? chain[0] : chain[2];
+    offer_block(chain[0] > chain[2] ? chain[0] : chain[2], x / kBlock<A>);
     trace += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
-  for (; x < count; x += L) {
-    const Vec<A> candidate = at(std::min(x, count - L));
-    best = candidate > best ? candidate : best;
-    trace += candidate;
-  }
+  if (x == count) return best;
+  const int64_t rest = std::min(x, count - L);  // at least a vector
+  offer_block(largest_of_row(plane + rest, count - rest, sign, trace), x / kBlock<A>);
   return best;
+}
+
+// The first element of a plane that equals `value`, the largest of its lanes.
+template <class T>
+inline int64_t first_largest(const T* plane, int64_t count, const Best<Arithmetic<T>>& lanes, Arithmetic<T> turned,
+                             Arithmetic<T> value) {
+  using A = Arithmetic<T>;
+  using I = IndexOf<A>;
+  int64_t start = 0;
+  if (count > kBlock<A>) {
+    const Vec<I> block = lanes.value == turned ? lanes.code : broadcast(std::numeric_limits<I>::max());
+    I first = block[0];
+    for (int64_t lane = 1; lane < kLanes<A>; ++lane) first = std::min(first, block[lane]);
+    start = std::min(first * kBlock<A>, count - kLanes<A>);
+  }
+  return start + first_equal(plane + start, count - start, broadcast(value));
 }
 
 // Planes are searched for their largest value first, then for where it stands. That does not find a NaN: a group that has one is
@@ -148,7 +188,16 @@ void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T*
   const Vec<I> sign = broadcast(extremum.minimum ? std::numeric_limits<I>::min() : I(0));  // a minimum turns the sign bits
   for_each_group_of_planes<A>(g, 3, [&](int64_t first, int64_t planes) {
     Vec<A> value[L] = {}, trace{};
-    for (int64_t l = 0; l < planes; ++l) value[l] = largest_of_plane(input + (first + l) * count, count, sign, trace);
+    Best<A> lanes[L];
+    for (int64_t l = 0; l < planes; ++l) {
+      const T* plane = input + (first + l) * count;
+      if (count <= kBlock<A>) {
+        value[l] = largest_of_row(plane, count, sign, trace);
+      } else {
+        lanes[l] = largest_of_plane(plane, count, sign, trace);
+        value[l] = lanes[l].value;
+      }
+    }
     Best<A> best;
     if (equal_lanes<A>(trace, trace) == equal_lanes<A>(Vec<A>{}, Vec<A>{})) {
       gemm::transpose<A>(value);
@@ -163,7 +212,7 @@ void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T*
       for (int64_t l = 0; l < planes; ++l) {
         if (positions.kind == PositionKind::none && found[l] != 0) continue;
         const T* plane = input + (first + l) * count;
-        position[l] = static_cast<I>(first_equal(plane, count, broadcast(found[l])));
+        position[l] = static_cast<I>(first_largest(plane, count, lanes[l], best.value[l], found[l]));
         if (found[l] == 0) found[l] = widen(plane[position[l]]);  // zeros of either sign are equal
       }
       best = {(Vec<A>)((Vec<I>)load(found) ^ sign), load(position)};

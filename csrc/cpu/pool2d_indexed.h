@@ -89,31 +89,73 @@ struct OwnedPlanes {
   }
 };
 
+// Calls visit(i) for i < count, of four parts in turn: neighbours often choose the same element, where the second addition must wait
+// for the first.
+template <class Visit>
+[[gnu::always_inline]] inline void in_four_parts(int64_t count, Visit visit) {
+  const int64_t part = count / 4;
+  for (int64_t i = 0; i < part; ++i) {
+    visit(i);
+    visit(part + i);
+    visit(2 * part + i);
+    visit(3 * part + i);
+  }
+  for (int64_t i = 4 * part; i < count; ++i) visit(i);
+}
+
+// Where planes follow each other: as many as the nearest cache holds are zeroed together, or the next one where only few elements
+// are touched again: an addition waits until what memset wrote has arrived.
+template <class T>
+bool pool2d_scatter_add_planes(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input) {
+  using A = Arithmetic<T>;
+  std::atomic<bool> inside = true;
+  const int64_t plane = g.H * g.W, windows = g.P * g.Q, planes = g.N * g.C;
+  const int64_t zeroed_bytes = (16 * windows < plane ? 128 : 16) * 1024;
+  const int64_t together = std::clamp<int64_t>(zeroed_bytes / static_cast<int64_t>(plane * sizeof(A)), 1, planes);
+  parallel_for(ceil_div(planes, together), (windows * 2 + plane / 8) * together, [&](int64_t task) {
+    const int64_t first = task * together, end = std::min(planes, first + together), elements = (end - first) * plane;
+    A* to;
+    if constexpr (std::is_same_v<T, A>) {
+      to = grad_input + first * plane;
+    } else {
+      to = workspace<A>(Slot::patches, elements);
+    }
+    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(elements) * sizeof(A));
+    bool all_inside = true;
+    for (int64_t nc = first; nc < end; ++nc) {
+      A* sums = to + (nc - first) * plane;
+      const T* gradient = grad_output + nc * windows;
+      const int64_t* index = indices + nc * windows;
+      in_four_parts(windows, [&](int64_t i) {
+        const bool is_inside = static_cast<uint64_t>(index[i]) < static_cast<uint64_t>(plane);
+        if (is_inside) sums[index[i]] += widen(gradient[i]);
+        all_inside &= is_inside;
+      });
+    }
+    if constexpr (!std::is_same_v<T, A>) {
+      for (int64_t i = 0; i < elements; ++i) grad_input[first * plane + i] = narrow<T>(to[i]);
+    }
+    if (!all_inside) inside.store(false, std::memory_order_relaxed);
+  });
+  return inside;
+}
+
 // Whether every index lay in the plane.
 template <class T>
 bool pool2d_scatter_add(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input) {
   const WorkspaceUse use;
+  if (g.N * g.C * g.H * g.W == 0) return g.N * g.C * g.P * g.Q == 0;
+  if (g.layout == Layout::nchw || g.C == 1) return pool2d_scatter_add_planes(g, grad_output, indices, grad_input);
   std::atomic<bool> inside = true;
   const uint64_t plane = static_cast<uint64_t>(g.H * g.W);
-  const int64_t windows = g.P * g.Q;
   for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
     const OwnedPlanes<T> planes(g, grad_input, n, c_begin, channels);
     bool all_inside = true;
-    if (planes.step == 1 && (g.layout == Layout::nchw || g.C == 1)) {
-      Arithmetic<T>* to = planes.sums;
-      const int64_t begin = (n * g.C + c_begin) * windows;
-      for (int64_t i = begin; i < begin + windows; ++i) {
-        const uint64_t index = static_cast<uint64_t>(indices[i]);
-        if (index < plane) to[index] += widen(grad_output[i]);
-        all_inside &= index < plane;
-      }
-    } else {
-      for_each_window(g, n, c_begin, channels, [&](int64_t, int64_t, int64_t c, int64_t from) {
-        const uint64_t index = static_cast<uint64_t>(indices[from]);
-        if (index < plane) planes.at(static_cast<int64_t>(index), c) += widen(grad_output[from]);
-        all_inside &= index < plane;
-      });
-    }
+    for_each_window(g, n, c_begin, channels, [&](int64_t, int64_t, int64_t c, int64_t from) {
+      const uint64_t index = static_cast<uint64_t>(indices[from]);
+      if (index < plane) planes.at(static_cast<int64_t>(index), c) += widen(grad_output[from]);
+      all_inside &= index < plane;
+    });
     planes.write_back();
     if (!all_inside) inside.store(false, std::memory_order_relaxed);
   });
@@ -185,71 +227,10 @@ inline int64_t index_of_offset(const Pool2dGeometry& g, const Tap* taps, int64_t
   return inside ? h * g.W + w : -1;
 }
 
-// The windows of one axis that lie inside the plane: begin ... end - 1. Their taps need no check.
-struct InsideRange {
-  int64_t begin, end;
-};
-
-inline InsideRange windows_inside(int64_t windows, int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t begin = std::min(windows, ceil_div(pad, stride)), room = size + pad - dilation * (kernel - 1) - 1;
-  return {begin, room < 0 ? begin : std::clamp(room / stride + 1, begin, windows)};
-}
-
-// NCHW: planes follow each other, and as many as the nearest cache holds are zeroed together.
-template <class T, class Offset>
-void pool2d_scatter_offsets_nchw(const Pool2dGeometry& g, const Tap* taps, const T* grad_output, const Offset* offsets,
-                                 T* grad_input) {
-  using A = Arithmetic<T>;
-  constexpr int64_t zeroed_bytes = 16 * 1024;
-  const int64_t plane = g.H * g.W, windows = g.P * g.Q, planes = g.N * g.C;
-  const int64_t together = std::clamp<int64_t>(zeroed_bytes / static_cast<int64_t>(plane * sizeof(A)), 1, planes);
-  const uint64_t taps_count = static_cast<uint64_t>(g.R * g.S);
-  const InsideRange rows = windows_inside(g.P, g.H, g.R, g.stride_h, g.pad_h, g.dilation_h);
-  const InsideRange columns = windows_inside(g.Q, g.W, g.S, g.stride_w, g.pad_w, g.dilation_w);
-  parallel_for(ceil_div(planes, together), (windows * 2 + plane / 8) * together, [&](int64_t task) {
-    const int64_t first = task * together, end = std::min(planes, first + together), elements = (end - first) * plane;
-    A* to;
-    if constexpr (std::is_same_v<T, A>) {
-      to = grad_input + first * plane;
-    } else {
-      to = workspace<A>(Slot::patches, elements);
-    }
-    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(elements) * sizeof(A));
-    for (int64_t nc = first; nc < end; ++nc) {
-      A* sums = to + (nc - first) * plane;
-      const T* gradient = grad_output + nc * windows;
-      const Offset* offset = offsets + nc * windows;
-      const auto checked = [&](int64_t p, int64_t q_begin, int64_t q_end) {
-        for (int64_t q = q_begin; q < q_end; ++q) {
-          const int64_t index = index_of_offset(g, taps, p, q, offset[p * g.Q + q]);
-          if (index >= 0) sums[index] += widen(gradient[p * g.Q + q]);
-        }
-      };
-      for (int64_t p = 0; p < g.P; ++p) {
-        if (p < rows.begin || p >= rows.end) {
-          checked(p, 0, g.Q);
-          continue;
-        }
-        checked(p, 0, columns.begin);
-        A* window = sums + (p * g.stride_h - g.pad_h) * g.W + columns.begin * g.stride_w - g.pad_w;
-        for (int64_t q = columns.begin; q < columns.end; ++q, window += g.stride_w) {
-          const uint64_t tap = static_cast<uint64_t>(offset[p * g.Q + q]);
-          if (tap < taps_count) window[taps[tap].index] += widen(gradient[p * g.Q + q]);
-        }
-        checked(p, columns.end, g.Q);
-      }
-    }
-    if constexpr (!std::is_same_v<T, A>) {
-      for (int64_t i = 0; i < elements; ++i) grad_input[first * plane + i] = narrow<T>(to[i]);
-    }
-  });
-}
-
 template <class T, class Offset>
 void pool2d_scatter_offsets(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
   const WorkspaceUse use;
   const Tap* taps = taps_of(g);
-  if (g.layout == Layout::nchw) return pool2d_scatter_offsets_nchw(g, taps, grad_output, offsets, grad_input);
   for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
     const OwnedPlanes<T> planes(g, grad_input, n, c_begin, channels);
     for_each_window(g, n, c_begin, channels, [&](int64_t p, int64_t q, int64_t c, int64_t from) {

@@ -75,7 +75,7 @@ inline void store_group(const Pool2dGeometry& g, const Arithmetic<T>* results, i
   using A = Arithmetic<T>;
   const int64_t plane = g.P * g.Q;
   if (plane == 1) return store_elements(first, load(results), planes);
-  lanes_to_rows<A>(results, count, [&](int64_t l, int64_t x, Vec<A> v) {
+  lanes_to_rows<A>(results, count, [=](int64_t l, int64_t x, Vec<A> v) {
     if (l < planes) store_elements((first + l) * plane + begin + x, v, std::min(kLanes<A>, count - x));
   });
 }
@@ -193,13 +193,13 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
     }
     const int64_t begin = p_begin * g.Q, count = (p_end - p_begin) * g.Q;
     store_group<T>(g, value_result, first, planes, begin, count,
-                   [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
+                   [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
     if constexpr (coded) {
       using Position =
           std::conditional_t<of_plane, int64_t, std::conditional_t<kind == PositionKind::byte_offsets, uint8_t, int32_t>>;
       store_group<T>(
           g, reinterpret_cast<const A*>(code_result), first, planes, begin, count,
-          [&](int64_t to, Vec<A> v, int64_t n) { store_integers<I>(static_cast<Position*>(positions) + to, (Vec<I>)v, n); });
+          [=](int64_t to, Vec<A> v, int64_t n) { store_integers<I>(static_cast<Position*>(positions) + to, (Vec<I>)v, n); });
     }
   });
 }
@@ -266,7 +266,7 @@ void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T*
       }
     }
     store_group<T>(g, mean, first, planes, p_begin * g.Q, (p_end - p_begin) * g.Q,
-                   [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
+                   [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
   });
 }
 

@@ -66,6 +66,15 @@ inline Vec<Arithmetic<T>> load_row_end(const T* from, int64_t count, const T* en
   return end - from >= kLanes<Arithmetic<T>> ? load_wide(from) : load_wide_partial(from, count);
 }
 
+// The same for offsets; `until_end` of them are left in the tensor, `left` of them count.
+template <class I, class Offset>
+inline Vec<I> load_offsets(const Offset* from, int64_t left, int64_t until_end) {
+  if (until_end >= kLanes<I>) return load_unsigned<I>(from);
+  Vec<I> v{};
+  for (int64_t lane = 0; lane < left; ++lane) v[lane] = static_cast<I>(from[lane]);
+  return v;
+}
+
 inline bool windows_lie_inside(const Pool2dGeometry& g) {
   return g.pad_h == 0 && g.pad_w == 0 && (g.P - 1) * g.stride_h + g.dilation_h * (g.R - 1) < g.H &&
          (g.Q - 1) * g.stride_w + g.dilation_w * (g.S - 1) < g.W;

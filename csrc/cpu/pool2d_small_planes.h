@@ -65,10 +65,10 @@ inline void planes_to_lanes(int64_t first, int64_t planes, int64_t count, LoadAt
 template <class A, class StoreTo>
 inline void lanes_to_planes(const A* lanes, int64_t first, int64_t planes, int64_t count, StoreTo store_to) {
   if (count >= kLanes<A> && planes == kLanes<A>) {
-    lanes_to_rows<A>(lanes, count, [&](int64_t l, int64_t x, Vec<A> v) { store_to((first + l) * count + x, v, kLanes<A>); });
+    lanes_to_rows<A>(lanes, count, [=](int64_t l, int64_t x, Vec<A> v) { store_to((first + l) * count + x, v, kLanes<A>); });
     return;
   }
-  lanes_to_rows<A>(lanes, count, [&](int64_t l, int64_t x, Vec<A> v) {
+  lanes_to_rows<A>(lanes, count, [=](int64_t l, int64_t x, Vec<A> v) {
     if (l < planes) store_to((first + l) * count + x, v, std::min(kLanes<A>, (planes - l) * count - x));
   });
 }
@@ -82,17 +82,20 @@ void for_each_small_group(const Pool2dGeometry& g, Visit visit) {
 }
 
 // Calls visit(h W + w, r, s) for the taps of a window inside the plane, R_ x S_ of them or, where these are 0, any.
+// What is visited may be stored to, so sizes are kept where no store can change them.
 template <int R_, int S_, class Visit>
 [[gnu::always_inline]] inline void for_each_tap(const Pool2dGeometry& g, const Window& row, const Window& column, Visit visit) {
   if constexpr (R_ > 0) {
-    const int64_t start = row.begin * g.W + column.begin;
+    const int64_t W = g.W, start = row.begin * W + column.begin;
 #pragma GCC unroll 3
     for (int64_t r = 0; r < R_; ++r)
 #pragma GCC unroll 3
-      for (int64_t s = 0; s < S_; ++s) visit(start + r * g.W + s, r, s);
+      for (int64_t s = 0; s < S_; ++s) visit(start + r * W + s, r, s);
   } else {
-    for (int64_t h = row.begin, r = 0; h < row.end; h += g.dilation_h, ++r)
-      for (int64_t w = column.begin, s = 0; w < column.end; w += g.dilation_w, ++s) visit(h * g.W + w, r, s);
+    const int64_t W = g.W, dilation_h = g.dilation_h, dilation_w = g.dilation_w;
+    const Window rows = row, columns = column;
+    for (int64_t h = rows.begin, r = 0; h < rows.end; h += dilation_h, ++r)
+      for (int64_t w = columns.begin, s = 0; w < columns.end; w += dilation_w, ++s) visit(h * W + w, r, s);
   }
 }
 
@@ -132,9 +135,9 @@ void extremum_pool2d_small_planes(const Pool2dGeometry& g, Extremum extremum, co
     A* lanes = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* values = workspace<A>(Slot::tile, 2 * L * round_up_to_lanes<A>(windows));
     A* codes = values + L * round_up_to_lanes<A>(windows);
-    planes_to_lanes<A>(first, planes, plane, [&](int64_t i) {
+    planes_to_lanes<A>(first, planes, plane, [=](int64_t i) {
       return (Vec<A>)((Vec<I>)load_wide(input + i) ^ sign);
-    }, [&](int64_t i, int64_t left) { return (Vec<A>)((Vec<I>)load_row_end(input + i, left, end) ^ sign); }, lanes);
+    }, [=](int64_t i, int64_t left) { return (Vec<A>)((Vec<I>)load_row_end(input + i, left, end) ^ sign); }, lanes);
     with_window_size(g, [&]<int R_, int S_>() {
       A *value = values, *code = codes;
       for (int64_t p = 0; p < g.P; ++p) {
@@ -153,11 +156,11 @@ void extremum_pool2d_small_planes(const Pool2dGeometry& g, Extremum extremum, co
       }
     });
     lanes_to_planes<A>(values, first, planes, windows,
-                       [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
+                       [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
     if constexpr (coded) {
       const auto store_codes = [&]<class Position>(Position* positions_to) {
         lanes_to_planes<A>(codes, first, planes, windows,
-                           [&](int64_t to, Vec<A> v, int64_t n) { store_integers<I>(positions_to + to, (Vec<I>)v, n); });
+                           [=](int64_t to, Vec<A> v, int64_t n) { store_integers<I>(positions_to + to, (Vec<I>)v, n); });
       };
       switch (positions.kind) {
         case PositionKind::indices: return store_codes(static_cast<int64_t*>(positions.to));
@@ -187,11 +190,11 @@ void offset_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const T* gra
     A* sums = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* gradients = workspace<A>(Slot::tile, 2 * L * round_up_to_lanes<A>(windows));
     A* codes = gradients + L * round_up_to_lanes<A>(windows);
-    planes_to_lanes<A>(first, planes, windows, [&](int64_t i) { return load_wide(grad_output + i); },
-                       [&](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
-    planes_to_lanes<A>(first, planes, windows, [&](int64_t i) {
+    planes_to_lanes<A>(first, planes, windows, [=](int64_t i) { return load_wide(grad_output + i); },
+                       [=](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
+    planes_to_lanes<A>(first, planes, windows, [=](int64_t i) {
       return (Vec<A>)load_unsigned<I>(offsets + i);
-    }, [&](int64_t i, int64_t left) { return (Vec<A>)load_offsets<I>(offsets + i, left, offsets_end - (offsets + i)); }, codes);
+    }, [=](int64_t i, int64_t left) { return (Vec<A>)load_offsets<I>(offsets + i, left, offsets_end - (offsets + i)); }, codes);
     fill_row(sums, L * plane, A(0));
     with_window_size(g, [&]<int R_, int S_>() {
       const A *gradient = gradients, *code = codes;
@@ -209,7 +212,7 @@ void offset_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const T* gra
       }
     });
     lanes_to_planes<A>(sums, first, planes, plane,
-                       [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(grad_input + to, v, n); });
+                       [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(grad_input + to, v, n); });
   });
 }
 
@@ -226,8 +229,8 @@ void avg_pool2d_small_planes(const Pool2dGeometry& g, const Divisor& divisor, co
   for_each_small_group<A>(g, [&](int64_t first, int64_t planes) {
     A* lanes = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* means = workspace<A>(Slot::tile, L * round_up_to_lanes<A>(windows));
-    planes_to_lanes<A>(first, planes, plane, [&](int64_t i) { return load_wide(input + i); },
-                       [&](int64_t i, int64_t left) { return load_row_end(input + i, left, end); }, lanes);
+    planes_to_lanes<A>(first, planes, plane, [=](int64_t i) { return load_wide(input + i); },
+                       [=](int64_t i, int64_t left) { return load_row_end(input + i, left, end); }, lanes);
     with_window_size(g, [&]<int R_, int S_>() {
       A* mean = means;
       for (int64_t p = 0; p < g.P; ++p) {
@@ -240,7 +243,7 @@ void avg_pool2d_small_planes(const Pool2dGeometry& g, const Divisor& divisor, co
       }
     });
     lanes_to_planes<A>(means, first, planes, windows,
-                       [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
+                       [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
   });
 }
 
@@ -255,8 +258,8 @@ void avg_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const Divisor& 
   for_each_small_group<A>(g, [&](int64_t first, int64_t planes) {
     A* sums = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* gradients = workspace<A>(Slot::tile, L * round_up_to_lanes<A>(windows));
-    planes_to_lanes<A>(first, planes, windows, [&](int64_t i) { return load_wide(grad_output + i); },
-                       [&](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
+    planes_to_lanes<A>(first, planes, windows, [=](int64_t i) { return load_wide(grad_output + i); },
+                       [=](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
     fill_row(sums, L * plane, A(0));
     with_window_size(g, [&]<int R_, int S_>() {
       const A* gradient = gradients;
@@ -269,7 +272,7 @@ void avg_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const Divisor& 
       }
     });
     lanes_to_planes<A>(sums, first, planes, plane,
-                       [&](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(grad_input + to, v, n); });
+                       [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(grad_input + to, v, n); });
   });
 }
 
