@@ -49,13 +49,14 @@ struct PositionFinder {
   static constexpr int64_t L = kLanes<A>;
   const Pool2dGeometry& g;
   InsideRange rows, columns;
-  Vec<I> first_column, reciprocal, taps, row_step, S, dilation_h, dilation_w;
+  Vec<I> first_column, step, reciprocal, taps, row_step, S, dilation_h, dilation_w;
 
   explicit PositionFinder(const Pool2dGeometry& g)
       : g(g),
         rows(windows_inside(g.P, g.H, g.R, g.stride_h, g.pad_h, g.dilation_h)),
         columns(windows_inside(g.Q, g.W, g.S, g.stride_w, g.pad_w, g.dilation_w)),
         first_column(steps_of<I>(g.stride_w) - static_cast<I>(g.pad_w)),
+        step(broadcast(static_cast<I>(L * g.stride_w))),
         reciprocal(broadcast(static_cast<I>(ceil_div(65536, g.S)))),
         taps(broadcast(static_cast<I>(g.R * g.S))),
         row_step(broadcast(static_cast<I>(g.dilation_h * g.W - g.dilation_w * g.S))),
@@ -70,17 +71,18 @@ struct PositionFinder {
     const int64_t top = p * g.stride_h - g.pad_h;
     const bool row_inside = p >= rows.begin && p < rows.end;
     const Vec<I> near_by = broadcast(static_cast<I>(std::clamp<int64_t>(top, 0, g.H - 1) * g.W));
-    Vec<I> begin = first_column;
-    for (int64_t q = 0; q < g.Q; q += L, begin += static_cast<I>(L * g.stride_w)) {
-      const Vec<I> offset = load_offset(q);
-      const Vec<I> r = offset * reciprocal >> 16;  // offset / S, rounded down, for any offset below 256
-      Vec<I> position, valid = offset < taps;
-      if (row_inside && q >= columns.begin && q + L <= columns.end) {
-        position = r * row_step + offset * dilation_w + (begin + static_cast<I>(top * g.W));
-      } else {
-        const Vec<I> h = r * dilation_h + static_cast<I>(top), w = (offset - r * S) * dilation_w + begin;
-        valid &= (h >= 0) & (h < static_cast<I>(g.H)) & (w >= 0) & (w < static_cast<I>(g.W));
-        position = h * static_cast<I>(g.W) + w;
+    Vec<I> begin = first_column, start = first_column + static_cast<I>(top * g.W);
+    for (int64_t q = 0; q < g.Q; q += L, begin += step, start += step) {
+      const Vec<I> offset = load_offset(q), r = offset * reciprocal >> 16;  // offset / S, rounded down, for any offset below 256
+      const Vec<I> position = r * row_step + offset * dilation_w + start;
+      Vec<I> valid = offset < taps;
+      if (!row_inside) {
+        const Vec<I> h = r * dilation_h + static_cast<I>(top);
+        valid &= (h >= 0) & (h < static_cast<I>(g.H));
+      }
+      if (q < columns.begin || q + L > columns.end) {
+        const Vec<I> w = (offset - r * S) * dilation_w + begin;
+        valid &= (w >= 0) & (w < static_cast<I>(g.W));
       }
       store(positions + q, valid ? position : near_by);
       store(gradients + q, (Vec<A>)((Vec<I>)load_gradient(q) & valid));
