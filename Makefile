@@ -58,6 +58,7 @@ lint: $(STAMPS)/required ## check style and types: ruff, clang-format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CSRC)
+	@! grep -nE '^.{131,}' $(CSRC) || { echo 'make lint: lines of at most 130 characters, comments too' >&2; exit 1; }
 	$(PY) -m mypy
 	$(PY) -m mypy --strict --follow-imports=silent tests/typed_use.py
 

@@ -34,8 +34,8 @@ void require_grad_output(const char* op, const Tensor& grad_output, const Conv2d
           Shape{grad_output});
 }
 
-// The kernels for an element type. bfloat16 and float16 are computed in float32, with the weight as a whole and as many images at a
-// time as 8 MiB hold, so that what is widened is still in the caches when it is used.
+// The kernels for an element type. bfloat16 and float16 are computed in float32, with the weight as a whole and as many images at
+// a time as 8 MiB hold, so that what is widened is still in the caches when it is used.
 template <class T>
 struct Run {
   static void forward(const Conv2dGeometry& g, const T* input, const T* weight, const T* bias, bool relu, T* output) {

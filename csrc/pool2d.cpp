@@ -6,7 +6,7 @@
 //
 //   max_pool2d_grad_input                            backward from indices: adds grad_output where they point
 //   max_unpool2d                                     puts values at the indices, zero elsewhere
-//   max_unpool2d_grad_input                          takes values from the indices: its backward, and the derivative of max_pool2d
+//   max_unpool2d_grad_input                          takes values from the indices: its backward, the derivative of max_pool2d
 //   offset_pool2d                                    takes from each window the value at its offset: the derivative of max_pool2d
 //   offset_pool2d_grad_input                         backward from offsets, of which offset_pool2d is the derivative in turn
 //   avg_pool2d, adaptive_avg_pool2d                  and their _grad_input, of which they are the derivative in turn

@@ -10,8 +10,8 @@
 //   grad_weight[t] = sum_{n,i,j} grad_output[i,j] input(i,j,t)     over the positions and taps of forward
 //
 // Vectors run along the channels (conv2d_depthwise_channels_last.h): no lane is lost where rows are short, and no tap is computed
-// that lies outside the image. NCHW planes, and channels_last tensors of fewer channels than lanes, are put into that order piece by
-// piece (conv2d_depthwise_nchw.h, conv2d_depthwise_transpose.h). Every element is summed in an order that the geometry alone
+// that lies outside the image. NCHW planes, and channels_last tensors of fewer channels than lanes, are put into that order piece
+// by piece (conv2d_depthwise_nchw.h, conv2d_depthwise_transpose.h). Every element is summed in an order that the geometry alone
 // decides. 0 * inf never enters a sum: taps outside the image are left out, or read zeros where that does no harm.
 #pragma once
 

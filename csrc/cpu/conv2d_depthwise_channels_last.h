@@ -1,11 +1,11 @@
 // Depthwise convolution where vectors run along the channels: of channels_last tensors, and of NCHW tensors whose planes were put
-// into that order (conv2d_depthwise_nchw.h). A register tile is a run of output pixels of one row. Taps outside the image are left
-// out: rows for a whole output row, columns for the tiles near an edge. Weights lie as
+// into that order (conv2d_depthwise_nchw.h). A register tile is a run of output pixels of one row. Taps outside the image are
+// left out: rows for a whole output row, columns for the tiles near an edge. Weights lie as
 //
 //   packed_weight[r S + s][channel]
 //
-// so that one load gives a tap's weights for a vector of channels. There are at least kLanes channels; the last vector overlaps the
-// one before it.
+// so that one load gives a tap's weights for a vector of channels. There are at least kLanes channels; the last vector overlaps
+// the one before it.
 #pragma once
 
 #include <algorithm>
@@ -79,8 +79,8 @@ struct Image {
   bool accumulate, relu;
 };
 
-// Row positions `i` of phase fh, column positions `j` of phase fw and vectors v of channels. known_column: the number of channels,
-// or 0 if that is known only when this runs.
+// Row positions `i` of phase fh, column positions `j` of phase fw and vectors v of channels. known_column: the number of
+// channels, or 0 if that is known only when this runs.
 template <class T, int64_t taps, int64_t step, int64_t known_column>
 [[gnu::noinline]] void correlate_rows(const Axes& axes, int64_t S, const Image<T>& image, int64_t fh, int64_t fw,
                                       const Range& i_range, const Range& j_range, const Range& v_range) {
@@ -228,7 +228,8 @@ struct Pair {
   bool padded;  // rows of grad_output end in zeros up to a whole tile, and source columns outside can be read
 };
 
-// sum += grad_output * source for tap rows a ... a + tap_rows - 1, whose source rows are inside for all row positions of `i_range`.
+// sum += grad_output * source for tap rows a ... a + tap_rows - 1, whose source rows are inside for all row positions of
+// `i_range`.
 template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_column>
 [[gnu::noinline]] void dot_rows(const Axes& axes, const Pair<T>& pair, int64_t a, const Range& i_range, const Range& j_range,
                                 const Range& v_range) {

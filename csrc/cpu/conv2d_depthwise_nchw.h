@@ -2,12 +2,13 @@
 //
 //   packed[row][column][lane]  =  plane[first plane + lane][row][column],  zeros in the columns that taps reach outside
 //
-// and the kernels of conv2d_depthwise_channels_last.h run on them. What a plane is cut into: windows of columns, where rows are long;
-// strips of rows, whose packed source stays in L2; blocks of a strip, which stay in L1 between transposition, sums and the way back.
+// and the kernels of conv2d_depthwise_channels_last.h run on them. What a plane is cut into: windows of columns, where rows are
+// long; strips of rows, whose packed source stays in L2; blocks of a strip, which stay in L1 between transposition, sums and the
+// way back.
 //
-// Lanes are planes of any channel and image: lane l of the group that begins with plane p has the filter of channel (p + l) mod C,
-// so the table of filters is continued by one vector. Where there are too few planes, lanes are parts of one plane, as many rows
-// each. channels_last tensors with fewer channels than lanes come here too, an image at a time.
+// Lanes are planes of any channel and image: lane l of the group that begins with plane p has the filter of channel (p + l) mod
+// C, so the table of filters is continued by one vector. Where there are too few planes, lanes are parts of one plane, as many
+// rows each. channels_last tensors with fewer channels than lanes come here too, an image at a time.
 //
 // Zeros in the padding are harmless in forward and grad_input if the weights are finite; else taps outside are left out.
 // In grad_weight they may meet an infinity: a sum that is not finite is made again without them.

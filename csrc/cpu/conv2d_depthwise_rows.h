@@ -3,14 +3,14 @@
 // rows beside each other, each input is loaded for all rows of the block, and what comes next is prefetched.
 //
 //   forward     output[i][j] = sum_{r,s} weight[r][s] input[stride i - 1 + r][stride j - 1 + s]
-//   grad_input  stride 1: the same of grad_output, with the filter turned by 180 degrees. Stride 2, with a, b = grad_output[i][j],
-//               [i][j + 1] and c, d below them and w = weight: grad_input[2 i + (0, 1)][2 j + (0, 1)] =
+//   grad_input  stride 1: the same of grad_output, with the filter turned by 180 degrees. Stride 2, with a and b =
+//               grad_output[i][j], [i][j + 1], c and d below them, w = weight: grad_input[2 i + (0, 1)][2 j + (0, 1)] =
 //                 w11 a            w10 b + w12 a
 //                 w01 c + w21 a    w00 d + w02 c + w20 b + w22 a
 //   grad_weight[r][s] = sum_{n,i,j} grad_output[i][j] input[stride i - 1 + r][stride j - 1 + s]
 //
-// Outside the image there are zeros: a row of them above and below, lanes left and right. In forward and grad_input they do no harm
-// if the weights are finite, which the caller sees to; in grad_weight a sum that is not finite is made again without them.
+// Outside the image there are zeros: a row of them above and below, lanes left and right. In forward and grad_input they do no
+// harm if the weights are finite, which the caller sees to; in grad_weight a sum that is not finite is made again without them.
 // Every element is summed in an order that its place does not change.
 #pragma once
 

@@ -9,10 +9,10 @@
 //                w mod stride_w) of the input: only taps with (h + pad_h - r dilation_h) divisible by stride_h reach it
 //   grad_weight[(c,t)][k] = sum_x A(x, (c,t)) grad_output[x][k]
 //
-// The positions fall into regions that meet the same taps; those in the padding are left out, where regions are large enough. A is
-// read from the source itself, or from a copy of a window of it with the padding written out. The address of A(x, (c,t)) is a sum
-// of two table entries, position[x] + patch[(c,t)], for every stride, dilation, group and layout. B is packed [k / nr][(c,t)][k % nr]
-// in blocks of channels (SumOrder), or [k / nr][x][k % nr] for grad_weight.
+// The positions fall into regions that meet the same taps; those in the padding are left out, where regions are large enough. A
+// is read from the source itself, or from a copy of a window of it with the padding written out. The address of A(x, (c,t)) is a
+// sum of two table entries, position[x] + patch[(c,t)], for every stride, dilation, group and layout. B is packed
+// [k / nr][(c,t)][k % nr] in blocks of channels (SumOrder), or [k / nr][x][k % nr] for grad_weight.
 #pragma once
 
 #include <algorithm>
@@ -89,7 +89,8 @@ inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& sourc
   return w;
 }
 
-// Not a constant on purpose: of a loop that stores one the compiler would make a call of memset, which costs more than a short row.
+// Not a constant on purpose: of a loop that stores one the compiler would make a call of memset, which costs more than a short
+// row.
 template <class T>
 inline Vec<T> zero_vector{};
 
@@ -154,8 +155,8 @@ const T* read_window(const View<const T>& source, const Window& w, int64_t n, in
   return copy_of;
 }
 
-// The order of the sum over channels and taps: blocks of channels, in each tap by tap. The taps that a position meets are then few
-// stretches of it, and a block of the packed weights stays in L1.
+// The order of the sum over channels and taps: blocks of channels, in each tap by tap. The taps that a position meets are then
+// few stretches of it, and a block of the packed weights stays in L1.
 struct SumOrder {
   int64_t channels, taps, block;
   int64_t width(int64_t c_begin) const { return std::min(block, channels - c_begin); }
@@ -330,8 +331,8 @@ void correlate(const Correlation<T>& p, const SumOrder& order, const T* packed_w
                   image_size = (std::min(p.result.rows, i_end * p.phases_h) - h_begin) * p.result.columns;
     if (begin >= end) return;
 
-    // For each region: where its positions read and, in the same order, the rows of `tile` that they fill. For each element of the
-    // result, in its order: its row of `tile`.
+    // For each region: where its positions read and, in the same order, the rows of `tile` that they fill. For each element of
+    // the result, in its order: its row of `tile`.
     int64_t* position = workspace<int64_t>(Slot::positions, 2 * positions_bound + regions.count + 1);
     int64_t* tile_row = position + positions_bound;
     int64_t* first_position = tile_row + positions_bound;
@@ -549,8 +550,9 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
                order, packed_weight, {nullptr, false});
 }
 
-// grad_weight is cut into tasks of chunk_rows rows (c,t) by some filters: 288 x 128 sums are 144 KiB, which stay in L2. Where windows
-// are gathered (window_of), once for each chunk of filters, that is much beside the arithmetic of one tap: there chunks are larger.
+// grad_weight is cut into tasks of chunk_rows rows (c,t) by some filters: 288 x 128 sums are 144 KiB, which stay in L2. Where
+// windows are gathered (window_of), once for each chunk of filters, that is much beside the arithmetic of one tap: there chunks
+// are larger.
 inline constexpr int64_t chunk_rows = 288;
 inline int64_t chunk_of_filters(const Conv2dGeometry& g) {
   return g.layout == Layout::nchw && g.R * g.S == 1 && g.stride_w > 1 ? 512 : 128;

@@ -3,9 +3,10 @@
 //   forward      output[k][x]     = bias[k] + sum_c weight[k][c] input[c][x]          x = (n, p, q), every stride-th pixel
 //   grad_input   grad_input[c][x] =           sum_k weight[k][c] grad_output[k][x]    and 0 at the pixels between
 //
-// A is the weight: in place in forward, in grad_input packed [c / 12][k][c % 12]. B is packed [x / nr][c][x % nr] from the planes,
-// a panel at a time, so that pixels of several small images share a vector. A block of panels is taken through a whole row of
-// tiles before the next, since neighbouring panels read and write neighbouring pixels of the planes, which lie pages apart.
+// A is the weight: in place in forward, in grad_input packed [c / 12][k][c % 12]. B is packed [x / nr][c][x % nr] from the
+// planes, a panel at a time, so that pixels of several small images share a vector. A block of panels is taken through a whole
+// row of tiles before the next, since neighbouring panels read and write neighbouring pixels of the planes, which lie pages
+// apart.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // Convolution with 3x3 or 5x5 filters by Winograd's minimal filtering: the result is cut into tiles, tiles and filters are
-// transformed (conv2d_winograd_transforms.h), and at each position xi of a transformed tile what is left is a matrix product (Lavin
-// and Gray 2016, section 4; equation 12 and algorithm 1):
+// transformed (conv2d_winograd_transforms.h), and at each position xi of a transformed tile what is left is a matrix product
+// (Lavin and Gray 2016, section 4; equation 12 and algorithm 1):
 //
 //   forward      M[xi][tile][k] = sum_c V[xi][tile][c] U[xi][c][k]         V = B^T x B, U = G g G^T, output tile = A^T M A
 //   grad_input   the same of grad_output, with every filter turned by 180 degrees and c and k exchanged
@@ -8,13 +8,13 @@
 //
 //   V[xi][tile][C + pad]    D, M[xi][tile][K + pad]    U[xi][k / nr][c][k % nr]
 //
-// The strides of tiles and positions are kept off the powers of two, which would fall into few cache sets. A dilated convolution is
-// one of stride 1 for each phase (p mod dilation_h, q mod dilation_w), whose tiles have their elements so far apart.
+// The strides of tiles and positions are kept off the powers of two, which would fall into few cache sets. A dilated convolution
+// is one of stride 1 for each phase (p mod dilation_h, q mod dilation_w), whose tiles have their elements so far apart.
 //
-// Tiles do not cross images and every element is summed over c (grad_weight: over tiles, in fixed blocks) in one order, so results
-// depend neither on the number of threads nor, for an image, on the others. Intermediate values mix all elements of a tile, so that
-// one Inf or NaN would spread over it: a tile whose result is not finite is computed again by implicit GEMM, and so is a
-// grad_weight. The caller guarantees the filter and stride of F and at least kLanes<T> channels and filters in a group.
+// Tiles do not cross images and every element is summed over c (grad_weight: over tiles, in fixed blocks) in one order, so
+// results depend neither on the number of threads nor, for an image, on the others. Intermediate values mix all elements of a
+// tile, so that one Inf or NaN would spread over it: a tile whose result is not finite is computed again by implicit GEMM, and so
+// is a grad_weight. The caller guarantees the filter and stride of F and at least kLanes<T> channels and filters in a group.
 #pragma once
 
 #include <algorithm>
@@ -35,8 +35,8 @@ inline constexpr int64_t mr = 6;
 template <class T>
 inline constexpr int64_t nr = 2 * kLanes<T>;
 
-// Cache blocks. kc x nr elements of U are 16 KiB, half of L1. Up to max_tiles tiles are multiplied by up to max_filters filters at a
-// time: at 256 channels V is 36 x 48 x 272 floats = 1.8 MiB, of which one position (51 KiB) is in use, and M 0.5 MiB.
+// Cache blocks. kc x nr elements of U are 16 KiB, half of L1. Up to max_tiles tiles are multiplied by up to max_filters filters
+// at a time: at 256 channels V is 36 x 48 x 272 floats = 1.8 MiB, of which one position (51 KiB) is in use, and M 0.5 MiB.
 template <class T>
 inline constexpr int64_t kc = (16 << 10) / (nr<T> * sizeof(T));
 inline constexpr int64_t max_tiles = 8 * mr;
@@ -47,8 +47,8 @@ inline constexpr int64_t max_filters = 64 / nr<T> * nr<T>;
 inline constexpr int64_t small_bytes = int64_t(4) << 20, resident_bytes = int64_t(16) << 20;
 // A part of U that is made, used and forgotten should stay in L2 in between.
 inline constexpr int64_t streamed_bytes = int64_t(1) << 19;
-// Filters of so many channels are transformed, or their gradients put together, at a time: filters can lie powers of two apart, which
-// would fall into few cache sets.
+// Filters of so many channels are transformed, or their gradients put together, at a time: filters can lie powers of two apart,
+// which would fall into few cache sets.
 inline constexpr int64_t channels_together = 8;
 template <class T, int taps>
 inline constexpr int64_t together_row = (channels_together * taps * sizeof(T) / 64 + 1) * 64 / sizeof(T) + 16 / sizeof(T);
@@ -59,9 +59,9 @@ int64_t padded_stride(int64_t elements) {
   return (ceil_div(elements, line) | 1) * line;
 }
 
-// sums[rows][nr] (+)= sum_i left[row row_step + i left_step] right[i right_step ... + nr]. Over channels (along_row: the sum runs along
-// a row of V) it goes on where it stopped, so that it does not matter where the blocks end; over tiles (down the columns of V),
-// which can be many, blocks are summed up first.
+// sums[rows][nr] (+)= sum_i left[row row_step + i left_step] right[i right_step ... + nr]. Over channels (along_row: the sum runs
+// along a row of V) it goes on where it stopped, so that it does not matter where the blocks end; over tiles (down the columns of
+// V), which can be many, blocks are summed up first.
 template <int64_t rows, bool along_row, class T>
 [[gnu::always_inline]] inline void microkernel(int64_t length, const T* left, int64_t left_row, const T* right,
                                                int64_t right_step, bool accumulate, T* sums, int64_t sums_row) {
@@ -118,8 +118,8 @@ void for_each_vector(int64_t channels, Visit visit) {
   for (int64_t c = 0; c < channels; c += kLanes<T>) visit(std::min(c, channels - kLanes<T>));
 }
 
-// Along an axis, tile i of phase a computes elements a + (first + i out) dilation, + dilation, ... of the result, from those of the
-// source at a - pad + i step dilation, + dilation, ....
+// Along an axis, tile i of phase a computes elements a + (first + i out) dilation, + dilation, ... of the result, from those of
+// the source at a - pad + i step dilation, + dilation, ....
 struct Axis {
   int64_t phases, dilation, first, pad, tiles;
 };
@@ -176,8 +176,8 @@ inline int64_t parts_of(int64_t units, int64_t largest) {
   return std::min(units, ceil_div(parts, threads) * threads);
 }
 
-// Part `part` of the panels of K filters. A last panel with fewer than nr filters stays with the one before it, so that every part
-// fills a vector.
+// Part `part` of the panels of K filters. A last panel with fewer than nr filters stays with the one before it, so that every
+// part fills a vector.
 struct Panels {
   int64_t begin, end;
 };
@@ -239,7 +239,8 @@ void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling,
   });
 }
 
-// U of some panels, for channels c_begin ... c_end - 1, at to + xi position_stride + ((panel - of.begin) channels + c - c_begin) nr.
+// U of some panels, for channels c_begin ... c_end - 1, at to + xi position_stride + ((panel - of.begin) channels + c - c_begin)
+// nr.
 template <class F, bool flipped, class T>
 void transform_weights(const Correlation<T>& x, const Panels& of, int64_t c_begin, int64_t c_end, T* to,
                        int64_t position_stride) {
@@ -474,8 +475,8 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
                      [&](int64_t n, T* image) { implicit_gemm::conv2d_grad_input(one, grad_output + n * out.n, weight, image); });
 }
 
-// grad_weight: sums run over `block` tiles in registers, then from block to block in U; in slices over half as many, whose V and D
-// stay in L2.
+// grad_weight: sums run over `block` tiles in registers, then from block to block in U; in slices over half as many, whose V and
+// D stay in L2.
 inline constexpr int64_t block = 96, slice_block = 48;
 inline constexpr int64_t slices_bytes = int64_t(10) << 20;  // of the sums of all slices: four times 128 x 128 filters
 inline constexpr int64_t part_channels = 16 * mr;
@@ -533,8 +534,8 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
     if (!finite) __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
   };
 
-  // A small U: slices of the tiles, each with a U of its own, so that a thread uses the tiles that it transformed itself, from its
-  // own caches. How many is decided by the sizes alone; they are added in order.
+  // A small U: slices of the tiles, each with a U of its own, so that a thread uses the tiles that it transformed itself, from
+  // its own caches. How many is decided by the sizes alone; they are added in order.
   const int64_t all_rows = ceil_div(C, mr) * mr, U_size = positions * (panels * all_rows * nr<T> + 16);
   const int64_t slices = std::min({int64_t(8), tiles / block, slices_bytes / (U_size * int64_t(sizeof(T)))});
   if (slices > 1) {

@@ -4,9 +4,9 @@
 //
 //   band[row][column][lane]      lane = channel
 //
-// which takes the padding as zeros, the dilation as a step, and the layout: channels_last has vectors of channels already, NCHW is
-// transposed in squares on its way. Each element is moved once a run, though tiles overlap, and the transforms know one layout.
-// Results take the same way back. Nothing outside the tensor is ever read.
+// which takes the padding as zeros, the dilation as a step, and the layout: channels_last has vectors of channels already, NCHW
+// is transposed in squares on its way. Each element is moved once a run, though tiles overlap, and the transforms know one
+// layout. Results take the same way back. Nothing outside the tensor is ever read.
 #pragma once
 
 #include <algorithm>

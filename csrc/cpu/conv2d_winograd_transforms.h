@@ -17,8 +17,8 @@
 //
 //   |error| <= c eps L sum X |filter|,   c = (max_j sum_i |A_ij| b_i max_s |G_is|)^2,   b_i = sum_j |B^T_ij|
 //
-// because X b_i b_j, and the like for G and A, bound every intermediate value, and about L / r^2 + 24 roundings follow each other.
-// grad_weight has A and G exchanged. tests/test_winograd.py derives the matrices and c, and has its values.
+// because X b_i b_j, and the like for G and A, bound every intermediate value, and about L / r^2 + 24 roundings follow each
+// other. grad_weight has A and G exchanged. tests/test_winograd.py derives the matrices and c, and has its values.
 #pragma once
 
 #include <cstdint>
@@ -231,8 +231,8 @@ struct Transform<4, 2> {
   }
 };
 
-// Stride 2 with three taps: taps 0 and 2 meet the even inputs of a tile, a filter of two taps and stride 1, and tap 1 the odd ones,
-// a plain product. With m = 4, 5 + 4 products make 4 outputs instead of 12; in two dimensions 81 make 16 instead of 144.
+// Stride 2 with three taps: taps 0 and 2 meet the even inputs of a tile, a filter of two taps and stride 1, and tap 1 the odd
+// ones, a plain product. With m = 4, 5 + 4 products make 4 outputs instead of 12; in two dimensions 81 make 16 instead of 144.
 //
 //   y_j = (w_0 e_j + w_2 e_{j+1}) + w_1 o_j        e = x_0 x_2 ... x_2m, o = x_1 x_3 ... x_{2m-1}
 template <int m>

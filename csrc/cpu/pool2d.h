@@ -28,8 +28,8 @@ namespace torchcnn::TORCHCNN_ISA {
 
 // The same windows, said more simply: adaptive ones as sliding ones where they are, and 1x1 windows as one row of them.
 //
-// Window p covers floor(p H / P) ... ceil((p + 1) H / P) - 1. With H = P stride + rest, that is p stride + floor(p rest / P) and so
-// on: all windows have the same distance and size, stride + rest, if rest is 0 or 1.
+// Window p covers floor(p H / P) ... ceil((p + 1) H / P) - 1. With H = P stride + rest, that is p stride + floor(p rest / P) and
+// so on: all windows have the same distance and size, stride + rest, if rest is 0 or 1.
 inline Pool2dGeometry simplified(Pool2dGeometry g) {
   if (g.adaptive && g.P <= g.H && g.Q <= g.W && (g.P == 1 || g.H % g.P <= 1) && (g.Q == 1 || g.W % g.Q <= 1)) {
     g.adaptive = false;

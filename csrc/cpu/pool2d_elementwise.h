@@ -1,8 +1,8 @@
 // Pooling with windows of one element side by side: every output is its input, and both are one row in either layout. Adaptive
 // pools come to it where output and input have the same size.
 //
-//   extreme   output = x, or max(0, x) with relu; offset 0, or 255 where relu put 0;   grad_input = grad_output where the offset is 0
-//   average   output = x / divisor;                                                    grad_input = grad_output / divisor
+//   extreme   output = x, or max(0, x) with relu; offset 0, 255 where relu put 0;   grad_input = grad_output where offset is 0
+//   average   output = x / divisor;                                                 grad_input = grad_output / divisor
 #pragma once
 
 #include "pool2d_extremum_nchw.h"

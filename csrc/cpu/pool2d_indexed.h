@@ -89,8 +89,8 @@ struct OwnedPlanes {
   }
 };
 
-// Calls visit(i) for i < count, of four parts in turn: neighbours often choose the same element, where the second addition must wait
-// for the first.
+// Calls visit(i) for i < count, of four parts in turn: neighbours often choose the same element, where the second addition must
+// wait for the first.
 template <class Visit>
 [[gnu::always_inline]] inline void in_four_parts(int64_t count, Visit visit) {
   const int64_t part = count / 4;

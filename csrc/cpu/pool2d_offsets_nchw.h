@@ -41,8 +41,8 @@ inline InsideRange windows_inside(int64_t windows, int64_t size, int64_t kernel,
   return {begin, room < 0 ? begin : std::clamp(room / stride + 1, begin, windows)};
 }
 
-// Of each window of some rows of a plane where its gradient goes, and the gradient. Where the offset points outside the window or the
-// plane (relu_max_pool2d says so that nothing came through) 0 goes to an element near by.
+// Of each window of some rows of a plane where its gradient goes, and the gradient. Where the offset points outside the window or
+// the plane (relu_max_pool2d says so that nothing came through) 0 goes to an element near by.
 template <class A>
 struct PositionFinder {
   using I = IndexOf<A>;

@@ -1,11 +1,11 @@
-// Pooling of small planes, NCHW, whose rows of windows are shorter than a vector: kLanes planes are transposed as a whole, so that
-// lane l belongs to plane l, and what follows is channels_last with one vector of channels.
+// Pooling of small planes, NCHW, whose rows of windows are shorter than a vector: kLanes planes are transposed as a whole, so
+// that lane l belongs to plane l, and what follows is channels_last with one vector of channels.
 //
-//   lanes[h W + w][l] = input[l][h][w]                                             transposed
-//   extreme    result[p Q + q][l] = best of lanes[h W + w][l] over the window      backward: sums[h W + w][l] += gradient[p Q + q][l]
-//                                                                                  where offset[p Q + q][l] is that of the tap
-//   average    result[p Q + q][l] = sum / divisor(p, q)                            backward: += gradient / divisor(p, q)
-//   output[l][p][q] = result[p Q + q][l]                                           transposed back
+//   lanes[h W + w][l] = input[l][h][w]                                        transposed
+//   extreme    result[p Q + q][l] = best of lanes[h W + w][l] over the window backward: sums[h W + w][l] += gradient[p Q + q][l]
+//                                                                             where offset[p Q + q][l] is that of the tap
+//   average    result[p Q + q][l] = sum / divisor(p, q)                       backward: += gradient / divisor(p, q)
+//   output[l][p][q] = result[p Q + q][l]                                      transposed back
 //
 // Taps are taken in row-major order, windows too: the order of every sum follows from the geometry. Lanes beyond the last plane
 // repeat it.
@@ -60,8 +60,8 @@ inline void planes_to_lanes(int64_t first, int64_t planes, int64_t count, LoadAt
   }
 }
 
-// The inverse: store_to(i, v, n) stores n elements at i of the tensor. What is stored beyond a plane shorter than a vector belongs
-// to planes that follow.
+// The inverse: store_to(i, v, n) stores n elements at i of the tensor. What is stored beyond a plane shorter than a vector
+// belongs to planes that follow.
 template <class A, class StoreTo>
 inline void lanes_to_planes(const A* lanes, int64_t first, int64_t planes, int64_t count, StoreTo store_to) {
   if (count >= kLanes<A> && planes == kLanes<A>) {

@@ -148,8 +148,8 @@ template <class T, int lanes, class V, class Source, size_t... lane>
 #endif
 }
 
-// to[j] = from[2 j], in vectors as short as `count` needs; the last overlaps the one before it. Nothing beyond the last is read: the
-// second vector of each pair starts one element early.
+// to[j] = from[2 j], in vectors as short as `count` needs; the last overlaps the one before it. Nothing beyond the last is read:
+// the second vector of each pair starts one element early.
 template <class T, int lanes = int(kLanes<T>)>
 inline void gather_even(const T* from, int64_t count, T* to) {
   if constexpr (lanes < 4) {

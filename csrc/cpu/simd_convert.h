@@ -14,8 +14,9 @@ using Bits32 = Vec<uint32_t>;
 
 // Integer lanes I from kLanes<I> unsigned elements of memory.
 //
-// The compiler's own conversion takes a vector of bytes apart. AVX-512 has an instruction for it; in 32 bytes each element is copied to every byte of its lane, for
-// which the elements are repeated until each 16-byte block has its own within it, and shifted down to the lowest bytes.
+// The compiler's own conversion takes a vector of bytes apart. AVX-512 has an instruction for it; in 32 bytes each element is
+// copied to every byte of its lane, for which the elements are repeated until each 16-byte block has its own within it, and
+// shifted down to the lowest bytes.
 template <class I, class From>
 inline Vec<I> load_unsigned(const From* from) {
   using Narrow [[gnu::vector_size(kLanes<I> * sizeof(From))]] = From;

@@ -1,5 +1,5 @@
-// Depthwise convolution, one input channel and at most four output channels a group: too few products per element read for a matrix
-// product, so that memory sets the pace.
+// Depthwise convolution, one input channel and at most four output channels a group: too few products per element read for a
+// matrix product, so that memory sets the pace.
 //
 //   forward      output[n, k, p, q]     = sum over r, s of weight[k, r, s] input[n, k / m, p stride - pad + r dilation, ...]
 //   grad_input   grad_input[n, c, h, w] = sum over k of the m of channel c, and taps with h + pad - r dilation = p stride
@@ -8,8 +8,8 @@
 // m = K / C is the channel multiplier. Neighbouring threads compute neighbours in memory: pixels of a row in NCHW, channels in
 // channels_last; what they read twice comes from the L1 cache.
 //
-// Square filters of 3 and 5 rows with stride 1 or 2, and of 7 with stride 1, are computed in strips: a thread has some rows of one
-// column, walks down the rows that these read, and keeps the filter in registers. Any other geometry takes a thread for each
+// Square filters of 3 and 5 rows with stride 1 or 2, and of 7 with stride 1, are computed in strips: a thread has some rows of
+// one column, walks down the rows that these read, and keeps the filter in registers. Any other geometry takes a thread for each
 // element. The sums of grad_weight are cut into parts of the pixels, the block's threads add theirs up in a fixed order, and a
 // second kernel adds the parts in order: no atomics, the same bits every time.
 #include "conv2d_parts.cuh"
@@ -162,8 +162,9 @@ template <int kKernel, bool kLast>
 constexpr int kStripChannels = kLast && kKernel == 3 ? 2 : 1;
 constexpr int kStripBlockChannels = 32;  // of a block in channels_last: 128 bytes of float32
 
-// What a thread writes, `rows` rows of a column, and what it reads for that: `read_rows` rows of `columns` columns. Which tap takes
-// row j to row i is known to the compiler: in grad_input with a stride, because strips begin where h + pad is a multiple of it.
+// What a thread writes, `rows` rows of a column, and what it reads for that: `read_rows` rows of `columns` columns. Which tap
+// takes row j to row i is known to the compiler: in grad_input with a stride, because strips begin where h + pad is a multiple of
+// it.
 template <int kKernel, int kStride, bool kTransposed>
 struct Strip {
   static constexpr int rows = kStride == 1 ? 7 : kTransposed ? 8 : 4;  // 7 divides 14, 28, 56, 112
@@ -190,8 +191,8 @@ struct Strip {
   __device__ int column_tap(int c) const { return kTransposed ? tap_left + c * kStride : c; }
   __device__ bool has_column(int c, int width) const { return column_tap(c) < kKernel && unsigned(column(c)) < unsigned(width); }
 
-  // Calls use(j, values) for each row j inside a plane of which `plane` is this strip's first column and pitches are the distances
-  // of rows and columns. Rows are read some rows ahead of their use; values outside are 0.
+  // Calls use(j, values) for each row j inside a plane of which `plane` is this strip's first column and pitches are the
+  // distances of rows and columns. Rows are read some rows ahead of their use; values outside are 0.
   template <int V, class T, class Use>
   __device__ __forceinline__ void for_each_row(const T* plane, int row_pitch, int column_pitch, int height,
                                                const bool (&inside)[columns], Use use) const {

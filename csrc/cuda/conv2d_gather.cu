@@ -1,7 +1,8 @@
 // Convolution forward and grad_input as one kernel, an implicit matrix product:
 //
 //   forward      output[n, k, p, q]     = sum over c, r, s of weight[k, c, r, s] input[n, c, p stride - pad + r dilation, ...]
-//   grad_input   grad_input[n, c, h, w] = sum over k, r, s of weight[k, c, r, s] grad_output[n, k, p, q],  h = p stride - pad + r dilation
+//   grad_input   grad_input[n, c, h, w] = sum over k, r, s of weight[k, c, r, s] grad_output[n, k, p, q]
+//                                         where h = p stride - pad + r dilation
 //
 // Rows of the product are pixels of the result, columns its channels, the sum runs over taps and channels of the activation read
 // (conv2d_patches.cuh says which). Weights are packed first, in the order in which tiles read them, channels innermost, padded
@@ -9,8 +10,9 @@
 //
 //   packed[class of taps][group][channel of the result][(i taps_w + j) channels + c]
 //
-// so that one kernel serves every kernel size, stride, dilation and group. An activation whose channels are not whole vectors, one in
-// NCHW say, is copied into that form first. Tiles of the sum are on their way (cp.async) while one is multiplied. Method: S. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, section 3.
+// so that one kernel serves every kernel size, stride, dilation and group. An activation whose channels are not whole vectors,
+// one in NCHW say, is copied into that form first. Tiles of the sum are on their way (cp.async) while one is multiplied. Method:
+// S. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, section 3.
 #include "conv2d_host.cuh"
 #include "conv2d_patches.cuh"
 

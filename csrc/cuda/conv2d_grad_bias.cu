@@ -2,9 +2,9 @@
 //
 //   grad_bias[k] = sum over n, p, q of grad_output[n, k, p, q]
 //
-// A thread adds up vectors of V = 16 bytes where the sizes allow it, else single elements, V sums at once. In NCHW the vectors of a
-// channel belong to one block, or to as many as there are parts; in channels_last, thread t of a block takes vector t % vectors of
-// every so-many-th pixel. The order of a sum depends on the geometry and the dtype alone.
+// A thread adds up vectors of V = 16 bytes where the sizes allow it, else single elements, V sums at once. In NCHW the vectors of
+// a channel belong to one block, or to as many as there are parts; in channels_last, thread t of a block takes vector t % vectors
+// of every so-many-th pixel. The order of a sum depends on the geometry and the dtype alone.
 #include "conv2d_parts.cuh"
 
 namespace torchcnn::cuda {

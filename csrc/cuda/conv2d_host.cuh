@@ -1,5 +1,5 @@
-// What the launchers of the convolution kernels share: from a checked geometry to the numbers that kernels take, and the rules that
-// choose a kernel. Kernels keep sizes of single axes in 32 bits and offsets in 64; what does not fit is an error here.
+// What the launchers of the convolution kernels share: from a checked geometry to the numbers that kernels take, and the rules
+// that choose a kernel. Kernels keep sizes of single axes in 32 bits and offsets in 64; what does not fit is an error here.
 #pragma once
 
 #include <numeric>
@@ -16,8 +16,8 @@ inline int as_int(const char* op, const char* what, int64_t value) {
   return int(value);
 }
 
-// In forward the input is read and the output written; in grad_input (transposed) the output's gradient is read. A stride beyond the
-// padded input, or the dilation of a single tap, can be any number and changes nothing.
+// In forward the input is read and the output written; in grad_input (transposed) the output's gradient is read. A stride beyond
+// the padded input, or the dilation of a single tap, can be any number and changes nothing.
 inline Axis axis_of(const char* op, const char* name, int64_t input, int64_t output, int64_t kernel, int64_t stride, int64_t pad,
                     int64_t dilation, bool transposed) {
   const int64_t padded = as_int(op, name, input + 2 * pad);
@@ -41,8 +41,8 @@ inline unsigned block_count(const char* op, int64_t blocks) {
   return unsigned(blocks);
 }
 
-// An activation of `groups` times `from_channels` channels, as the kernels get it: where it lies, if there its channels are whole,
-// aligned vectors, else in scratch memory.
+// An activation of `groups` times `from_channels` channels, as the kernels get it: where it lies, if there its channels are
+// whole, aligned vectors, else in scratch memory.
 template <class T>
 struct Vectors {
   const T* data;
@@ -87,8 +87,8 @@ inline unsigned blocks_for(int64_t count, int threads) {
   return unsigned(std::min(enough, ceil_div(count, threads)));
 }
 
-// One block for each multiprocessor of an H100. A constant, so that results do not depend on the GPU. The emulator takes few, so that
-// sizes which it can compute take every kernel.
+// One block for each multiprocessor of an H100. A constant, so that results do not depend on the GPU. The emulator takes few, so
+// that sizes which it can compute take every kernel.
 #ifdef TORCHCNN_CUDA_EMULATOR
 constexpr int64_t kBlocksThatFillAGpu = 3;
 #else

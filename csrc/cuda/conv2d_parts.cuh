@@ -1,6 +1,6 @@
-// Sums over all pixels of a batch, which no single thread block adds up: parts of them go to scratch memory, then a kernel adds the
-// parts in order. No atomic addition, so which block comes first does not matter. Where one block is enough for a result, there is
-// one part, which is the result.
+// Sums over all pixels of a batch, which no single thread block adds up: parts of them go to scratch memory, then a kernel adds
+// the parts in order. No atomic addition, so which block comes first does not matter. Where one block is enough for a result,
+// there is one part, which is the result.
 #pragma once
 
 #include "conv2d_host.cuh"

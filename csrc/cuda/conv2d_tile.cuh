@@ -1,5 +1,5 @@
-// One tile of a matrix product in the registers of a thread block, D (block_m x block_n) += A B over block_k values of k at a time,
-// from operands in shared memory. The convolution kernels differ in how they fill that memory, not in this.
+// One tile of a matrix product in the registers of a thread block, D (block_m x block_n) += A B over block_k values of k at a
+// time, from operands in shared memory. The convolution kernels differ in how they fill that memory, not in this.
 //
 //   Storage::by_index   a row holds one m of A (one n of B) and block_k values of k: what a forward tile is made of
 //   Storage::by_k       a row holds one k and block_m values of m (block_n of n): grad_weight, whose k are pixels
@@ -7,10 +7,11 @@
 // The 16-byte vectors of a row are permuted (xor with the number of the row), so that 8 lanes which read the same vector of 8
 // rows, or 8 vectors of one row, read all 32 banks.
 //
-// Three kinds of arithmetic, the same tiles: WarpgroupMath steps by wgmma (float16 and bfloat16 on Hopper), TensorMath by mma.sync
-// (the same types elsewhere, and TF32), SimtMath by one multiply-add at a time (float32, float64, and 16-bit types before sm_80). Each
-// adds up the products of an element of D step by step in ascending order of k, whatever the tile: the choice of a tile does not
-// change a bit. Within one step of the tensor cores the order is the GPU's, and taken to be that of every width of B.
+// Three kinds of arithmetic, the same tiles: WarpgroupMath steps by wgmma (float16 and bfloat16 on Hopper), TensorMath by
+// mma.sync (the same types elsewhere, and TF32), SimtMath by one multiply-add at a time (float32, float64, and 16-bit types
+// before sm_80). Each adds up the products of an element of D step by step in ascending order of k, whatever the tile: the choice
+// of a tile does not change a bit. Within one step of the tensor cores the order is the GPU's, and taken to be that of every
+// width of B.
 #pragma once
 
 #include <utility>
@@ -43,8 +44,8 @@ struct OperandShape {
   static constexpr int copies = rows / rows_at_once;
   static_assert(threads % vectors_per_row == 0 && rows % rows_at_once == 0 && vectors_per_row % 8 == 0);
 
-  // Where a vector of a row lies: panels of 8 vectors, 128 bytes, follow each other. Four-byte elements by k are read one by one, of
-  // two vectors of four rows.
+  // Where a vector of a row lies: panels of 8 vectors, 128 bytes, follow each other. Four-byte elements by k are read one by one,
+  // of two vectors of four rows.
   static constexpr int panel_size = rows * 8 * kVectorSize<T>;
   static __device__ __forceinline__ int offset(int row, int vector) {
     const int mixed = storage == Storage::by_k && sizeof(T) == 4 ? row % 4 * 2 : row % 8;
@@ -64,8 +65,9 @@ struct OperandShape {
   }
 };
 
-// 128 x 128 are 2 x 4 warps of 64 x 32; 128 x 64 are 4 x 2 and 64 x 64 are 2 x 2 warps of 32 x 32. On tensor cores, which are done
-// sooner with a tile than four warps are with copying the next, 64 x 64 by index are 4 x 2 warps of 16 x 32. A warpgroup has 64 rows.
+// 128 x 128 are 2 x 4 warps of 64 x 32; 128 x 64 are 4 x 2 and 64 x 64 are 2 x 2 warps of 32 x 32. On tensor cores, which are
+// done sooner with a tile than four warps are with copying the next, 64 x 64 by index are 4 x 2 warps of 16 x 32. A warpgroup has
+// 64 rows.
 template <class Element, int block_m_, int block_n_, Storage storage_, int threads_ = 2 * block_m_>
 struct TileShape {
   using T = Element;
@@ -86,8 +88,8 @@ struct TileShape {
 
 // ------------------------------------------------------------------------------------------------------- tensor cores
 
-// Fragments of mma.m16n8k16 of 16-bit elements, and by index of mma.m16n8k8 of TF32, whose layout in bytes is the same: four 8 x 8
-// matrices at a time, a row of one being a vector.
+// Fragments of mma.m16n8k16 of 16-bit elements, and by index of mma.m16n8k8 of TF32, whose layout in bytes is the same: four
+// 8 x 8 matrices at a time, a row of one being a vector.
 template <class Operand>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const typename Operand::T* tile, int m, int k) {
   const int lane = threadIdx.x % 32, in_matrix = lane % 8, matrix = lane / 8;
@@ -318,8 +320,8 @@ struct WarpgroupMath {
 
 // ---------------------------------------------------------------------------------------------------------- the pipeline
 
-// The whole sum over `tiles` tiles of k, stages - 1 of them on their way while one is multiplied. fetch(tile, a, b) starts the copies
-// of a tile's operands to a and b, and is called for each tile in ascending order.
+// The whole sum over `tiles` tiles of k, stages - 1 of them on their way while one is multiplied. fetch(tile, a, b) starts the
+// copies of a tile's operands to a and b, and is called for each tile in ascending order.
 template <class Math, class Fetch>
 __device__ __forceinline__ void add_up_tiles(Math& math, int tiles, Fetch fetch) {
   using Shape = typename Math::Shape;

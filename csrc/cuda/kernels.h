@@ -2,9 +2,10 @@
 // and no PyTorch header to compile them.
 //
 // T is float, double, Float16 or BFloat16. Where a function needs scratch memory, `..._workspace` says how many bytes, 16-byte
-// aligned (256 for convolution, it may depend on how tensors are aligned); its contents need not be initialised. Nothing is allocated, nothing waits, so that a CUDA graph can record every call.
-// A sum has the same order on every run: one build gives the same bits every time on GPUs of one architecture. Tensors that are not
-// aligned to vectors may take another kernel, in depthwise grad_weight and average pools with another order.
+// aligned (256 for convolution, it may depend on how tensors are aligned); its contents need not be initialised. Nothing is
+// allocated, nothing waits, so that a CUDA graph can record every call. A sum has the same order on every run: one build gives
+// the same bits every time on GPUs of one architecture. Tensors that are not aligned to vectors may take another kernel, in
+// depthwise grad_weight and average pools with another order.
 #pragma once
 
 #include <cstdint>

@@ -6,9 +6,9 @@
 //   A, 16 x 16 16-bit   a[i] = A[g + 8 (i % 2)][2 t + 8 (i / 2) ...] (two elements)     B, 16 x 8:  b[i] = B[2 t + 8 i ...][g]
 //   A, 16 x 8  tf32     a[i] = A[g + 8 (i % 2)][t + 4 (i / 2)]                         B, 8 x 8:   b[i] = B[t + 4 i][g]
 //
-// The mma and ldmatrix functions are called by all 32 lanes of a warp together. Below sm_80 most of these steps are missing: kernels
-// made of them are then compiled to a trap, the launchers never start them (setup.py bars PTX of such an architecture, which a later
-// GPU would run), and copies are plain ones.
+// The mma and ldmatrix functions are called by all 32 lanes of a warp together. Below sm_80 most of these steps are missing:
+// kernels made of them are then compiled to a trap, the launchers never start them (setup.py bars PTX of such an architecture,
+// which a later GPU would run), and copies are plain ones.
 #pragma once
 
 #include <cuda_bf16.h>

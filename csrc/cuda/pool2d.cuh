@@ -9,7 +9,8 @@
 //
 //   thread t:  item (block teams / B + t / (L B)) B + t % B,   member t / B % L
 //
-// so that neighbouring threads read neighbouring addresses: along the window in NCHW (B = 1), along the channels in channels_last.
+// so that neighbouring threads read neighbouring addresses: along the window in NCHW (B = 1), along the channels in
+// channels_last.
 #pragma once
 
 #include <algorithm>
@@ -208,8 +209,9 @@ inline unsigned pool_blocks(int64_t items, int64_t items_of_block = kPoolThreads
 
 // -------------------------------------------------------------------------------------------------------------- gathering
 
-// Calls visit(p, q, exists) for the windows over X neighbouring positions of a row, in their order. With rows_over and columns_over
-// above 0, which no more windows than these can be along an axis, the loops are unrolled and their loads start at once.
+// Calls visit(p, q, exists) for the windows over X neighbouring positions of a row, in their order. With rows_over and
+// columns_over above 0, which no more windows than these can be along an axis, the loops are unrolled and their loads start at
+// once.
 template <int X, int rows_over, int columns_over, class I, class Visit>
 __device__ void for_windows(const Pool<I>& pool, const Place<I>& place, Visit visit) {
   const PoolRange<I> rows = pool.rows.windows_over(place.row), columns = pool.columns.windows_over(place.column, X);
@@ -262,9 +264,9 @@ struct Team {
   constexpr int items_of_block() const { return threads() >> size_log; }
 };
 
-// Teams for the windows of a pool, from the geometry of one image alone: sums have the same order in every batch, on every device.
-// A member has 8 to 16 taps, of vectors half as many; more where the team is a block. A vector of channels that has a block to
-// itself has one of its own, since planes so large come with few channels.
+// Teams for the windows of a pool, from the geometry of one image alone: sums have the same order in every batch, on every
+// device. A member has 8 to 16 taps, of vectors half as many; more where the team is a block. A vector of channels that has a
+// block to itself has one of its own, since planes so large come with few channels.
 inline Team team_for(const Pool2dGeometry& g, int V) {
   constexpr int64_t least_taps = 16, large = 1024;
   const int64_t rows = g.adaptive ? ceil_div(g.H, g.P) : std::min(g.R, g.H),
@@ -292,8 +294,8 @@ struct Member {
   }
 };
 
-// Calls take(elements, taps) for kTaps taps of a window after another, those of one member of a team. A tap is r S + s. The elements
-// of a tap that does not exist are `otherwise`. No load waits for what is done with another one of the same round.
+// Calls take(elements, taps) for kTaps taps of a window after another, those of one member of a team. A tap is r S + s. The
+// elements of a tap that does not exist are `otherwise`. No load waits for what is done with another one of the same round.
 inline constexpr int kTaps = 8;
 
 template <int V, class I, class T, class Take>

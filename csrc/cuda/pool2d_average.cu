@@ -3,9 +3,9 @@
 //   forward      output[n,c,p,q]     = sum of the window of (p, q) / divisor
 //   grad_input   grad_input[n,c,h,w] = sum of grad_output[n,c,p,q] (1 / divisor) over the windows that contain (h, w)
 //
-// Both gather: what is written is written once, by one thread. Forward has a kernel for windows of 2 x 2 and 3 x 3, whose loads all
-// start at once, and one for teams (pool2d.cuh). grad_input takes the windows in the order of p, then q. bfloat16 and float16 are
-// summed in float32 and rounded once; int64, in forward alone, is divided as C++ divides.
+// Both gather: what is written is written once, by one thread. Forward has a kernel for windows of 2 x 2 and 3 x 3, whose loads
+// all start at once, and one for teams (pool2d.cuh). grad_input takes the windows in the order of p, then q. bfloat16 and float16
+// are summed in float32 and rounded once; int64, in forward alone, is divided as C++ divides.
 #include "pool2d.cuh"
 
 namespace torchcnn::cuda {

@@ -1,11 +1,11 @@
 // Max and min pooling, with and without positions.
 //
-//   output[n,c,p,q] = the best of input[n,c,h,w] over the window of (p, q); a NaN is better than every number and a later NaN than
+//   output[n,c,p,q] = the best of input[n,c,h,w] over the window of (p, q); a NaN is better than every number, a later NaN than
 //                     an earlier one, the first of equal numbers stays. With relu: max(0, that).
 //
-// Windows of 2 x 2 and 3 x 3 have a kernel whose loads all start at once, and other windows one for teams (pool2d.cuh). The values
-// of a window have a total order, value first, then place in the window, so teams may compare them in any order. What is carried
-// along is the number of a tap, r S + s.
+// Windows of 2 x 2 and 3 x 3 have a kernel whose loads all start at once, and other windows one for teams (pool2d.cuh). The
+// values of a window have a total order, value first, then place in the window, so teams may compare them in any order. What is
+// carried along is the number of a tap, r S + s.
 #include <limits>
 
 #include "pool2d.cuh"

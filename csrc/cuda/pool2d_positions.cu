@@ -115,7 +115,8 @@ struct Scatter {
         tasks(parts * N * (by_channels ? ceil_div(C, 32) : C)) {}
 };
 
-// Lanes with the same index find each other; the first adds up for all of them in the order of the windows, or the last one writes.
+// Lanes with the same index find each other; the first adds up for all of them in the order of the windows, or the last one
+// writes.
 template <bool adds, class T>
 __global__ void __launch_bounds__(kScatterWarps * 32, 4)
     pool2d_scatter_by_planes(const Scatter sizes, const T* __restrict__ from, const int64_t* __restrict__ indices,
@@ -208,7 +209,8 @@ __global__ void __launch_bounds__(kScatterWarps * 32, 4)
   for (int i = 0; i < count; ++i) plane[i * sizes.C] = from_arithmetic<T>(kept[i * 32]);
 }
 
-// A warp reads all indices of its planes for each part: for many windows the parts of a single plane, which are larger, are better.
+// A warp reads all indices of its planes for each part: for many windows the parts of a single plane, which are larger, are
+// better.
 template <bool adds, class T>
 void scatter(const char* name, const Pool2dGeometry& g, const T* from, const int64_t* indices, T* to, Stream stream) {
   if (g.N * g.C * g.H * g.W == 0) return;

@@ -19,7 +19,8 @@ import build
 
 FOLDER = build.BUILD / "broken"
 WAITS = re.compile(
-    r"__syncthreads\(\);|__syncwarp\(.*?\);|copy_async_wait<.*?>\(\);|copy_async_commit\(\);|show_tensor_cores\(\);|math\.wait\(\);"
+    r"__syncthreads\(\);|__syncwarp\(.*?\);|copy_async_wait<.*?>\(\);|copy_async_commit\(\);|show_tensor_cores\(\);"
+    r"|math\.wait\(\);"
 )
 BOUNDS = re.compile(r"(?<=[\w)\]]) < (?=[\w(])")
 

@@ -1,5 +1,5 @@
-// Compares fragments.h with the layouts of CuTe (NVIDIA CUTLASS, from PyPI: nvidia-cutlass), which number matrix elements column by
-// column. Prints for each fragment how many elements were compared and how many lie elsewhere.
+// Compares fragments.h with the layouts of CuTe (NVIDIA CUTLASS, from PyPI: nvidia-cutlass), which number matrix elements column
+// by column. Prints for each fragment how many elements were compared and how many lie elsewhere.
 #include <cuda_runtime.h>
 
 #include <cstdio>

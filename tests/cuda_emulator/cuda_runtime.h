@@ -1,9 +1,10 @@
-// Stands before the toolkit's header of this name in the include path and makes CUDA C++ a C++ that g++ compiles for the processor.
+// Stands before the toolkit's header of this name in the include path and makes CUDA C++ a C++ that g++ compiles for the
+// processor.
 //
 // In the build `check` everything is inlined into kernels: g++ does not instrument the store of a struct that a call returns.
 //
-// The types (dim3, float4, __half, cudaLaunchConfig_t) and the C functions are declared by the toolkit's own headers. Here are the
-// words of the language that g++ lacks, and the functions of device code. __shared__ becomes thread_local: that allows arrays
+// The types (dim3, float4, __half, cudaLaunchConfig_t) and the C functions are declared by the toolkit's own headers. Here are
+// the words of the language that g++ lacks, and the functions of device code. __shared__ becomes thread_local: that allows arrays
 // within functions and one `extern` array of unknown size, and lays all of them into one segment that can be found and poisoned.
 // Arrays of __half and other classes with constructors are not for it, because g++ would construct them: `check` refuses them.
 #pragma once

@@ -1,10 +1,11 @@
 // Which memory a kernel may touch, and in which order.
 //
-// In the build `check` the compiler calls the functions named __tsan_... before each access of a kernel (-fsanitize=thread, without
-// its own runtime), and the ones named __ubsan_... where an index or an alignment is wrong. Each byte has a cell: who wrote it last
-// and who read it since. An earlier access by another thread has happened before this one if a barrier lies between them, or, within
-// a warp, a __syncwarp of both (order_memory keeps for each lane what it has seen of the others, a vector clock). Two accesses, one of
-// them a write, of which neither has happened before the other are a race, whatever order the fibers ran in.
+// In the build `check` the compiler calls the functions named __tsan_... before each access of a kernel (-fsanitize=thread,
+// without its own runtime), and the ones named __ubsan_... where an index or an alignment is wrong. Each byte has a cell: who
+// wrote it last and who read it since. An earlier access by another thread has happened before this one if a barrier lies between
+// them, or, within a warp, a __syncwarp of both (order_memory keeps for each lane what it has seen of the others, a vector
+// clock). Two accesses, one of them a write, of which neither has happened before the other are a race, whatever order the fibers
+// ran in.
 #include "memory.h"
 
 #include <dlfcn.h>

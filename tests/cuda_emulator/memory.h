@@ -30,8 +30,8 @@ bool set_memory(void* first, int value, size_t bytes);
 
 bool is_shared(const void* at, size_t bytes);
 
-// An access of the running thread; `by` is the instruction. An asynchronous write has an issue and an arrival. Checks in the build
-// `check` alone.
+// An access of the running thread; `by` is the instruction. An asynchronous write has an issue and an arrival. Checks in the
+// build `check` alone.
 enum class Access { read, write, issue, arrival };
 void access(const void* at, size_t bytes, Access, const void* by);
 

@@ -33,8 +33,8 @@ inline unsigned lane_number() { return thread_number() % kWarp; }
 // All threads of the block come here.
 void block_barrier(const Place&);
 
-// All lanes of `mask` come here; the last calls combine(operands, mask), where operands[lane] is the lane's operand. Lanes that the
-// block does not have are taken from the mask.
+// All lanes of `mask` come here; the last calls combine(operands, mask), where operands[lane] is the lane's operand. Lanes that
+// the block does not have are taken from the mask.
 using Combine = void (*)(void* const* operands, unsigned mask, const Place&);
 void meet(unsigned mask, void* operand, Combine combine, const Place&);
 

@@ -1,7 +1,7 @@
 // Compiles TORCHCNN_KERNELS, a header of vector kernels, for one instruction set: TORCHCNN_ISA, the name of the row and of the
-// namespace that keeps the copies of the kernels apart. Both are defined by the including file. A target region instead of compiler
-// flags lets one binary hold every instruction set. Everything that is not a kernel is included before the region: an inline
-// function of the standard library compiled inside it could be the copy that the linker keeps for older processors.
+// namespace that keeps the copies of the kernels apart. Both are defined by the including file. A target region instead of
+// compiler flags lets one binary hold every instruction set. Everything that is not a kernel is included before the region: an
+// inline function of the standard library compiled inside it could be the copy that the linker keeps for older processors.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
