@@ -7,12 +7,13 @@
 //   forward      source = input, k the filters, step = stride
 //   grad_input   source = grad_output, k the input channels, step = 1, one correlation for each phase (h mod stride_h,
 //                w mod stride_w) of the input: only taps with (h + pad_h - r dilation_h) divisible by stride_h reach it
-//   grad_weight[(c,t)][k] = sum_x A(x, (c,t)) grad_output[x][k]
+//
+// grad_weight stands in conv2d_implicit_gemm_grad_weight.h, what a product reads of the source in conv2d_windows.h.
 //
 // The positions fall into regions that meet the same taps; those in the padding are left out, where regions are large enough. A
 // is read from the source itself, or from a copy of a window of it with the padding written out. The address of A(x, (c,t)) is a
 // sum of two table entries, position[x] + patch[(c,t)], for every stride, dilation, group and layout. B is packed
-// [k / nr][(c,t)][k % nr] in blocks of channels (SumOrder), or [k / nr][x][k % nr] for grad_weight.
+// [k / nr][(c,t)][k % nr] in blocks of channels (SumOrder).
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
+#include "conv2d_windows.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -34,126 +36,6 @@ inline constexpr int64_t block_positions = 320;
 // So many panels of weights pass by so many positions before the next: what a position reads lies far apart and should come to L1
 // once, while panels are read in order and come from L2 fast enough.
 inline constexpr int64_t panels_together = 8, positions_together = 8 * mr;
-
-struct Tap {
-  int64_t row, column;  // offset into the source
-  int64_t weight;       // r S + s
-};
-
-// Positions of the result that see the same taps, taps[first_tap ... first_tap + taps - 1].
-struct Phase {
-  int64_t first_tap, taps, rows, columns;
-};
-
-template <class T>
-struct View {
-  T* data;
-  Strides strides;
-  int64_t rows, columns;
-};
-
-// The part of the source that a block reads, rows x columns of it from (first_row, first_column) for a block at row 0.
-struct Window {
-  int64_t first_row, first_column, rows, columns;
-  bool in_place;
-  Strides strides;
-  int64_t step_h, step_w;  // from one element of it to the next in the source
-};
-
-// The window for blocks of `rows` rows of a grid of grid_rows x grid_columns positions. `inside`: no position reads the padding.
-inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& source, int64_t source_rows, int64_t source_columns,
-                        int64_t channels, int64_t rows, int64_t grid_rows, int64_t grid_columns, int64_t step_h, int64_t step_w,
-                        Layout layout, int64_t element_size, bool inside) {
-  Window w{taps[0].row, taps[0].column, 0, 0, false, source, 1, 1};
-  int64_t last_row = taps[0].row, last_column = taps[0].column;
-  for (int64_t t = 1; t < tap_count; ++t) {
-    w.first_row = std::min(w.first_row, taps[t].row), last_row = std::max(last_row, taps[t].row);
-    w.first_column = std::min(w.first_column, taps[t].column), last_column = std::max(last_column, taps[t].column);
-  }
-  // Of 1x1 filters that skip columns, whole cache lines would be read for parts of them, once for every panel.
-  if (tap_count == 1 && step_w > 1 && layout == Layout::nchw) w.step_h = step_h, w.step_w = step_w;
-  w.rows = (rows - 1) * step_h / w.step_h + last_row - w.first_row + 1;
-  w.columns = (grid_columns - 1) * step_w / w.step_w + last_column - w.first_column + 1;
-  const bool no_padding = w.first_row >= 0 && w.first_column >= 0 && (grid_rows - 1) * step_h + last_row < source_rows &&
-                          (grid_columns - 1) * step_w + last_column < source_columns;
-  const bool spread = layout == Layout::channels_last || source.c * element_size % 1024 != 0;
-  w.in_place = w.step_w == 1 && (no_padding || (inside && spread));
-  if (w.in_place) return w;
-  if (layout == Layout::channels_last) {
-    w.strides = {w.rows * w.columns * channels, 1, w.columns * channels, channels};
-  } else {
-    int64_t plane = w.rows * w.columns;
-    if (plane * element_size % 1024 == 0) plane += 64 / element_size;  // or every channel would fall into the same sets of L1
-    w.strides = {channels * plane, plane, w.columns, 1};
-  }
-  return w;
-}
-
-// Not a constant on purpose: of a loop that stores one the compiler would make a call of memset, which costs more than a short
-// row.
-template <class T>
-inline Vec<T> zero_vector{};
-
-// Writes whole vectors, up to a vector less one element too many: what comes after is written later.
-template <class T>
-inline void zero_beyond(T* to, int64_t count) {
-  const Vec<T> zero = zero_vector<T>;
-  for (int64_t x = 0; x < count; x += kLanes<T>) store(to + x, zero);
-}
-
-template <class T, int64_t piece = kLanes<T> / 2>
-inline void copy_pieces(const T* from, int64_t count, T* to) {
-  if (count & piece) {
-    std::memcpy(to, from, piece * sizeof(T));
-    from += piece, to += piece;
-  }
-  if constexpr (piece > 1) copy_pieces<T, piece / 2>(from, count, to);
-}
-
-template <class T>
-inline void copy_row(const T* from, int64_t count, T* to) {
-  if (count >= kLanes<T>) return copy(from, count, to);
-  copy_pieces(from, count, to);
-}
-
-// The window of images n ... n + images - 1, channels c ... c + channels - 1, from source row `row`: the tensor or a padded copy.
-template <class T>
-const T* read_window(const View<const T>& source, const Window& w, int64_t n, int64_t images, int64_t c, int64_t channels,
-                     int64_t row, Layout layout) {
-  const Strides &s = source.strides, &to = w.strides;
-  const T* from = source.data + n * s.n + c * s.c;
-  if (w.in_place) return from + (row + w.first_row) * s.h + w.first_column * s.w;
-  T* copy_of = workspace<T>(Slot::patches, images * to.n + 2 * kLanes<T>);
-  const int64_t left = std::clamp<int64_t>(w.first_column < 0 ? ceil_div(-w.first_column, w.step_w) : 0, 0, w.columns);
-  const int64_t after = w.first_column < source.columns ? ceil_div(source.columns - w.first_column, w.step_w) : 0;
-  const int64_t inside = std::clamp<int64_t>(after, left, w.columns) - left;
-  const bool channels_last = layout == Layout::channels_last;
-  const int64_t planes = channels_last ? 1 : channels, unit = w.strides.w;
-  for (int64_t image = 0; image < images; ++image) {
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      for (int64_t r = 0; r < w.rows; ++r) {
-        T* line = copy_of + image * to.n + plane * to.c + r * to.h;
-        const int64_t h = row + w.first_row + r * w.step_h;
-        if (h < 0 || h >= source.rows || inside == 0) {
-          zero_beyond(line, w.columns * unit);
-          continue;
-        }
-        const T* start = from + image * s.n + plane * s.c + h * s.h + (w.first_column + left * w.step_w) * s.w;
-        zero_beyond(line, left * unit);
-        if (!channels_last) gemm::prefetch(start + 4 * s.c, inside * w.step_w);
-        if (w.step_w > 1) {
-          gather_strided(start, w.step_w, inside, line + left);
-        } else if (s.w == unit) {
-          copy_row(start, inside * unit, line + left * unit);
-        } else {
-          for (int64_t x = 0; x < inside; ++x) copy_row(start + x * s.w, channels, line + (left + x) * unit);
-        }
-        zero_beyond(line + (left + inside) * unit, (w.columns - left - inside) * unit);
-      }
-    }
-  }
-  return copy_of;
-}
 
 // The order of the sum over channels and taps: blocks of channels, in each tap by tap. The taps that a position meets are then
 // few stretches of it, and a block of the packed weights stays in L1.
@@ -431,12 +313,6 @@ void correlate(const Correlation<T>& p, const SumOrder& order, const T* packed_w
   });
 }
 
-// The taps of a filter over the input: forward and grad_weight.
-inline void input_taps(const Conv2dGeometry& g, Tap* taps) {
-  for (int64_t r = 0; r < g.R; ++r)
-    for (int64_t s = 0; s < g.S; ++s) *taps++ = {r * g.dilation_h - g.pad_h, s * g.dilation_w - g.pad_w, r * g.S + s};
-}
-
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group();
@@ -548,131 +424,6 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
                 p.data,
                 p.tap_count},
                order, packed_weight, {nullptr, false});
-}
-
-// grad_weight is cut into tasks of chunk_rows rows (c,t) by some filters: 288 x 128 sums are 144 KiB, which stay in L2. Where
-// windows are gathered (window_of), once for each chunk of filters, that is much beside the arithmetic of one tap: there chunks
-// are larger.
-inline constexpr int64_t chunk_rows = 288;
-inline int64_t chunk_of_filters(const Conv2dGeometry& g) {
-  return g.layout == Layout::nchw && g.R * g.S == 1 && g.stride_w > 1 ? 512 : 128;
-}
-// Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
-inline constexpr int64_t gradient_depth = 192;
-
-template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group(), patch_size = C * taps_count;
-  const Strides in = g.input_strides(), out = g.output_strides();
-  Tap* taps = workspace<Tap>(Slot::tables, taps_count);
-  input_taps(g, taps);
-  const int64_t chunk_channels = std::clamp<int64_t>(chunk_rows / taps_count, 1, C), chunk_filters = chunk_of_filters(g);
-  // The fewer the filters, the more positions of grad_output fit into 128 KiB of L2, which saves halo and short reads.
-  const int64_t packed_filters = ceil_div(std::min(K, chunk_filters), nr<T>) * nr<T>;
-  const Blocks blocks = blocks_of(g.N, g.P, g.Q, (int64_t(128) << 10) / (packed_filters * int64_t(sizeof(T))));
-  const Window w = window_of(taps, taps_count, in, g.H, g.W, chunk_channels, blocks.rows, g.P, g.Q, g.stride_h, g.stride_w,
-                             g.layout, sizeof(T), false);
-
-  // Too few tasks to share out among threads: cut the sum over positions into slices as well, added in order at the end. How
-  // many is decided by the geometry alone, or the bits would depend on the number of threads.
-  const int64_t c_chunks = ceil_div(C, chunk_channels), k_chunks = ceil_div(K, chunk_filters), chunks = g.G * c_chunks * k_chunks;
-  const int64_t slices = chunks >= 8 ? 1 : std::min<int64_t>(8, blocks.count()), weights = g.K * patch_size;
-  T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
-  const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
-  parallel_for(chunks * slices, task_cost, [&](int64_t task) {
-    const int64_t slice = task % slices, c_chunk = task / slices % c_chunks, k_chunk = task / slices / c_chunks % k_chunks;
-    const int64_t group = task / slices / c_chunks / k_chunks;
-    const int64_t c_begin = c_chunk * chunk_channels, channels = std::min(chunk_channels, C - c_begin);
-    const int64_t k_begin = k_chunk * chunk_filters, filters = std::min(chunk_filters, K - k_begin);
-    const int64_t rows = channels * taps_count, panels = ceil_div(filters, nr<T>);
-    const int64_t max_positions = blocks.images * blocks.rows * g.Q;
-
-    int64_t* patch = workspace<int64_t>(Slot::offsets, rows + max_positions);
-    int64_t* position = patch + rows;
-    int64_t known_positions = 0;
-    const bool channels_first = g.layout == Layout::nchw || taps_count == 1;
-    const int64_t channel_step = channels_first ? taps_count : 1, tap_step = channels_first ? 1 : channels;
-    for (int64_t t = 0; t < taps_count; ++t)
-      for (int64_t c = 0; c < channels; ++c)
-        patch[c * channel_step + t * tap_step] =
-            (taps[t].row - w.first_row) * w.strides.h + (taps[t].column - w.first_column) * w.strides.w + c * w.strides.c;
-    T* gradient = workspace<T>(Slot::gradient, panels * max_positions * nr<T>);
-    T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
-    for (int64_t i = 0; i < panels * rows * nr<T>; i += kLanes<T>) store(sums + i, Vec<T>{});
-
-    for (int64_t block = slice * blocks.count() / slices; block < (slice + 1) * blocks.count() / slices; ++block) {
-      const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, g.N - n);
-      const int64_t i_begin = block % blocks.along_rows * blocks.rows, i_count = std::min(blocks.rows, g.P - i_begin);
-      const int64_t image_positions = i_count * g.Q, positions = images * image_positions;
-      if (positions != known_positions)  // they differ at the ends of a plane or of the batch only, then in number too
-        for (int64_t x = 0, image = 0; image < images; ++image)
-          for (int64_t i = 0; i < i_count; ++i)
-            for (int64_t j = 0; j < g.Q; ++j, ++x)
-              position[x] =
-                  image * w.strides.n + i * g.stride_h / w.step_h * w.strides.h + j * g.stride_w / w.step_w * w.strides.w;
-      known_positions = positions;
-      const T* window = read_window(View<const T>{input, in, g.H, g.W}, w, n, images, group * C + c_begin, channels,
-                                    i_begin * g.stride_h, g.layout);
-
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, filters - k);
-        T* to = gradient + panel * positions * nr<T>;
-        for (int64_t image = 0; image < images; ++image) {
-          const T* from = grad_output + (n + image) * out.n + (group * K + k_begin + k) * out.c + i_begin * out.h;
-          T* row = to + image * image_positions * nr<T>;
-          if (g.layout == Layout::nchw) {
-            gemm::pack_transposed(from, out.c, lanes, image_positions, row, [](int64_t x) { return x; });
-          } else if (lanes == nr<T>) {
-            for (int64_t x = 0; x < image_positions; ++x, from += out.w, row += nr<T>)
-              for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(row + v, load(from + v));
-          } else {
-            for (int64_t x = 0; x < image_positions; ++x, from += out.w, row += nr<T>) {
-              copy_row(from, lanes, row);
-              for (int64_t l = lanes; l < nr<T>; ++l) row[l] = T(0);
-            }
-          }
-        }
-      }
-      const int64_t depths = ceil_div(positions, gradient_depth);
-      for (int64_t d = 0; d < depths; ++d) {
-        const int64_t x = d * positions / depths;
-        gemm::Run runs[gradient_depth / gemm::max_run];
-        const int64_t run_count = gemm::cut_into_runs(x, (d + 1) * positions / depths - x, runs);
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          const T* b = gradient + panel * positions * nr<T>;
-          const bool narrow = filters - panel * nr<T> <= kLanes<T>;
-          for (int64_t row = 0, tile_rows = 0; row < rows; row += tile_rows) {
-            T* c = sums + (panel * rows + row) * nr<T>;
-            const auto multiply = [&]<int count, int vectors>() {
-              gemm::IndirectA<T, count> a{{}, position};
-              for (int m = 0; m < count; ++m) a.row[m] = window + patch[row + m];
-              gemm::tile_product<T, count, vectors>(runs, run_count, a, b, c, nr<T>, {nullptr, true, false});
-            };
-            tile_rows = gemm::tile_rows(rows - row, narrow ? gemm::narrow_mr : mr);
-            if (narrow)
-              gemm::with_rows<gemm::narrow_mr>(tile_rows, [&](auto m) { multiply.template operator()<m, 1>(); });
-            else
-              gemm::with_rows<mr>(tile_rows, [&](auto m) { multiply.template operator()<m, 2>(); });
-          }
-        }
-      }
-    }
-
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, filters - k);
-      T* to = partial + slice * weights + (group * K + k_begin + k) * patch_size + c_begin * taps_count;
-      const T* from = sums + panel * rows * nr<T>;
-      const Finish<T> as_it_is{nullptr, lanes, false};
-      if (channels_first) {
-        gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, rows, to, patch_size, as_it_is);
-      } else {
-        for (int64_t c = 0; c < channels; ++c)
-          gemm::unpack_transposed<T>([&](int64_t t) { return from + (t * channels + c) * nr<T>; }, lanes, taps_count,
-                                     to + c * taps_count, patch_size, as_it_is);
-      }
-    }
-  });
-  if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::implicit_gemm

@@ -12,7 +12,7 @@
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
-#include "conv2d_implicit_gemm.h"
+#include "conv2d_windows.h"
 #include "simd.h"
 
 namespace torchcnn::TORCHCNN_ISA::planar_rows {

@@ -19,7 +19,7 @@
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
-#include "conv2d_implicit_gemm.h"
+#include "conv2d_implicit_gemm_grad_weight.h"
 #include "conv2d_planar_rows.h"
 #include "conv2d_small_channels.h"
 #include "runtime.h"

@@ -4,17 +4,16 @@
 //
 //   forward      M[xi][tile][k] = sum_c V[xi][tile][c] U[xi][c][k]         V = B^T x B, U = G g G^T, output tile = A^T M A
 //   grad_input   the same of grad_output, with every filter turned by 180 degrees and c and k exchanged
-//   grad_weight  U[xi][c][k] = sum_tile V[xi][tile][c] D[xi][tile][k]      D = A dy A^T, grad_weight = G^T U G: the adjoint
 //
-//   V[xi][tile][C + pad]    D, M[xi][tile][K + pad]    U[xi][k / nr][c][k % nr]
+//   V[xi][tile][C + pad]    M[xi][tile][K + pad]    U[xi][k / nr][c][k % nr]
 //
 // The strides of tiles and positions are kept off the powers of two, which would fall into few cache sets. A dilated convolution
 // is one of stride 1 for each phase (p mod dilation_h, q mod dilation_w), whose tiles have their elements so far apart.
 //
-// Tiles do not cross images and every element is summed over c (grad_weight: over tiles, in fixed blocks) in one order, so
-// results depend neither on the number of threads nor, for an image, on the others. Intermediate values mix all elements of a
-// tile, so that one Inf or NaN would spread over it: a tile whose result is not finite is computed again by implicit GEMM, and so
-// is a grad_weight. The caller guarantees the filter and stride of F and at least kLanes<T> channels and filters in a group.
+// Tiles do not cross images and every element is summed over c in one order, so results depend neither on the number of threads
+// nor, for an image, on the others. Intermediate values mix all elements of a tile, so that one Inf or NaN would spread over it:
+// a tile whose result is not finite is computed again by implicit GEMM. The caller guarantees the filter and stride of F and at
+// least kLanes<T> channels and filters in a group. grad_weight: conv2d_winograd_grad_weight.h.
 #pragma once
 
 #include <algorithm>
@@ -220,22 +219,6 @@ void transform_inputs(const Images<const T>& images, const Tiling& tiling, int64
           transform_input_tile<F>(band[v] + t * F::step * L, columns * L,
                                   to + (tile - begin + t) * row + std::min(c_line + v * L, channels - L), position_stride);
     }
-  });
-}
-
-// The same with A y A^T, of grad_output.
-template <class F, class T>
-void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling, int64_t filters, int64_t begin, int64_t end,
-                            T* to, int64_t row, int64_t position_stride) {
-  constexpr int64_t L = kLanes<T>;
-  alignas(64) T band[band_out<F, T>];
-  for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
-    const int64_t columns = run.count * F::out;
-    for_each_vector<T>(filters, [&](int64_t k) {
-      read_band(images, run.n, k, run.result_h, run.result_w, F::out, columns, band);
-      for (int64_t t = 0; t < run.count; ++t)
-        transform_grad_output_tile<F>(band + t * F::out * L, columns * L, to + (tile - begin + t) * row + k, position_stride);
-    });
   });
 }
 
@@ -473,151 +456,6 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   one.N = 1;
   recompute_tiles<F>(g.N, g.G, C, tiling, result, not_finite,
                      [&](int64_t n, T* image) { implicit_gemm::conv2d_grad_input(one, grad_output + n * out.n, weight, image); });
-}
-
-// grad_weight: sums run over `block` tiles in registers, then from block to block in U; in slices over half as many, whose V and
-// D stay in L2.
-inline constexpr int64_t block = 96, slice_block = 48;
-inline constexpr int64_t slices_bytes = int64_t(10) << 20;  // of the sums of all slices: four times 128 x 128 filters
-inline constexpr int64_t part_channels = 16 * mr;
-inline constexpr int64_t sum_bytes = int64_t(40) << 20;  // of U: more is computed in parts of the filters
-
-// grad_weight of K filters from first_k, all in one group. False where it is not finite.
-template <class F, class T>
-bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, int64_t first_k, int64_t K,
-                            T* grad_weight) {
-  constexpr int64_t positions = F::points * F::points;
-  const int64_t C = g.C_per_group(), taps = g.R * g.S, group = first_k / g.K_per_group();
-  const Tiling tiling{output_axis<F>(g.P, g.dilation_h, g.pad_h), output_axis<F>(g.Q, g.dilation_w, g.pad_w)};
-  const Strides in = g.input_strides(), out = g.output_strides();
-  const Images<const T> x{input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
-  const Images<const T> dy{grad_output + first_k * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
-  const int64_t tiles = g.N * tiling.per_image(), panels = ceil_div(K, nr<T>);
-  const int64_t V_row = padded_stride<T>(C), D_row = padded_stride<T>(panels * nr<T>);
-
-  // U of channels c_begin ... c_end - 1 and panels panel_begin ... panel_end - 1: U + xi position + ((panel - panel_begin) rows +
-  // (c - c_begin)) nr.
-  struct Part {
-    int64_t c_begin, c_end, panel_begin, panel_end, rows, position;
-  };
-  const auto multiply = [&](const Part& part, const T* V, int64_t V_position, const T* D, int64_t D_position, int64_t count,
-                            bool accumulate, T* U) {
-    for (int64_t xi = 0; xi < positions; ++xi)
-      for (int64_t tile = 0; tile < count; tile += block)
-        for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel)
-          for (int64_t c = part.c_begin; c < part.c_end; c += mr)
-            multiply_rows<false>(
-                std::min(mr, part.c_end - c), std::min(block, count - tile), V + xi * V_position + tile * V_row + c, V_row,
-                D + xi * D_position + tile * D_row + panel * nr<T>, D_row, accumulate || tile > 0,
-                U + xi * part.position + ((panel - part.panel_begin) * part.rows + (c - part.c_begin)) * nr<T>, nr<T>);
-  };
-  unsigned char not_finite = 0;
-  const auto finish = [&](const Part& part, const T* U) {
-    constexpr int64_t L = kLanes<T>, row = together_row<T, F::r * F::r>;
-    alignas(64) T together[L * row];
-    bool finite = true;
-    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
-      for (int64_t k = panel * nr<T>; k < std::min(K, (panel + 1) * nr<T>); k += L) {
-        Vec<T> zero{};
-        for (int64_t c = part.c_begin; c < part.c_end; c += channels_together) {
-          const int64_t channels = std::min(channels_together, part.c_end - c);
-          for (int64_t i = 0; i < channels; ++i)
-            transform_grad_weight_tile<F>(
-                U + ((panel - part.panel_begin) * part.rows + (c + i - part.c_begin)) * nr<T> + (k - panel * nr<T>),
-                part.position, together + i * taps, row, zero);
-          for (int64_t lane = 0; lane < std::min(L, K - k); ++lane)
-            implicit_gemm::copy_row(together + lane * row, channels * taps, grad_weight + ((first_k + k + lane) * C + c) * taps);
-        }
-        for (int64_t lane = 0; lane < std::min(L, K - k); ++lane) finite &= zero[lane] == T(0);
-      }
-    }
-    if (!finite) __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
-  };
-
-  // A small U: slices of the tiles, each with a U of its own, so that a thread uses the tiles that it transformed itself, from
-  // its own caches. How many is decided by the sizes alone; they are added in order.
-  const int64_t all_rows = ceil_div(C, mr) * mr, U_size = positions * (panels * all_rows * nr<T> + 16);
-  const int64_t slices = std::min({int64_t(8), tiles / block, slices_bytes / (U_size * int64_t(sizeof(T)))});
-  if (slices > 1) {
-    const Part whole{0, C, 0, panels, all_rows, U_size / positions};
-    T* partial = workspace<T>(Slot::partial_sums, slices * U_size);
-    parallel_for(slices, tiles / slices * positions * C * panels, [&](int64_t slice) {
-      const int64_t begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
-      for (int64_t tile = begin; tile < end; tile += slice_block) {
-        const int64_t count = std::min(slice_block, end - tile), V_position = count * V_row + 16, D_position = count * D_row + 16;
-        T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
-        T* D = V + positions * V_position;
-        transform_inputs<F>(x, tiling, C, tile, tile + count, V, V_row, V_position);
-        transform_grad_outputs<F>(dy, tiling, K, tile, tile + count, D, D_row, D_position);
-        multiply(whole, V, V_position, D, D_position, count, tile > begin, partial + slice * U_size);
-      }
-    });
-    constexpr int64_t some = 4 * channels_together;
-    const int64_t c_parts = ceil_div(C, some);
-    parallel_for(panels * c_parts, some * nr<T> * positions * slices / kLanes<T>, [&](int64_t part) {
-      const int64_t panel = part / c_parts, c = part % c_parts * some, channels = std::min(some, C - c);
-      T* U = partial + (panel * all_rows + c) * nr<T>;
-      for (int64_t xi = 0; xi < positions; ++xi) {
-        T* sum = U + xi * whole.position;
-        for (int64_t slice = 1; slice < slices; ++slice)
-          for (int64_t e = 0; e < channels * nr<T>; e += kLanes<T>)
-            store(sum + e, load(sum + e) + load(sum + slice * U_size + e));
-      }
-      finish({c, c + channels, panel, panel + 1, all_rows, whole.position}, U);
-    });
-    return not_finite == 0;
-  }
-
-  // All of V and D where they are small; else a chunk at a time, with U of all parts kept in between.
-  const int64_t tile_bytes = positions * (V_row + D_row) * int64_t(sizeof(T));
-  const int64_t chunk =
-      tiles * tile_bytes <= resident_bytes ? tiles : std::max<int64_t>(1, resident_bytes / 4 / tile_bytes / block) * block;
-  // Each thread takes some of the channels; of a single chunk, in parts of U that stay in L2.
-  const bool keep = chunk < tiles;
-  const int64_t c_parts = parts_of(ceil_div(C, mr), keep ? C : part_channels / mr);
-  const int64_t k_parts = keep ? 1 : ceil_div(panels, max_filters<T> / nr<T>), parts = c_parts * k_parts;
-  const int64_t c_part = ceil_div(ceil_div(C, mr), c_parts) * mr, k_part = ceil_div(panels, k_parts);
-  const int64_t U_position = k_part * c_part * nr<T> + 16, U_part = positions * U_position;
-  T* kept = keep ? workspace<T>(Slot::partial_sums, parts * U_part) : nullptr;
-
-  for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
-    const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), count = chunk_end - chunk_begin;
-    const int64_t V_position = count * V_row + 16, D_position = count * D_row + 16;
-    T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
-    T* D = V + positions * V_position;
-    const int64_t runs = ceil_div(count, max_run<F>);
-    parallel_for(runs, max_run<F> * (C + K) / kLanes<T> * positions * 8, [&](int64_t index) {
-      const int64_t begin = index * max_run<F>, end = std::min(count, begin + max_run<F>);
-      transform_inputs<F>(x, tiling, C, chunk_begin + begin, chunk_begin + end, V + begin * V_row, V_row, V_position);
-      transform_grad_outputs<F>(dy, tiling, K, chunk_begin + begin, chunk_begin + end, D + begin * D_row, D_row, D_position);
-    });
-
-    parallel_for(parts, count * positions * c_part * k_part, [&](int64_t index) {
-      const int64_t c = index % c_parts * c_part, panel = index / c_parts * k_part;
-      const Part part{c, std::min(C, c + c_part), panel, std::min(panels, panel + k_part), c_part, U_position};
-      if (part.c_begin >= part.c_end || part.panel_begin >= part.panel_end) return;
-      T* U = keep ? kept + index * U_part : workspace<T>(Slot::packed_weight, U_part);
-      multiply(part, V, V_position, D, D_position, count, chunk_begin > 0, U);
-      if (chunk_end == tiles) finish(part, U);
-    });
-  }
-  return not_finite == 0;
-}
-
-template <class F, class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  const int64_t C = g.C_per_group(), K = g.K_per_group();
-  const int64_t parts = ceil_div(F::points * F::points * C * K * int64_t(sizeof(T)), sum_bytes);
-  bool finite = true;
-  for (int64_t group = 0; group < g.G; ++group) {
-    for (int64_t part = 0; part < std::min(parts, full_panels<T>(K)); ++part) {
-      const Panels of = panels_of<T>(part, std::min(parts, full_panels<T>(K)), K);
-      const int64_t first = of.begin * nr<T>;
-      finite &=
-          accumulate_grad_weight<F>(g, grad_output, input, group * K + first, std::min(K, of.end * nr<T>) - first, grad_weight);
-    }
-  }
-  if (!finite) implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::winograd

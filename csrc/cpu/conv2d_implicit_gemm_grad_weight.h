@@ -1,0 +1,144 @@
+// grad_weight of any geometry as matrix products whose sums run over the pixels of the batch:
+//
+//   grad_weight[(c,t)][k] = sum_x A(x, (c,t)) grad_output[x][k]     A as in conv2d_implicit_gemm.h, x = (n, i, j)
+//
+// grad_output is packed [k / nr][x][k % nr].
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../geometry.h"
+#include "conv2d_gemm.h"
+#include "conv2d_windows.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace torchcnn::TORCHCNN_ISA::implicit_gemm {
+
+// grad_weight is cut into tasks of chunk_rows rows (c,t) by some filters: 288 x 128 sums are 144 KiB, which stay in L2. Where
+// windows are gathered (window_of), once for each chunk of filters, that is much beside the arithmetic of one tap: there chunks
+// are larger.
+inline constexpr int64_t chunk_rows = 288;
+inline int64_t chunk_of_filters(const Conv2dGeometry& g) {
+  return g.layout == Layout::nchw && g.R * g.S == 1 && g.stride_w > 1 ? 512 : 128;
+}
+// Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
+inline constexpr int64_t gradient_depth = 192;
+
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group(), patch_size = C * taps_count;
+  const Strides in = g.input_strides(), out = g.output_strides();
+  Tap* taps = workspace<Tap>(Slot::tables, taps_count);
+  input_taps(g, taps);
+  const int64_t chunk_channels = std::clamp<int64_t>(chunk_rows / taps_count, 1, C), chunk_filters = chunk_of_filters(g);
+  // The fewer the filters, the more positions of grad_output fit into 128 KiB of L2, which saves halo and short reads.
+  const int64_t packed_filters = ceil_div(std::min(K, chunk_filters), nr<T>) * nr<T>;
+  const Blocks blocks = blocks_of(g.N, g.P, g.Q, (int64_t(128) << 10) / (packed_filters * int64_t(sizeof(T))));
+  const Window w = window_of(taps, taps_count, in, g.H, g.W, chunk_channels, blocks.rows, g.P, g.Q, g.stride_h, g.stride_w,
+                             g.layout, sizeof(T), false);
+
+  // Too few tasks to share out among threads: cut the sum over positions into slices as well, added in order at the end. How
+  // many is decided by the geometry alone, or the bits would depend on the number of threads.
+  const int64_t c_chunks = ceil_div(C, chunk_channels), k_chunks = ceil_div(K, chunk_filters), chunks = g.G * c_chunks * k_chunks;
+  const int64_t slices = chunks >= 8 ? 1 : std::min<int64_t>(8, blocks.count()), weights = g.K * patch_size;
+  T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
+  parallel_for(chunks * slices, task_cost, [&](int64_t task) {
+    const int64_t slice = task % slices, c_chunk = task / slices % c_chunks, k_chunk = task / slices / c_chunks % k_chunks;
+    const int64_t group = task / slices / c_chunks / k_chunks;
+    const int64_t c_begin = c_chunk * chunk_channels, channels = std::min(chunk_channels, C - c_begin);
+    const int64_t k_begin = k_chunk * chunk_filters, filters = std::min(chunk_filters, K - k_begin);
+    const int64_t rows = channels * taps_count, panels = ceil_div(filters, nr<T>);
+    const int64_t max_positions = blocks.images * blocks.rows * g.Q;
+
+    int64_t* patch = workspace<int64_t>(Slot::offsets, rows + max_positions);
+    int64_t* position = patch + rows;
+    int64_t known_positions = 0;
+    const bool channels_first = g.layout == Layout::nchw || taps_count == 1;
+    const int64_t channel_step = channels_first ? taps_count : 1, tap_step = channels_first ? 1 : channels;
+    for (int64_t t = 0; t < taps_count; ++t)
+      for (int64_t c = 0; c < channels; ++c)
+        patch[c * channel_step + t * tap_step] =
+            (taps[t].row - w.first_row) * w.strides.h + (taps[t].column - w.first_column) * w.strides.w + c * w.strides.c;
+    T* gradient = workspace<T>(Slot::gradient, panels * max_positions * nr<T>);
+    T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
+    for (int64_t i = 0; i < panels * rows * nr<T>; i += kLanes<T>) store(sums + i, Vec<T>{});
+
+    for (int64_t block = slice * blocks.count() / slices; block < (slice + 1) * blocks.count() / slices; ++block) {
+      const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, g.N - n);
+      const int64_t i_begin = block % blocks.along_rows * blocks.rows, i_count = std::min(blocks.rows, g.P - i_begin);
+      const int64_t image_positions = i_count * g.Q, positions = images * image_positions;
+      if (positions != known_positions)  // they differ at the ends of a plane or of the batch only, then in number too
+        for (int64_t x = 0, image = 0; image < images; ++image)
+          for (int64_t i = 0; i < i_count; ++i)
+            for (int64_t j = 0; j < g.Q; ++j, ++x)
+              position[x] =
+                  image * w.strides.n + i * g.stride_h / w.step_h * w.strides.h + j * g.stride_w / w.step_w * w.strides.w;
+      known_positions = positions;
+      const T* window = read_window(View<const T>{input, in, g.H, g.W}, w, n, images, group * C + c_begin, channels,
+                                    i_begin * g.stride_h, g.layout);
+
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, filters - k);
+        T* to = gradient + panel * positions * nr<T>;
+        for (int64_t image = 0; image < images; ++image) {
+          const T* from = grad_output + (n + image) * out.n + (group * K + k_begin + k) * out.c + i_begin * out.h;
+          T* row = to + image * image_positions * nr<T>;
+          if (g.layout == Layout::nchw) {
+            gemm::pack_transposed(from, out.c, lanes, image_positions, row, [](int64_t x) { return x; });
+          } else if (lanes == nr<T>) {
+            for (int64_t x = 0; x < image_positions; ++x, from += out.w, row += nr<T>)
+              for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(row + v, load(from + v));
+          } else {
+            for (int64_t x = 0; x < image_positions; ++x, from += out.w, row += nr<T>) {
+              copy_row(from, lanes, row);
+              for (int64_t l = lanes; l < nr<T>; ++l) row[l] = T(0);
+            }
+          }
+        }
+      }
+      const int64_t depths = ceil_div(positions, gradient_depth);
+      for (int64_t d = 0; d < depths; ++d) {
+        const int64_t x = d * positions / depths;
+        gemm::Run runs[gradient_depth / gemm::max_run];
+        const int64_t run_count = gemm::cut_into_runs(x, (d + 1) * positions / depths - x, runs);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const T* b = gradient + panel * positions * nr<T>;
+          const bool narrow = filters - panel * nr<T> <= kLanes<T>;
+          for (int64_t row = 0, tile_rows = 0; row < rows; row += tile_rows) {
+            T* c = sums + (panel * rows + row) * nr<T>;
+            const auto multiply = [&]<int count, int vectors>() {
+              gemm::IndirectA<T, count> a{{}, position};
+              for (int m = 0; m < count; ++m) a.row[m] = window + patch[row + m];
+              gemm::tile_product<T, count, vectors>(runs, run_count, a, b, c, nr<T>, {nullptr, true, false});
+            };
+            tile_rows = gemm::tile_rows(rows - row, narrow ? gemm::narrow_mr : mr);
+            if (narrow)
+              gemm::with_rows<gemm::narrow_mr>(tile_rows, [&](auto m) { multiply.template operator()<m, 1>(); });
+            else
+              gemm::with_rows<mr>(tile_rows, [&](auto m) { multiply.template operator()<m, 2>(); });
+          }
+        }
+      }
+    }
+
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, filters - k);
+      T* to = partial + slice * weights + (group * K + k_begin + k) * patch_size + c_begin * taps_count;
+      const T* from = sums + panel * rows * nr<T>;
+      const Finish<T> as_it_is{nullptr, lanes, false};
+      if (channels_first) {
+        gemm::unpack_transposed<T>([&](int64_t x) { return from + x * nr<T>; }, lanes, rows, to, patch_size, as_it_is);
+      } else {
+        for (int64_t c = 0; c < channels; ++c)
+          gemm::unpack_transposed<T>([&](int64_t t) { return from + (t * channels + c) * nr<T>; }, lanes, taps_count,
+                                     to + c * taps_count, patch_size, as_it_is);
+      }
+    }
+  });
+  if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
+}
+
+}  // namespace torchcnn::TORCHCNN_ISA::implicit_gemm
