@@ -11,6 +11,7 @@ CONV2D = {  # large enough to be split among threads in every direction
     "one_image": ((1, 64, 30, 31), (64, 64, 3, 3), {"padding": 1}),
     "few_channels": ((2, 2, 150, 151), (3, 2, 3, 3), {}),
     "pointwise": ((3, 96, 20, 21), (80, 96, 1, 1), {}),
+    "patches": ((3, 20, 46, 44), (48, 20, 2, 2), {"stride": 2}),
     "strided_dilated": ((3, 24, 41, 40), (20, 24, 3, 3), {"stride": 2, "dilation": 2, "padding": 1}),
     "grouped": ((3, 32, 24, 25), (64, 8, 3, 3), {"groups": 4, "padding": 1}),
     "depthwise": ((4, 48, 33, 34), (48, 1, 5, 5), {"groups": 48, "padding": 2}),

@@ -127,6 +127,11 @@ inline bool outsizes(int64_t size, int64_t kernel, int64_t stride, int64_t pad, 
   return stride > limit || pad > limit || dilation * (kernel - 1) > limit;
 }
 
+// Whether windows without padding lie side by side: the larger side then is a matrix of taps and positions.
+inline bool are_patches(const Conv2dGeometry& g) {
+  return g.pad_h == 0 && g.pad_w == 0 && g.R == g.stride_h && g.S == g.stride_w && g.dilation_h == 1 && g.dilation_w == 1;
+}
+
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   if (g.C == 0) return {Algorithm::direct, "no input channels: the sums are empty"};
   if (outsizes(g.H, g.R, g.stride_h, g.pad_h, g.dilation_h) || outsizes(g.W, g.S, g.stride_w, g.pad_w, g.dilation_w))
@@ -137,6 +142,9 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   if (g.layout == Layout::nchw && direction != Direction::grad_weight && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 &&
       g.C_per_group() >= 8 && g.K_per_group() >= 8)
     return {Algorithm::pointwise, "1x1 without padding: the weight matrix times the planes of the tensor"};
+  if (g.layout == Layout::nchw && direction != Direction::grad_weight && are_patches(g) && g.C_per_group() * g.R * g.S >= 8 &&
+      g.K_per_group() >= 8 && !(direction == Direction::forward && suits_small_channels(g, direction)))
+    return {Algorithm::pointwise, "kernel and stride alike: the weight matrix times the patches side by side"};
   if (suits_vectors_of_filters(g, direction))
     return {Algorithm::small_channels, "few channels: vectors of filters, the input straight from its rows"};
   if (suits_small_channels(g, direction))

@@ -1,9 +1,11 @@
-// 1x1 convolution without padding in NCHW: the plain product of the weight matrix and the planes of the tensor.
+// Convolution without padding in NCHW whose windows do not overlap: 1x1 of any stride, and kernels as large as the stride
+// (patches). It is the plain product of the weight matrix and the planes of the tensor, of which taps y = (c, r, s) see the pixels
+// (p stride + r, q stride + s):
 //
-//   forward      output[k][x]     = bias[k] + sum_c weight[k][c] input[c][x]          x = (n, p, q), every stride-th pixel
-//   grad_input   grad_input[c][x] =           sum_k weight[k][c] grad_output[k][x]    and 0 at the pixels between
+//   forward      output[k][x]     = bias[k] + sum_y weight[k][y] input[y][x]          x = (n, p, q)
+//   grad_input   grad_input[y][x] =           sum_k weight[k][y] grad_output[k][x]    and 0 at pixels that no window has
 //
-// A is the weight: in place in forward, in grad_input packed [c / 12][k][c % 12]. B is packed [x / nr][c][x % nr] from the
+// A is the weight: in place in forward, in grad_input packed [y / 12][k][y % 12]. B is packed [x / nr][y][x % nr] from the
 // planes, a panel at a time, so that pixels of several small images share a vector. A block of panels is taken through a whole
 // row of tiles before the next, since neighbouring panels read and write neighbouring pixels of the planes, which lie pages
 // apart.
@@ -28,12 +30,15 @@ template <class T>
 inline constexpr int64_t panel_size = max_depth<T> * nr<T> + 64 / sizeof(T);  // not all panels in the same sets of L1
 inline constexpr int64_t a_panel = 2 * mr;  // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
 
-// Planes with one element for each position (p, q) of the smaller side; the pixels of the larger side are step apart.
+// Planes with one element for each position (p, q) of the smaller side; the pixels of the larger side are step apart. A channel
+// is as many planes as windows have taps, R x S of them.
 template <class T>
 struct Planes {
   T* data;
   Strides strides;
   int64_t step_h, step_w;
+  int64_t R = 1, S = 1;
+  T* at(int64_t y) const { return data + y / (R * S) * strides.c + y % (R * S) / S * strides.h + y % S * strides.w; }
 };
 
 // Element (m, k) of A is at (m / panel) panel_stride + (m % panel) row_stride + k step.
@@ -56,7 +61,7 @@ template <class T, int rows>
   tile.store_to(c, c_row);
 }
 
-// result[m][x] = sum_k A(m, k) source[k][x] over x = (n, i, j), for one group.
+// result[m][x] = sum_k A(m, k) source[k][x] over x = (n, i, j), for one group of so many planes on either side.
 template <class T>
 void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t channels, const Weights<T>& weight,
              const Planes<const T>& source, const Planes<T>& result, const Epilogue<T>& epilogue) {
@@ -99,12 +104,12 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     T* line = workspace<T>(Slot::gradient, count * nr<T>);  // one channel of the block
     std::fill(line + (x_end - x_begin), line + count * nr<T>, T(0));
     T* b = workspace<T>(Slot::patches, block_panels * panel_size<T>);
-    T* tiles = workspace<T>(Slot::tile, block_panels * part_filters * nr<T>);
+    T* tiles = workspace<T>(Slot::tile, block_panels * part_filters * nr<T> + kLanes<T>);
     const int64_t depths = ceil_div(channels, max_depth<T>);
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t k = d * channels / depths, depth = (d + 1) * channels / depths - k;
       for (int64_t c = 0; c < depth; ++c) {  // plane by plane: the panels of a block are one stretch of it
-        const T* from = source.data + (k + c) * source.strides.c;
+        const T* from = source.at(k + c);
         const bool in_place = source_dense && from_pieces == 1 && x_end - x_begin == count * nr<T>;
         for (int64_t i = 0; i < from_pieces; ++i)
           gemm::prefetch(from + 4 * source.strides.c + from_piece[i].at, from_piece[i].width * source.step_w);
@@ -134,11 +139,26 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
       }
     }
     for (int64_t m = m_begin; m < m_end; ++m) {
+      const bool pairs = result.S == 2 && m + 1 < m_end;  // taps side by side
       for (int64_t i = 0; i < to_pieces; ++i) {
         const Piece& piece = to_piece[i];
         const T* from = tiles + (piece.x / nr<T> * part_filters + m - m_begin) * nr<T> + piece.x % nr<T>;
-        scatter_strided(from, result.step_w, piece.width, result.data + m * result.strides.c + piece.at);
+        T* to = result.at(m) + piece.at;
+        if (result.S == 1) {
+          scatter_strided(from, result.step_w, piece.width, to);
+        } else if (pairs) {
+          for (int64_t x = 0; x < piece.width; x += kLanes<T>) {
+            const Vec<T> even = load(from + x), odd = load(from + nr<T> + x);
+            const int64_t left = 2 * (piece.width - x);
+            store_partial(to + 2 * x, interleave<T>(even, odd, 0, kEachLane<T>), left);
+            if (left > kLanes<T>)
+              store_partial(to + 2 * x + kLanes<T>, interleave<T>(even, odd, 1, kEachLane<T>), left - kLanes<T>);
+          }
+        } else {  // what lies between belongs to other taps
+          for (int64_t x = 0; x < piece.width; ++x) to[x * result.step_w] = from[x];
+        }
       }
+      m += pairs;
     }
   });
 }
@@ -146,10 +166,10 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const Strides in = g.input_strides(), out = g.output_strides();
-  const int64_t C = g.C_per_group(), K = g.K_per_group();
+  const int64_t C = g.C_per_group(), K = g.K_per_group(), terms = C * g.R * g.S;
   for (int64_t group = 0; group < g.G; ++group) {
-    product<T>(g.N, g.P, g.Q, K, C, {weight + group * K * C, a_panel * C, C, 1},
-               {input + group * C * in.c, in, g.stride_h, g.stride_w}, {output + group * K * out.c, out, 1, 1},
+    product<T>(g.N, g.P, g.Q, K, terms, {weight + group * K * terms, a_panel * terms, terms, 1},
+               {input + group * C * in.c, in, g.stride_h, g.stride_w, g.R, g.S}, {output + group * K * out.c, out, 1, 1},
                {epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K, epilogue.relu});
   }
 }
@@ -157,24 +177,24 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const Strides in = g.input_strides(), out = g.output_strides();
-  const int64_t C = g.C_per_group(), K = g.K_per_group(), panels = ceil_div(C, a_panel);
-  if (g.stride_h > 1 || g.stride_w > 1)
+  const int64_t C = g.C_per_group(), K = g.K_per_group(), terms = C * g.R * g.S, panels = ceil_div(terms, a_panel);
+  if (g.P * g.R < g.H || g.Q * g.S < g.W)
     parallel_for(g.N * g.C, in.c / kLanes<T>, [&](int64_t i) { fill(grad_input + i * in.c, in.c, T(0)); });
   T* packed = workspace<T>(Slot::packed_weight, panels * K * a_panel + kLanes<T>);
   for (int64_t group = 0; group < g.G; ++group) {
     parallel_for(panels, K * 2, [&](int64_t panel) {
-      const int64_t c = panel * a_panel, width = std::min(a_panel, C - c);
-      const T* from = weight + group * K * C + c;
+      const int64_t y = panel * a_panel, width = std::min(a_panel, terms - y);
+      const T* from = weight + group * K * terms + y;
       T* to = packed + panel * K * a_panel;
       for (int64_t k = 0; k < K; ++k) {
         if (width == a_panel)
-          std::memcpy(to + k * a_panel, from + k * C, a_panel * sizeof(T));
+          std::memcpy(to + k * a_panel, from + k * terms, a_panel * sizeof(T));
         else
-          for (int64_t m = 0; m < width; ++m) to[k * a_panel + m] = from[k * C + m];
+          for (int64_t m = 0; m < width; ++m) to[k * a_panel + m] = from[k * terms + m];
       }
     });
-    product<T>(g.N, g.P, g.Q, C, K, {packed, K * a_panel, 1, a_panel}, {grad_output + group * K * out.c, out, 1, 1},
-               {grad_input + group * C * in.c, in, g.stride_h, g.stride_w}, {nullptr, false});
+    product<T>(g.N, g.P, g.Q, terms, K, {packed, K * a_panel, 1, a_panel}, {grad_output + group * K * out.c, out, 1, 1},
+               {grad_input + group * C * in.c, in, g.stride_h, g.stride_w, g.R, g.S}, {nullptr, false});
   }
 }
 

@@ -142,6 +142,8 @@ std::vector<Conv2dGeometry> named_conv2d(Layout layout) {
       layer(2, 24, 15, 19, 40, 1, 1, {2, 2, 0, 0, 1, 1, 1}),  // 1x1 of stride 2, where rows end between two steps
       layer(3, 20, 17, 14, 28, 1, 1, {2, 3, 0, 0, 1, 1, 1}),
       layer(2, 24, 12, 12, 40, 1, 1, {2, 2, 1, 1, 1, 1, 1}),   // with padding it is not pointwise
+      layer(3, 20, 27, 38, 28, 2, 2, {2, 2, 0, 0, 1, 1, 1}),   // patches, in pairs of taps
+      layer(2, 24, 17, 41, 36, 3, 4, {3, 4, 0, 0, 1, 1, 2}),   // and not
       layer(2, 48, 20, 20, 48, 3, 3, {2, 2, 1, 1, 1, 1, 3}),   // narrow groups of stride 2: regions along two edges
       layer(2, 40, 23, 21, 40, 3, 3, {2, 2, 1, 1, 1, 1, 5}),   // and along four
       layer(2, 17, 17, 17, 35, 1, 7, {1, 1, 0, 3, 1, 1, 1}),   // regions of one column
