@@ -1,6 +1,6 @@
 // Convolution without padding in NCHW whose windows do not overlap: 1x1 of any stride, and kernels as large as the stride
-// (patches). It is the plain product of the weight matrix and the planes of the tensor, of which taps y = (c, r, s) see the pixels
-// (p stride + r, q stride + s):
+// (patches). It is the plain product of the weight matrix and the planes of the tensor, of which taps y = (c, r, s) see the
+// pixels (p stride + r, q stride + s):
 //
 //   forward      output[k][x]     = bias[k] + sum_y weight[k][y] input[y][x]          x = (n, p, q)
 //   grad_input   grad_input[y][x] =           sum_k weight[k][y] grad_output[k][x]    and 0 at pixels that no window has
