@@ -255,11 +255,11 @@ def main(args, machine=None):
     torch.manual_seed(0)
     rows, shown, seconds = [], None, collections.Counter()
     wanted = args.arithmetics.split(",") if args.arithmetics else list(DTYPES)
-    partly = bool(args.quick or args.classes or args.layout or args.arithmetics)
+    partly = bool(args.quick or args.classes or args.layout or set(wanted) != set(DTYPES))
     mode = torch.inference_mode if args.table == "conv" else torch.enable_grad
     with mode():
         for case, peers, ours, exact, work in cases(args.table, groups, layouts, args.quick, device):
-            if args.seconds and sum(seconds.values()) > args.seconds:
+            if args.seconds is not None and sum(seconds.values()) > args.seconds:
                 print(f"\nThe rest is left out: {args.seconds} seconds are over.")
                 partly = True
                 break
@@ -288,6 +288,8 @@ def main(args, machine=None):
                     row["floor"] = work.floor(gpu) / mine
                 print(line(row), flush=True)
                 rows.append(row)
+    if not rows:
+        raise SystemExit(f"run.py: no case of {args.table} was measured: not one in {', '.join(wanted)} before the time was over")
     lines, passed = verdicts(rows)
     print("", *lines, "", "; ".join(f"{what} {taken:.0f} s" for what, taken in seconds.items()), sep="\n")
     path = Path(args.csv) if args.csv else RESULTS / f"{args.table}_{re.sub('[^A-Za-z0-9]+', '_', machine['gpu'])}.csv"

@@ -60,7 +60,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.device == "cuda" and args.table not in ("conv", "pool"):
         parser.error("--device cuda measures conv and pool, in every dtype")
-    if args.device == "cpu" and (args.arithmetics or args.seconds):
+    if args.device == "cpu" and (args.arithmetics or args.seconds is not None):
         parser.error("--arithmetics and --seconds are options of --device cuda")
     if unknown := set((args.arithmetics or ARITHMETICS[0]).split(",")) - set(ARITHMETICS):
         parser.error(f"--arithmetics must be of {', '.join(ARITHMETICS)}, got {', '.join(sorted(unknown))}")

@@ -140,6 +140,44 @@ def test_adaptive_extremes_of_many_planes(shape, output_size, memory_format, dty
         assert torch.equal(torchcnn.functional.adaptive_max_pool2d(leaf, output_size).nan_to_num(7), output.nan_to_num(7))
 
 
+@pytest.mark.parametrize("size", [(4, 6), (8, 8), (1, 9), (5, 3)], ids=str)
+@pytest.mark.parametrize("kernel_size", [7, (9, 12), (3, 16)], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_offsets_in_a_window_larger_than_the_plane(size, kernel_size, memory_format):
+    """With ceil_mode one window can cover more than there is; its offsets count in its own columns, not in the plane's."""
+    input = torch.randn(2, 19, *size).contiguous(memory_format=memory_format)
+    tangent, kernel = torch.randn_like(input), kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+    expected, indices = torch.nn.functional.max_pool2d(input, kernel, ceil_mode=True, return_indices=True)
+    output, change = torch.func.jvp(lambda x: torchcnn.functional.max_pool2d(x, kernel, ceil_mode=True), (input,), (tangent,))
+    assert torch.equal(output, expected)
+    assert torch.equal(change, tangent.flatten(-2).gather(-1, indices.flatten(-2)).reshape(expected.shape))
+    window = (*kernel, *kernel, 0, 0, 1, 1, True)
+    offsets = torch.ops.torchcnn.max_pool2d_with_offsets(input, *window)[1]
+    gradient = torch.ops.torchcnn.offset_pool2d_grad_input(expected, offsets, *size, *window, False)
+    sums = torch.zeros(2, 19, size[0] * size[1]).scatter_add_(-1, indices.flatten(-2), expected.flatten(-2))
+    torch.testing.assert_close(gradient, sums.reshape(input.shape))
+
+
+@pytest.mark.parametrize(
+    "size, window",
+    [
+        ((5, 3), (1, 2, 1, 2**63 - 1, 0, 0, 1, 2**63 - 2, True)),
+        ((6, 4), (3, 1, 1, 1, 2**61, 0, 2**61, 1, False)),
+    ],
+    ids=["stride", "dilation"],
+)
+def test_offsets_of_windows_beyond_any_plane(size, window):
+    """What the sizes of a window would overflow, is found out before; offsets that point nowhere add nothing."""
+    input = torch.randn(1, 1, *size)
+    output, offsets = torch.ops.torchcnn.max_pool2d_with_offsets(input, *window)
+    gradient = torch.ops.torchcnn.offset_pool2d_grad_input(torch.ones_like(output), offsets, *size, *window, False)
+    assert gradient.sum() == output.numel()
+    moved = torch.ops.torchcnn.offset_pool2d_grad_input(
+        torch.ones_like(output), torch.full_like(offsets, 200), *size, *window, False
+    )
+    assert moved.abs().sum() == 0
+
+
 @pytest.mark.parametrize("window", [(1, 1, 0), (7, 7, 0), (2, 2, 0), (5, 4, 2)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fused_relu_of_many_planes(window, memory_format):

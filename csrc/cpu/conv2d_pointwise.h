@@ -104,7 +104,7 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     T* line = workspace<T>(Slot::gradient, count * nr<T>);  // one channel of the block
     std::fill(line + (x_end - x_begin), line + count * nr<T>, T(0));
     T* b = workspace<T>(Slot::patches, block_panels * panel_size<T>);
-    T* tiles = workspace<T>(Slot::tile, block_panels * part_filters * nr<T> + kLanes<T>);
+    T* tiles = workspace<T>(Slot::tile, count * part_filters * nr<T> + kLanes<T>);
     const int64_t depths = ceil_div(channels, max_depth<T>);
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t k = d * channels / depths, depth = (d + 1) * channels / depths - k;

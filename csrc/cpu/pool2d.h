@@ -54,7 +54,9 @@ void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, 
   if (is_elementwise(g) && positions.kind != PositionKind::indices)
     return extremum_pool2d_elementwise(g, extremum, input, output, positions);
   if (g.layout == Layout::channels_last) return extremum_pool2d_channels_last(g, extremum, input, output, positions);
-  if (suits_whole_planes<A>(g)) return extremum_pool2d_global(g, extremum, input, output, positions);
+  const bool indices_do = positions.kind == PositionKind::none || positions.kind == PositionKind::indices;
+  if (suits_whole_planes<A>(g) && (indices_do || offsets_are_indices(g)))
+    return extremum_pool2d_global(g, extremum, input, output, positions);
   if (is_one_plane_2x2(g) && positions.kind != PositionKind::indices)
     return extremum_pool2d_sliding(as_one_plane(g), extremum, input, output, positions);
   if (suits_small_planes<A>(g)) return extremum_pool2d_small_planes(g, extremum, input, output, positions);
@@ -73,7 +75,7 @@ void offset_pool2d_grad_input(const Pool2dGeometry& geometry, const T* grad_outp
   const bool dense = g.dilation_h == 1 && g.dilation_w == 1;
   if (g.layout == Layout::channels_last && dense && windows <= most_gathered_windows)
     return offset_pool2d_grad_input_channels_last(g, grad_output, offsets, grad_input);
-  if (g.layout == Layout::nchw && suits_whole_planes<Arithmetic<T>>(g))
+  if (g.layout == Layout::nchw && suits_whole_planes<Arithmetic<T>>(g) && offsets_are_indices(g))
     return offset_pool2d_grad_input_global(g, grad_output, offsets, grad_input);
   if constexpr (std::is_same_v<T, Arithmetic<T>>) {
     if (is_one_plane_2x2(g)) return offset_pool2d_grad_input_tiling(as_one_plane(g), grad_output, offsets, grad_input);

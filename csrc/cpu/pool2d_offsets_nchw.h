@@ -28,7 +28,7 @@ void offset_pool2d_grad_input_tiling(const Pool2dGeometry& g, const A* grad_outp
 
 template <class A>
 inline bool finds_positions(const Pool2dGeometry& g) {
-  return !g.adaptive && g.R * g.S <= 256 && index_fits_lane<A>(g);
+  return !g.adaptive && g.R * g.S <= 256 && can_be_staged<A>(g) && index_fits_lane<A>(g);
 }
 
 // The windows of one axis that lie inside the plane: begin ... end - 1.

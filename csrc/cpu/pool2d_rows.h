@@ -88,6 +88,9 @@ inline bool is_global(const Pool2dGeometry& g) {
   return dense && row.begin == 0 && row.end == g.H && column.begin == 0 && column.end == g.W;
 }
 
+// Whether the offset r S + s of a global window is the index h W + w. Windows can be larger than the plane.
+inline bool offsets_are_indices(const Pool2dGeometry& g) { return g.adaptive || g.S == g.W || g.H == 1; }
+
 // Rows are read in place if the elements need no conversion and no window needs padding.
 template <class T>
 inline bool reads_in_place(const Pool2dGeometry& g) {

@@ -100,6 +100,13 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[tiles][4]) {
 #undef TORCHCNN_WGMMA
 #undef TORCHCNN_STEP
 #undef TORCHCNN_STEPS
+#undef TORCHCNN_SUMS_4
+#undef TORCHCNN_SUMS_16
+#undef TORCHCNN_SUMS_32
+#undef TORCHCNN_SUMS_64
+#undef TORCHCNN_NAMES_16
+#undef TORCHCNN_NAMES_32
+#undef TORCHCNN_NAMES_64
 
 }  // namespace torchcnn::cuda
 #endif
