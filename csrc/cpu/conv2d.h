@@ -43,10 +43,10 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
       return winograd::conv2d_forward<winograd::Transform<2, 3>>(g, input, weight, epilogue, output);
     case Algorithm::winograd_2x2_5x5:
       return winograd::conv2d_forward<winograd::Transform<2, 5>>(g, input, weight, epilogue, output);
+    case Algorithm::winograd_2x2_stride_2:
+      return winograd::conv2d_forward<winograd::Stride2<2>>(g, input, weight, epilogue, output);
     case Algorithm::winograd_4x4_stride_2:
       return winograd::conv2d_forward<winograd::Stride2<4>>(g, input, weight, epilogue, output);
-    case Algorithm::winograd_5x5_stride_2:
-      return winograd::conv2d_forward<winograd::Stride2<5>>(g, input, weight, epilogue, output);
     case Algorithm::pointwise: return pointwise::conv2d_forward(g, input, weight, epilogue, output);
     case Algorithm::small_channels:
       if (suits_vectors_of_filters(g, Direction::forward))
@@ -68,10 +68,10 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
       return winograd::conv2d_grad_input<winograd::Transform<2, 3>>(g, grad_output, weight, grad_input);
     case Algorithm::winograd_2x2_5x5:
       return winograd::conv2d_grad_input<winograd::Transform<2, 5>>(g, grad_output, weight, grad_input);
+    case Algorithm::winograd_2x2_stride_2:
+      return winograd::conv2d_grad_input<winograd::Stride2GradInput<2>>(g, grad_output, weight, grad_input);
     case Algorithm::winograd_4x4_stride_2:
       return winograd::conv2d_grad_input<winograd::Stride2GradInput<4>>(g, grad_output, weight, grad_input);
-    case Algorithm::winograd_5x5_stride_2:
-      return winograd::conv2d_grad_input<winograd::Stride2GradInput<5>>(g, grad_output, weight, grad_input);
     case Algorithm::pointwise: return pointwise::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::small_channels: return small_channels::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::depthwise: return depthwise::conv2d_grad_input(g, grad_output, weight, grad_input);
@@ -90,10 +90,10 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       return winograd::conv2d_grad_weight<winograd::Transform<2, 3>>(g, grad_output, input, grad_weight);
     case Algorithm::winograd_2x2_5x5:
       return winograd::conv2d_grad_weight<winograd::Transform<2, 5>>(g, grad_output, input, grad_weight);
+    case Algorithm::winograd_2x2_stride_2:
+      return winograd::conv2d_grad_weight<winograd::Stride2<2>>(g, grad_output, input, grad_weight);
     case Algorithm::winograd_4x4_stride_2:
       return winograd::conv2d_grad_weight<winograd::Stride2<4>>(g, grad_output, input, grad_weight);
-    case Algorithm::winograd_5x5_stride_2:
-      return winograd::conv2d_grad_weight<winograd::Stride2<5>>(g, grad_output, input, grad_weight);
     case Algorithm::small_channels:
       if (suits_vectors_of_filters(g, Direction::grad_weight))
         return small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight);

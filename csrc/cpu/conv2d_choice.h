@@ -28,8 +28,8 @@ enum class Algorithm {
   winograd_2x2_3x3,
   winograd_4x4_3x3,
   winograd_2x2_5x5,
-  winograd_4x4_stride_2,
-  winograd_5x5_stride_2
+  winograd_2x2_stride_2,
+  winograd_4x4_stride_2
 };
 
 inline const char* name_of(Algorithm algorithm) {
@@ -41,8 +41,8 @@ inline const char* name_of(Algorithm algorithm) {
     case Algorithm::winograd_2x2_3x3: return "winograd_2x2_3x3";
     case Algorithm::winograd_4x4_3x3: return "winograd_4x4_3x3";
     case Algorithm::winograd_2x2_5x5: return "winograd_2x2_5x5";
+    case Algorithm::winograd_2x2_stride_2: return "winograd_2x2_stride_2";
     case Algorithm::winograd_4x4_stride_2: return "winograd_4x4_stride_2";
-    case Algorithm::winograd_5x5_stride_2: return "winograd_5x5_stride_2";
     default: return "implicit_gemm";
   }
 }
@@ -81,10 +81,13 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
       return back ? winograd_products(rows, columns, g, 2 * m, points, 1 - g.pad_h % 2, 1 - g.pad_w % 2)
                   : winograd_products(rows, columns, g, m, points);
     };
-    const int64_t four = products(4, 9), five = products(5, 11);
-    if (std::min(four, five) * 4 > direct * 3) return none;
-    if (four <= five) return {Algorithm::winograd_4x4_stride_2, "3x3, stride 2: 81 products for 4x4 outputs instead of 144"};
-    return {Algorithm::winograd_5x5_stride_2, "3x3, stride 2: 121 products for 5x5 outputs instead of 225"};
+    const int64_t two = products(2, 5), four = products(4, 9);
+    // The 81 numbers of every filter and channel pay only while all of them stay in the caches.
+    const bool fits = 81 * int64_t(sizeof(float)) * g.C_per_group() * g.K_per_group() <= int64_t(8) << 20;
+    if (fits && four < two && four * 4 <= direct * 3)
+      return {Algorithm::winograd_4x4_stride_2, "3x3, stride 2: 81 products for 4x4 outputs instead of 144"};
+    if (two * 16 > direct * 13) return none;  // these transforms only add
+    return {Algorithm::winograd_2x2_stride_2, "3x3, stride 2: 25 products for 2x2 outputs instead of 36"};
   }
   if (g.stride_h != 1) return none;
   if (g.R == 5) {

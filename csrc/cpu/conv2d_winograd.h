@@ -35,10 +35,10 @@ template <class T>
 inline constexpr int64_t nr = 2 * kLanes<T>;
 
 // Cache blocks. kc x nr elements of U are 16 KiB, half of L1. Up to max_tiles tiles are multiplied by up to max_filters filters
-// at a time: at 256 channels V is 36 x 48 x 272 floats = 1.8 MiB, of which one position (51 KiB) is in use, and M 0.5 MiB.
+// at a time: at 256 channels V is 36 x 24 x 272 floats = 0.9 MiB, of which one position (26 KiB) is in use, and M 0.3 MiB.
 template <class T>
 inline constexpr int64_t kc = (16 << 10) / (nr<T> * sizeof(T));
-inline constexpr int64_t max_tiles = 8 * mr;
+inline constexpr int64_t max_tiles = 4 * mr;
 template <class T>
 inline constexpr int64_t max_filters = 64 / nr<T> * nr<T>;
 // Of U and V, the larger is streamed: made in parts, each multiplied with all of the smaller, unless U is small enough for the
@@ -223,36 +223,36 @@ void transform_inputs(const Images<const T>& images, const Tiling& tiling, int64
 }
 
 // U of some panels, for channels c_begin ... c_end - 1, at to + xi position_stride + ((panel - of.begin) channels + c - c_begin)
-// nr.
+// nr. In grad_input the filters of one channel follow each other, and are read as they lie.
 template <class F, bool flipped, class T>
 void transform_weights(const Correlation<T>& x, const Panels& of, int64_t c_begin, int64_t c_end, T* to,
                        int64_t position_stride) {
   constexpr int64_t L = kLanes<T>, taps = F::r * F::r;
   constexpr int64_t together = channels_together, row = together_row<T, taps>;
+  const int64_t k_begin = of.begin * nr<T>, k_end = of.end * nr<T>;
+  const auto U = [&](int64_t k, int64_t c) {
+    return to + ((k / nr<T> - of.begin) * (c_end - c_begin) + c - c_begin) * nr<T> + k % nr<T>;
+  };
+  const int64_t k_whole = flipped ? std::min(k_end, x.K / L * L) : k_begin;
+  for (int64_t c = c_begin; flipped && c < c_end; ++c)
+    for (int64_t k = k_begin; k < k_whole; k += L)
+      transform_weight_tile<F, flipped>(x.weight + k * x.k_stride + c * x.c_stride, x.k_stride, U(k, c), position_stride);
+
   alignas(64) T copied[L * row];
-  for (int64_t panel = of.begin; panel < of.end; ++panel) {
-    for (int64_t v = 0; v < nr<T>; v += L) {
-      const int64_t k = panel * nr<T> + v, filters = std::clamp<int64_t>(x.K - k, 0, L);
-      T* u = to + (panel - of.begin) * (c_end - c_begin) * nr<T> + v;
-      if (flipped && filters == L) {  // filters follow each other
-        for (int64_t c = c_begin; c < c_end; ++c, u += nr<T>)
-          transform_weight_tile<F, flipped>(x.weight + k * x.k_stride + c * x.c_stride, x.k_stride, u, position_stride);
-        continue;
+  for (int64_t k = k_whole; k < k_end; k += L) {
+    const int64_t filters = std::clamp<int64_t>(x.K - k, 0, L);
+    std::fill(copied + filters * row, copied + L * row, T(0));
+    for (int64_t c = c_begin; c < c_end; c += together) {
+      const int64_t count = std::min(together, c_end - c);
+      for (int64_t lane = 0; lane < filters; ++lane) {
+        const T* from = x.weight + (k + lane) * x.k_stride + c * x.c_stride;
+        if (x.c_stride == taps)
+          implicit_gemm::copy_row(from, count * taps, copied + lane * row);
+        else
+          for (int64_t i = 0; i < count; ++i)
+            std::memcpy(copied + lane * row + i * taps, from + i * x.c_stride, taps * sizeof(T));
       }
-      std::fill(copied + filters * row, copied + L * row, T(0));
-      for (int64_t c = c_begin; c < c_end; c += together) {
-        const int64_t count = std::min(together, c_end - c);
-        for (int64_t lane = 0; lane < filters; ++lane) {
-          const T* from = x.weight + (k + lane) * x.k_stride + c * x.c_stride;
-          if (x.c_stride == taps)
-            implicit_gemm::copy_row(from, count * taps, copied + lane * row);
-          else
-            for (int64_t i = 0; i < count; ++i)
-              std::memcpy(copied + lane * row + i * taps, from + i * x.c_stride, taps * sizeof(T));
-        }
-        for (int64_t i = 0; i < count; ++i, u += nr<T>)
-          transform_weight_tile<F, flipped>(copied + i * taps, row, u, position_stride);
-      }
+      for (int64_t i = 0; i < count; ++i) transform_weight_tile<F, flipped>(copied + i * taps, row, U(k, c + i), position_stride);
     }
   }
 }

@@ -11,8 +11,8 @@
 //   A[i][j] = point_i^j,   G[i][j] = point_i^j / M_i(point_i),   B^T[i] = coefficients of M_i;
 //   infinity: A[.][m - 1] = 1,   G[.][r - 1] = 1,   B^T = coefficients of M.
 //
-// The points are 0, +-1 for three of them, 0, +-3/4, 2 for four and 0, +-5/8, +-3/2 for five: exact in binary, as is every entry
-// of A and B, and with half of the error of the textbook's. Error bound, elementwise, with L >= 16 the number of terms of the
+// The points are 0, 1 where there are two of them, 0, +-1 for three, 0, +-3/4, 2 for four and 0, +-5/8, +-3/2 for five: exact in
+// binary, as is every entry of A and B, and with half of the error of the textbook's. Error bound, elementwise, with L >= 16 the number of terms of the
 // direct sum and X the largest input of the tiles around an output:
 //
 //   |error| <= c eps L sum X |filter|,   c = (max_j sum_i |A_ij| b_i max_s |G_is|)^2,   b_i = sum_j |B^T_ij|
@@ -177,7 +177,52 @@ struct Transform {
   }
 };
 
-// Two taps, as the even and the odd samples of a stride of 2 leave them: points 0, +-3/4, 2 and infinity.
+// Two taps, as the even and the odd samples of a stride of 2 leave them. F(2, 2) at 0, 1 and infinity only adds:
+//
+//   y_0 = (x_0 - x_1) g_0 + x_1 (g_0 + g_1),   y_1 = x_1 (g_0 + g_1) + (x_2 - x_1) g_1
+template <>
+struct Transform<2, 2> {
+  static constexpr int m = 2, r = 2, points = 3, in = points, out = m, step = m, stride = 1;
+
+  // B^T
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void input(const V (&x)[3], V (&value)[3]) {
+    value[0] = x[0] - x[1];
+    value[1] = x[1];
+    value[2] = x[2] - x[1];
+  }
+  // G and A
+  template <class V>
+  [[gnu::always_inline]] static inline void evaluate(const V (&coefficient)[2], V (&value)[3]) {
+    value[0] = coefficient[0];
+    value[1] = coefficient[0] + coefficient[1];
+    value[2] = coefficient[1];
+  }
+  // G^T and A^T
+  template <class V>
+  [[gnu::always_inline]] static inline void evaluate_transposed(const V (&value)[3], V (&coefficient)[2]) {
+    coefficient[0] = value[0] + value[1];
+    coefficient[1] = value[1] + value[2];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter(const V (&g)[2], V (&value)[3]) {
+    evaluate(g, value);
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter_transposed(const V (&value)[3], V (&g)[2]) {
+    evaluate_transposed(value, g);
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output(const V (&value)[3], V (&y)[2]) {
+    evaluate_transposed(value, y);
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output_transposed(const V (&y)[2], V (&value)[3]) {
+    evaluate(y, value);
+  }
+};
+
+// F(4, 2) at 0, +-3/4, 2 and infinity.
 template <>
 struct Transform<4, 2> {
   static constexpr int m = 4, r = 2, points = 5, in = points, out = m, step = m, stride = 1;
@@ -232,7 +277,8 @@ struct Transform<4, 2> {
 };
 
 // Stride 2 with three taps: taps 0 and 2 meet the even inputs of a tile, a filter of two taps and stride 1, and tap 1 the odd
-// ones, a plain product. With m = 4, 5 + 4 products make 4 outputs instead of 12; in two dimensions 81 make 16 instead of 144.
+// ones, a plain product. With m = 4, 5 + 4 products make 4 outputs instead of 12; in two dimensions 81 make 16 instead of 144,
+// and with m = 2, 25 make 4 instead of 36.
 //
 //   y_j = (w_0 e_j + w_2 e_{j+1}) + w_1 o_j        e = x_0 x_2 ... x_2m, o = x_1 x_3 ... x_{2m-1}
 template <int m>
