@@ -168,18 +168,19 @@ inline int64_t cut_into_runs(int64_t first, int64_t length, Run* to) {
   return runs;
 }
 
-// c[rows][nr] (+)= A B over some runs of the terms, B packed; `vectors` is 1 where only the first of the two holds anything.
+// c[rows][nr] (+)= A B over some runs of the terms, B packed; `vectors` is 1 where only the first of the two holds anything. A comes
+// by reference: its rows, written one by one, would be copied two at a time, which has to wait until they have left for L1.
 template <class T, int rows, int vectors>
-[[gnu::noinline]] void tile_product(const Run* runs, int64_t count, IndirectA<T, rows> a, const T* b, T* c, int64_t c_row,
-                                    const Ends<T>& ends) {
+[[gnu::noinline]] void tile_product(const Run* runs, int64_t count, const IndirectA<T, rows>& left, const T* b, T* c,
+                                    int64_t c_row, const Ends<T>& ends) {
   Tile<T, rows, vectors> total;
   if (ends.bias != nullptr)
     total.load_from(ends.bias, 0);
   else
     total.start_at(nullptr);
-  const int64_t* const offset = a.offset;
+  IndirectA<T, rows> a = left;
   for (const Run* run = runs; run < runs + count; ++run) {
-    a.offset = offset + run->first;
+    a.offset = left.offset + run->first;
     PackedB<T> right{b + run->first * nr<T>, nr<T>};
     Tile<T, rows, vectors> tile;
     tile.start_at(nullptr);
@@ -284,7 +285,10 @@ void pack_transposed(const T* from, int64_t from_row, int64_t lanes, int64_t cou
       for (; x + L <= count; x += L) {
         Vec<T> v[L];
 #pragma GCC unroll 16
-        for (int64_t l = 0; l < L; ++l) v[l] = l < used ? load(from + (first + l) * from_row + x) : Vec<T>{};
+        for (int64_t l = 0; l < L; ++l) {
+          v[l] = l < used ? load(from + (first + l) * from_row + x) : Vec<T>{};
+          __builtin_prefetch(from + (first + l + L) * from_row + x);
+        }
         transpose<T>(v);
 #pragma GCC unroll 16
         for (int64_t l = 0; l < L; ++l) store(to + row_of(x + l) * nr<T> + first, v[l]);

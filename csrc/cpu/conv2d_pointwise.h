@@ -49,15 +49,22 @@ struct Weights {
   const T* at(int64_t m, int64_t k) const { return data + m / a_panel * panel_stride + m % a_panel * row_stride + k * step; }
 };
 
+// What the tiles of a block have in common. The rest are six arguments, which pass in registers: a sum of 64 terms is so short
+// that more would cost a tenth of it.
+struct Terms {
+  int64_t depth, a_row, a_step;
+  bool add, relu;
+};
+
 template <class T, int rows>
-[[gnu::noinline]] void tile_product(int64_t depth, gemm::StridedA<T> a, const T* b, T* c, int64_t c_row, const T* start, bool add,
-                                    bool relu) {
+[[gnu::noinline]] void tile_product(const Terms& terms, const T* a, const T* b, T* c, int64_t c_row, const T* start) {
   gemm::Tile<T, rows, 2> tile;
   tile.start_at(start);
+  gemm::StridedA<T> left{a, terms.a_row, terms.a_step};
   gemm::PackedB<T> right{b, nr<T>};
-  tile.accumulate(depth, a, right);
-  if (add) tile.add_from(c, c_row);
-  if (relu) tile.rectify();
+  tile.accumulate(terms.depth, left, right);
+  if (terms.add) tile.add_from(c, c_row);
+  if (terms.relu) tile.rectify();
   tile.store_to(c, c_row);
 }
 
@@ -105,6 +112,13 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     std::fill(line + (x_end - x_begin), line + count * nr<T>, T(0));
     T* b = workspace<T>(Slot::patches, block_panels * panel_size<T>);
     T* tiles = workspace<T>(Slot::tile, count * part_filters * nr<T> + kLanes<T>);
+    struct Target {  // of a panel: row m of it at first + m row
+      T* first;
+      int64_t row;
+    } target[block_panels];
+    for (int64_t j = 0; j < count; ++j)
+      target[j] = in_result(j) ? Target{result.data + offset_of(result, x_begin + j * nr<T>), result.strides.c}
+                               : Target{tiles + (j * part_filters - m_begin) * nr<T>, nr<T>};
     const int64_t depths = ceil_div(channels, max_depth<T>);
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t k = d * channels / depths, depth = (d + 1) * channels / depths - k;
@@ -120,19 +134,16 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
         for (int64_t j = 0; j < count; ++j, to += panel_size<T>)
           for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(pixels + j * nr<T> + v));
       }
+      const Terms terms{depth, weight.row_stride, weight.step, d > 0, epilogue.relu && d + 1 == depths};
       for (int64_t chunk = m_begin; chunk < m_end; chunk += a_panel) {
         const int64_t chunk_end = std::min(m_end, chunk + a_panel);
         for (int64_t j = 0; j < count; ++j) {
-          const bool direct = in_result(j);
-          T* const at = result.data + offset_of(result, x_begin + j * nr<T>);
+          const Target to = target[j];
           for (int64_t m = chunk, rows = 0; m < chunk_end; m += rows) {
             rows = gemm::tile_rows(chunk_end - m);
-            T* c = direct ? at + m * result.strides.c : tiles + (j * part_filters + m - m_begin) * nr<T>;
-            const int64_t c_row = direct ? result.strides.c : nr<T>;
             const T* start = epilogue.bias == nullptr || d > 0 ? nullptr : epilogue.bias + m;
             gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
-              tile_product<T, count>(depth, {weight.at(m, k), weight.row_stride, weight.step}, b + j * panel_size<T>, c, c_row,
-                                     start, d > 0, epilogue.relu && d + 1 == depths);
+              tile_product<T, count>(terms, weight.at(m, k), b + j * panel_size<T>, to.first + m * to.row, to.row, start);
             });
           }
         }
