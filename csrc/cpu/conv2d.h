@@ -147,6 +147,7 @@ double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64
 // Sums over a whole batch of planes are in double: they are long, and the loop waits for memory anyway.
 template <class T>
 void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
+  const WorkspaceUse use;
   const Strides out = g.output_strides();
   constexpr int64_t lanes = kLanes<T>;
   if (g.layout == Layout::nchw) {
@@ -155,23 +156,29 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
     });
     return;
   }
-  // channels_last: a thread owns 64 channels and adds whole rows of them.
-  constexpr int64_t chunk = 64;
-  parallel_for(ceil_div(g.K, chunk), g.N * g.P * g.Q * chunk / lanes, [&](int64_t task) {
-    const int64_t k_begin = task * chunk, channels = std::min(chunk, g.K - k_begin), pixels = g.N * g.P * g.Q;
-    const int64_t whole = channels / lanes * lanes;
-    double sum[chunk] = {};
-    const T* from = grad_output + k_begin;
-    int64_t x = 0;
-    for (; x + 4 <= pixels; x += 4, from += 4 * g.K) {
+  // channels_last: slices of the pixels, as many on any number of threads, each with all of its channels in the order of memory.
+  const int64_t pixels = g.N * g.P * g.Q, slices = std::clamp<int64_t>(pixels / 64, 1, 8), whole = g.K / lanes * lanes;
+  double* const partial = workspace<double>(Slot::partial_sums, slices * g.K);
+  parallel_for(slices, pixels / slices * g.K / lanes, [&](int64_t slice) {
+    double* sum = partial + slice * g.K;
+    std::memset(sum, 0, size_t(g.K) * sizeof(double));
+    int64_t x = slice * pixels / slices;
+    const int64_t end = (slice + 1) * pixels / slices;
+    const T* from = grad_output + x * g.K;
+    for (; x + 4 <= end; x += 4, from += 4 * g.K) {
+      gemm::prefetch(from + 8 * g.K, 4 * g.K);  // four rows at once look like no stream
       for (int64_t k = 0; k < whole; k += lanes) add_in_double<T>(sum_of_four(from + k, g.K), sum + k);
-      for (int64_t k = whole; k < channels; ++k)
+      for (int64_t k = whole; k < g.K; ++k)
         sum[k] += (double(from[k]) + double(from[k + g.K])) + (double(from[k + 2 * g.K]) + double(from[k + 3 * g.K]));
     }
-    for (; x < pixels; ++x, from += g.K)
-      for (int64_t k = 0; k < channels; ++k) sum[k] += double(from[k]);
-    for (int64_t k = 0; k < channels; ++k) grad_bias[k_begin + k] = static_cast<T>(sum[k]);
+    for (; x < end; ++x, from += g.K)
+      for (int64_t k = 0; k < g.K; ++k) sum[k] += double(from[k]);
   });
+  for (int64_t k = 0; k < g.K; ++k) {
+    double sum = 0.0;
+    for (int64_t slice = 0; slice < slices; ++slice) sum += partial[slice * g.K + k];
+    grad_bias[k] = static_cast<T>(sum);
+  }
 }
 
 // A constant: nothing of this instruction set may run at load time, on a processor that may lack it.

@@ -24,7 +24,31 @@ inline int64_t chunk_of_filters(const Conv2dGeometry& g) {
   return g.layout == Layout::nchw && g.R * g.S == 1 && g.stride_w > 1 ? 512 : 128;
 }
 // Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
-inline constexpr int64_t gradient_depth = 192;
+inline constexpr int64_t gradient_depth = 256;
+
+// channels_last: the channels of some pixels, step apart, to[c / width][pixel][c % width], and zeros after the last channel.
+template <int64_t width, class T>
+void pack_pixels(const T* from, int64_t step, int64_t pixels, int64_t channels, T* to, int64_t panel_stride) {
+  constexpr int64_t together = 16;  // both sides then go through a few lines at a time
+  for (int64_t begin = 0; begin < pixels; begin += together, from += together * step, to += together * width) {
+    const int64_t count = std::min(together, pixels - begin);
+    T* panel = to;
+    int64_t c = 0;
+    for (; c + width <= channels; c += width, panel += panel_stride)
+      for (int64_t x = 0; x < count; ++x) copy_row(from + x * step + c, width, panel + x * width);
+    for (int64_t x = 0; c < channels && x < count; ++x) {
+      copy_row(from + x * step + c, channels - c, panel + x * width);
+      for (int64_t empty = channels - c; empty < width; ++empty) panel[x * width + empty] = T(0);
+    }
+  }
+}
+
+// The input is packed too where each pixel is seen once, by 1x1 filters: tiles of a few of its many channels would use cache lines
+// in parts.
+inline constexpr int64_t channel_panel = 2 * mr;
+inline bool packs_channels(const Conv2dGeometry& g) {
+  return g.layout == Layout::channels_last && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0;
+}
 
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
@@ -58,11 +82,16 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     int64_t known_positions = 0;
     const bool channels_first = g.layout == Layout::nchw || taps_count == 1;
     const int64_t channel_step = channels_first ? taps_count : 1, tap_step = channels_first ? 1 : channels;
+    const bool packs = packs_channels(g);
+    // Panels that are written side by side: not all in the same sets of L1.
+    const int64_t input_panel = max_positions * channel_panel + 64 / sizeof(T),
+                  gradient_panel = max_positions * nr<T> + 64 / sizeof(T);
     for (int64_t t = 0; t < taps_count; ++t)
       for (int64_t c = 0; c < channels; ++c)
         patch[c * channel_step + t * tap_step] =
-            (taps[t].row - w.first_row) * w.strides.h + (taps[t].column - w.first_column) * w.strides.w + c * w.strides.c;
-    T* gradient = workspace<T>(Slot::gradient, panels * max_positions * nr<T>);
+            packs ? c / channel_panel * input_panel + c % channel_panel
+                  : (taps[t].row - w.first_row) * w.strides.h + (taps[t].column - w.first_column) * w.strides.w + c * w.strides.c;
+    T* gradient = workspace<T>(Slot::gradient, panels * gradient_panel);
     T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
     for (int64_t i = 0; i < panels * rows * nr<T>; i += kLanes<T>) store(sums + i, Vec<T>{});
 
@@ -75,37 +104,40 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           for (int64_t i = 0; i < i_count; ++i)
             for (int64_t j = 0; j < g.Q; ++j, ++x)
               position[x] =
-                  image * w.strides.n + i * g.stride_h / w.step_h * w.strides.h + j * g.stride_w / w.step_w * w.strides.w;
+                  packs ? x * channel_panel
+                        : image * w.strides.n + i * g.stride_h / w.step_h * w.strides.h + j * g.stride_w / w.step_w * w.strides.w;
       known_positions = positions;
-      const T* window = read_window(View<const T>{input, in, g.H, g.W}, w, n, images, group * C + c_begin, channels,
-                                    i_begin * g.stride_h, g.layout);
+      const int64_t c = group * C + c_begin, h = i_begin * g.stride_h;
+      const T* window = nullptr;
+      if (packs) {
+        T* to = workspace<T>(Slot::patches, ceil_div(channels, channel_panel) * input_panel);
+        window = to;
+        for (int64_t image = 0; image < images; ++image)
+          for (int64_t i = 0; i < i_count; ++i, to += g.Q * channel_panel)
+            pack_pixels<channel_panel>(input + (n + image) * in.n + c * in.c + (h + i * g.stride_h) * in.h, g.stride_w * in.w,
+                                       g.Q, channels, to, input_panel);
+      } else {
+        window = read_window(View<const T>{input, in, g.H, g.W}, w, n, images, c, channels, h, g.layout);
+      }
 
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t k = panel * nr<T>, lanes = std::min(nr<T>, filters - k);
-        T* to = gradient + panel * positions * nr<T>;
-        for (int64_t image = 0; image < images; ++image) {
-          const T* from = grad_output + (n + image) * out.n + (group * K + k_begin + k) * out.c + i_begin * out.h;
-          T* row = to + image * image_positions * nr<T>;
-          if (g.layout == Layout::nchw) {
-            gemm::pack_transposed(from, out.c, lanes, image_positions, row, [](int64_t x) { return x; });
-          } else if (lanes == nr<T>) {
-            for (int64_t x = 0; x < image_positions; ++x, from += out.w, row += nr<T>)
-              for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(row + v, load(from + v));
-          } else {
-            for (int64_t x = 0; x < image_positions; ++x, from += out.w, row += nr<T>) {
-              copy_row(from, lanes, row);
-              for (int64_t l = lanes; l < nr<T>; ++l) row[l] = T(0);
-            }
-          }
+      for (int64_t image = 0; image < images; ++image) {
+        const T* from = grad_output + (n + image) * out.n + (group * K + k_begin) * out.c + i_begin * out.h;
+        T* to = gradient + image * image_positions * nr<T>;
+        if (g.layout == Layout::channels_last) {
+          pack_pixels<nr<T>>(from, out.w, image_positions, filters, to, gradient_panel);
+          continue;
         }
+        for (int64_t panel = 0; panel < panels; ++panel)
+          gemm::pack_transposed(from + panel * nr<T> * out.c, out.c, std::min(nr<T>, filters - panel * nr<T>), image_positions,
+                                to + panel * gradient_panel, [](int64_t x) { return x; });
       }
       const int64_t depths = ceil_div(positions, gradient_depth);
       for (int64_t d = 0; d < depths; ++d) {
         const int64_t x = d * positions / depths;
-        gemm::Run runs[gradient_depth / gemm::max_run];
+        gemm::Run runs[gradient_depth / gemm::max_run + 1];
         const int64_t run_count = gemm::cut_into_runs(x, (d + 1) * positions / depths - x, runs);
         for (int64_t panel = 0; panel < panels; ++panel) {
-          const T* b = gradient + panel * positions * nr<T>;
+          const T* b = gradient + panel * gradient_panel;
           const bool narrow = filters - panel * nr<T> <= kLanes<T>;
           for (int64_t row = 0, tile_rows = 0; row < rows; row += tile_rows) {
             T* c = sums + (panel * rows + row) * nr<T>;
