@@ -61,10 +61,12 @@ void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
   body.template operator()<0, 0>();
 }
 
-// How far ahead of use rows of channels_last tensors are prefetched: 4 KiB, about what arrives while a tile is computed.
+// How many elements ahead of use rows of channels_last tensors are prefetched, in whole pixels: to L2, which waits for more lines
+// at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none.
+inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 24 << 10;  // bytes
 template <class T>
-int64_t prefetched_pixels(int64_t channels) {
-  return ceil_div(4096, channels * int64_t(sizeof(T)));
+int64_t elements_ahead(int64_t bytes, int64_t channels) {
+  return ceil_div(bytes, channels * int64_t(sizeof(T))) * channels;
 }
 
 // An image in the order of this file, or a part of it. Pointers are to row 0 and column 0, distances in elements.
@@ -94,7 +96,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column>
   const T* const bias = image.bias;
   const bool accumulate = image.accumulate, relu = image.relu, padded = image.padded;
   const Vectors<T> vectors{image.channels};
-  const int64_t ahead = prefetched_pixels<T>(column) * column;
+  const int64_t ahead = elements_ahead<T>(correlate_ahead, column);
 
   for (int64_t i = i_range.begin; i < i_range.end; ++i) {
     const Range range = taps_inside(h, phase_h, i);
@@ -124,8 +126,8 @@ template <class T, int64_t taps, int64_t step, int64_t known_column>
             unrolled<taps>([&](auto s) __attribute__((always_inline)) { tap[s] = load(at), advance(at, weight_column); });
             at = from;
             if (known_column == 0 && a + h.step >= range.end)
-              unrolled<tile_pixels * step>([&](auto d)
-                                               __attribute__((always_inline)) { __builtin_prefetch(at + d * column + ahead); });
+              unrolled<tile_pixels * step>(
+                  [&](auto d) __attribute__((always_inline)) { __builtin_prefetch(at + d * column + ahead, 0, 2); });
             unrolled<columns>([&](auto d) __attribute__((always_inline)) {
               if (!clipped || (d >= begin && d < end)) {
                 const Vec<T> input = load_once(at);
@@ -156,7 +158,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column>
         unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
           if (v < count) {
             store(output + v * output_column, relu ? rectified<T>(sum[v]) : sum[v]);
-            if (known_column == 0) __builtin_prefetch(output + v * output_column + ahead, 1);
+            if (known_column == 0) __builtin_prefetch(output + v * output_column + ahead, 1, 2);
           }
         });
       };
@@ -237,7 +239,7 @@ template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_c
   const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
   const int64_t column = known_column > 0 ? known_column : pair.channels, offset = phase_w.offset, width = w.source_size;
   const int64_t source_tap = phase_h.offset_step * pair.source_row, sum_tap = pair.sum_tap;
-  const int64_t ahead = prefetched_pixels<T>(column) * column;
+  const int64_t ahead = elements_ahead<T>(dot_ahead, column);
   Range tiles{j_range.begin, j_range.begin + ceil_div(j_range.end - j_range.begin, dot_pixels) * dot_pixels};
   if (!pair.padded) {
     tiles.begin = std::clamp(inside(w, phase_w, offset).begin, j_range.begin, j_range.end);
@@ -262,10 +264,10 @@ template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_c
         const T* from = source + j * step * column;
         if constexpr (known_column == 0 && pixels > 1) {
           unrolled<pixels>([&](auto x)
-                               __attribute__((always_inline)) { __builtin_prefetch(gradient + (j + x) * column + ahead); });
+                               __attribute__((always_inline)) { __builtin_prefetch(gradient + (j + x) * column + ahead, 0, 2); });
           unrolled<pixels * step>([&](auto x) __attribute__((always_inline)) {
-            __builtin_prefetch(from + (tap_rows - 1) * source_tap + x * column + ahead);
-            if (step == 2 && tap_rows > 1) __builtin_prefetch(from + (tap_rows - 2) * source_tap + x * column + ahead);
+            __builtin_prefetch(from + (tap_rows - 1) * source_tap + x * column + ahead, 0, 2);
+            if (step == 2 && tap_rows > 1) __builtin_prefetch(from + (tap_rows - 2) * source_tap + x * column + ahead, 0, 2);
           });
         }
         unrolled<tap_rows>([&](auto r) __attribute__((always_inline)) {

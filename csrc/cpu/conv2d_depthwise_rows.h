@@ -35,10 +35,23 @@ bool applies(const Conv2dGeometry& g) {
 // Output rows of a block, of 9 weights or sums, as many vectors and 3 more of the registers there are.
 inline constexpr int64_t correlate_rows = 4, dot_rows = TORCHCNN_VECTOR_REGISTERS >= 32 ? 4 : 2;
 
-// What is used a few hundred cycles later. Planes follow each other in memory, so that this may be the next one.
+// What is used a few hundred cycles later, to L2, which waits for more lines at once than L1. Planes follow each other in memory,
+// so that this may be the next one. Rows of a few lines are a stream that the processor sees through itself; forward and
+// grad_input leave them to it.
 template <class T>
 [[gnu::always_inline]] inline void prefetch(const T* at) {
-  __builtin_prefetch(at + 4096 / sizeof(T));
+  __builtin_prefetch(at + 8192 / sizeof(T), 0, 2);
+}
+template <class T>
+bool prefetched_rows(int64_t width) {
+  return width * int64_t(sizeof(T)) > 256;
+}
+// A tile's share of `rows` rows of input, in the order of memory: from + x ... for the tile at input column x.
+template <int64_t rows, int64_t stride, class T>
+[[gnu::always_inline]] inline void prefetch_share(const T* from, int64_t x) {
+  constexpr int64_t line = std::max<int64_t>(1, 64 / TORCHCNN_VECTOR_BYTES) * kLanes<T>;
+  unrolled<std::max<int64_t>(1, rows * stride * kLanes<T> / line)>(
+      [&](auto i) __attribute__((always_inline)) { prefetch(from + x * rows + i * line); });
 }
 
 // before[last lane], v[0], v[1], ...
@@ -134,7 +147,7 @@ void correlate(const Correlation<T>& c, bool turned) {
     const Plane<T> source{c.source + plane * H * W, H, W, row_of_zeros<T>(W)};
     const T* const filter = c.weight + plane % c.C * 9;
     const Vec<T> start = broadcast(c.epilogue.bias == nullptr ? T(0) : c.epilogue.bias[plane % c.C]);
-    const bool relu = c.epilogue.relu;
+    const bool relu = c.epilogue.relu, ahead = prefetched_rows<T>(W);
     T* const output = c.output + plane * P * Q;
     Vec<T> weight[9];
     unrolled<9>([&](auto t) __attribute__((always_inline)) { weight[t] = broadcast(filter[turned ? 8 - t : int64_t(t)]); });
@@ -143,10 +156,7 @@ void correlate(const Correlation<T>& c, bool turned) {
       const T* from[input_rows];
       source.template get<input_rows>(i * stride - 1, from);
       for_tiles<T>(Q, [&](int64_t j, auto first, auto last) __attribute__((always_inline)) {
-        unrolled<count * stride>([&](auto d) __attribute__((always_inline)) {
-          prefetch(source.data + (i * stride + d) * W + j * stride);
-          if (stride == 2) prefetch(source.data + (i * stride + d) * W + j * stride + kLanes<T>);
-        });
+        if (ahead) prefetch_share<count * stride, stride>(source.data + i * stride * W, j * stride);
         Vec<T> sum[count];
         unrolled<count>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
         unrolled<input_rows>([&](auto d) __attribute__((always_inline)) {
@@ -161,7 +171,7 @@ void correlate(const Correlation<T>& c, bool turned) {
         });
         unrolled<count>([&](auto v) __attribute__((always_inline)) {
           T* const to = output + (i + v) * Q + j;
-          prefetch(to);
+          if (ahead) prefetch(to);
           if (relu) sum[v] = rectified<T>(sum[v]);
           last ? store_partial(to, sum[v], Q - j) : store(to, sum[v]);
         });
@@ -179,13 +189,14 @@ void grad_input_stride2(const Correlation<T>& c) {
     const Plane<T> source{c.source + plane * P * Q, P, Q, row_of_zeros<T>(Q)};
     const T* const filter = c.weight + plane % c.C * 9;
     T* const output = c.output + plane * H * W;
+    const bool ahead = prefetched_rows<T>(W);
     Vec<T> w[9];
     unrolled<9>([&](auto t) __attribute__((always_inline)) { w[t] = broadcast(filter[t]); });
     for (int64_t i = row_begin; i < row_end; ++i) {
       const T* from[2];
       source.template get<2>(i, from);
       for_tiles<T>(Q, [&](int64_t j, auto, auto last) __attribute__((always_inline)) {
-        prefetch(from[0] + j);
+        if (ahead) prefetch(from[0] + j);
         Vec<T> here[2], right[2];  // a and c, b and d
         unrolled<2>([&](auto r) __attribute__((always_inline)) {
           here[r] = load_some<T, last>(from[r] + j, Q - j);
@@ -195,7 +206,7 @@ void grad_input_stride2(const Correlation<T>& c) {
           unrolled<2>([&](auto half) __attribute__((always_inline)) {
             T* const to = row + 2 * j + half * lanes;
             const Vec<T> pairs = interleave<T>(even, odd, half, kEachLane<T>);
-            prefetch(to);
+            if (ahead) prefetch(to);
             last ? store_partial(to, pairs, std::max<int64_t>(0, W - 2 * j - half * lanes)) : store(to, pairs);
           });
         };
@@ -228,10 +239,7 @@ void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* in
           source.template get<input_rows>(i * stride - 1, from);
           for_tiles<T>(Q, [&](int64_t j, auto first, auto last) __attribute__((always_inline)) {
             Vec<T> gradient[count];
-            unrolled<count * stride>([&](auto d) __attribute__((always_inline)) {
-              prefetch(source.data + (i * stride + d) * W + j * stride);
-              if (stride == 2) prefetch(source.data + (i * stride + d) * W + j * stride + kLanes<T>);
-            });
+            prefetch_share<count * stride, stride>(source.data + i * stride * W, j * stride);
             unrolled<count>([&](auto v) __attribute__((always_inline)) {
               const T* const at = gradients + (i + v) * Q + j;
               prefetch(at);
