@@ -61,11 +61,11 @@ void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
   body.template operator()<0, 0>();
 }
 
-// How many elements ahead of use rows of channels_last tensors are prefetched, in whole pixels: to L2, which waits for more lines
+// How many elements ahead of use rows of channels_last tensors are prefetched, whole pixels: to L2, which waits for more lines
 // at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none.
 inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 24 << 10;  // bytes
 template <class T>
-int64_t elements_ahead(int64_t bytes, int64_t channels) {
+int64_t pixels_ahead(int64_t bytes, int64_t channels) {
   return ceil_div(bytes, channels * int64_t(sizeof(T))) * channels;
 }
 
@@ -96,7 +96,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column>
   const T* const bias = image.bias;
   const bool accumulate = image.accumulate, relu = image.relu, padded = image.padded;
   const Vectors<T> vectors{image.channels};
-  const int64_t ahead = elements_ahead<T>(correlate_ahead, column);
+  const int64_t ahead = pixels_ahead<T>(correlate_ahead, column);
 
   for (int64_t i = i_range.begin; i < i_range.end; ++i) {
     const Range range = taps_inside(h, phase_h, i);
@@ -239,7 +239,7 @@ template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_c
   const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
   const int64_t column = known_column > 0 ? known_column : pair.channels, offset = phase_w.offset, width = w.source_size;
   const int64_t source_tap = phase_h.offset_step * pair.source_row, sum_tap = pair.sum_tap;
-  const int64_t ahead = elements_ahead<T>(dot_ahead, column);
+  const int64_t ahead = pixels_ahead<T>(dot_ahead, column);
   Range tiles{j_range.begin, j_range.begin + ceil_div(j_range.end - j_range.begin, dot_pixels) * dot_pixels};
   if (!pair.padded) {
     tiles.begin = std::clamp(inside(w, phase_w, offset).begin, j_range.begin, j_range.end);

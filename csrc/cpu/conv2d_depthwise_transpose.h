@@ -65,9 +65,12 @@ template <class T>
   }
 }
 
-// How far ahead of use a plane is prefetched.
+// How many elements ahead of use planes are prefetched, to L2: the planes of the next vector, unless they are too far away.
 template <class T>
-inline constexpr int64_t prefetched = 512 / sizeof(T);
+int64_t elements_ahead(int64_t stride) {
+  const int64_t next = kLanes<T> * stride;
+  return next * int64_t(sizeof(T)) <= 128 << 10 ? next : 2048 / sizeof(T);
+}
 
 // `count` planes, at most kLanes, `stride` elements apart.
 template <class T>
@@ -80,7 +83,7 @@ struct Planes {
 template <class T, class Place>
 [[gnu::always_inline]] inline void pack_planes(const Planes<const T>& planes, int64_t pixels, const Place& place) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t stride = planes.stride, count = planes.count;
+  const int64_t stride = planes.stride, count = planes.count, ahead = elements_ahead<T>(stride);
   if (pixels < lanes) {
     for (int64_t x = 0; x < pixels; ++x)
       for (int64_t lane = 0; lane < lanes; ++lane) place(x)[lane] = planes.data[std::min(lane, count - 1) * stride + x];
@@ -92,7 +95,7 @@ template <class T, class Place>
     Vec<T> v[lanes];
     unrolled<lanes>([&](auto l) __attribute__((always_inline)) {
       v[l] = load_once(at);
-      __builtin_prefetch(at + prefetched<T>);
+      __builtin_prefetch(at + ahead, 0, 2);
       if (l + 1 < count) advance(at, stride);
     });
     transpose<T>(v);
@@ -104,7 +107,7 @@ template <class T, class Place>
 template <class T>
 [[gnu::noinline]] void unpack_planes(const T* from, int64_t pixels, const Planes<T>& planes) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t stride = planes.stride, count = planes.count;
+  const int64_t stride = planes.stride, count = planes.count, ahead = elements_ahead<T>(stride);
   if (pixels < lanes) {
     for (int64_t lane = 0; lane < count; ++lane)
       for (int64_t x = 0; x < pixels; ++x) planes.data[lane * stride + x] = from[x * lanes + lane];
@@ -119,7 +122,7 @@ template <class T>
     unrolled<lanes>([&](auto r) __attribute__((always_inline)) {
       if (r >= count) return;
       store(at, v[place_of_row<T>(r)]);
-      __builtin_prefetch(at + prefetched<T>, 1);
+      __builtin_prefetch(at + ahead, 1, 2);
       advance(at, stride);
     });
   }
