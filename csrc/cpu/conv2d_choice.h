@@ -66,7 +66,8 @@ inline int64_t winograd_products(int64_t rows, int64_t columns, const Conv2dGeom
   return tiles(rows, g.dilation_h, extra_h) * tiles(columns, g.dilation_w, extra_w) * points * points;
 }
 
-// The Winograd algorithm with the fewest products, if it has few enough to pay for its transforms.
+// The Winograd algorithm with the fewest products, if it has few enough to pay for its transforms; at stride 2 with many filters
+// the one with fewer transformed weights.
 inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   const Choice none{Algorithm::implicit_gemm, nullptr};
   const bool dilated = g.dilation_h > 1 || g.dilation_w > 1, back = direction == Direction::grad_input;
@@ -83,7 +84,7 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
     };
     const int64_t two = products(2, 5), four = products(4, 9);
     // The 81 numbers of every filter and channel pay only while all of them stay in the caches.
-    const bool fits = 81 * int64_t(sizeof(float)) * g.C_per_group() * g.K_per_group() <= int64_t(8) << 20;
+    const bool fits = g.C_per_group() <= (int64_t(8) << 20) / (81 * int64_t(sizeof(float))) / g.K_per_group();
     if (fits && four < two && four * 4 <= direct * 3)
       return {Algorithm::winograd_4x4_stride_2, "3x3, stride 2: 81 products for 4x4 outputs instead of 144"};
     if (two * 16 > direct * 13) return none;  // these transforms only add

@@ -46,7 +46,7 @@ template <class T>
 bool prefetched_rows(int64_t width) {
   return width * int64_t(sizeof(T)) > 256;
 }
-// A tile's share of `rows` rows of input, in the order of memory: from + x ... for the tile at input column x.
+// A tile's share of `rows` rows of input, in the order of memory: `rows` times what the tile at input column x has of a row.
 template <int64_t rows, int64_t stride, class T>
 [[gnu::always_inline]] inline void prefetch_share(const T* from, int64_t x) {
   constexpr int64_t line = std::max<int64_t>(1, 64 / TORCHCNN_VECTOR_BYTES) * kLanes<T>;

@@ -168,8 +168,8 @@ inline int64_t cut_into_runs(int64_t first, int64_t length, Run* to) {
   return runs;
 }
 
-// c[rows][nr] (+)= A B over some runs of the terms, B packed; `vectors` is 1 where only the first of the two holds anything. A comes
-// by reference: its rows, written one by one, would be copied two at a time, which has to wait until they have left for L1.
+// c[rows][nr] (+)= A B over some runs of the terms, B packed; `vectors` is 1 where only the first of the two holds anything. A
+// comes by reference: its rows, written one by one, would be copied two at a time, which has to wait until they have left for L1.
 template <class T, int rows, int vectors>
 [[gnu::noinline]] void tile_product(const Run* runs, int64_t count, const IndirectA<T, rows>& left, const T* b, T* c,
                                     int64_t c_row, const Ends<T>& ends) {

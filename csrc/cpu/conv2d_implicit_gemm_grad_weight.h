@@ -2,7 +2,7 @@
 //
 //   grad_weight[(c,t)][k] = sum_x A(x, (c,t)) grad_output[x][k]     A as in conv2d_implicit_gemm.h, x = (n, i, j)
 //
-// grad_output is packed [k / nr][x][k % nr].
+// grad_output is packed [k / nr][x][k % nr], and in channels_last the input of 1x1 filters likewise.
 #pragma once
 
 #include <algorithm>
@@ -43,11 +43,11 @@ void pack_pixels(const T* from, int64_t step, int64_t pixels, int64_t channels, 
   }
 }
 
-// The input is packed too where each pixel is seen once, by 1x1 filters: tiles of a few of its many channels would use cache lines
-// in parts.
-inline constexpr int64_t channel_panel = 2 * mr;
-inline bool packs_channels(const Conv2dGeometry& g) {
-  return g.layout == Layout::channels_last && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0;
+// The input is packed too where each pixel is seen once, by 1x1 filters: tiles of a few of its many channels would use cache
+// lines in parts. Not where a block, which has whole rows, is too long for L2.
+inline constexpr int64_t channel_panel = 2 * mr, longest_packed = 1024;
+inline bool packs_channels(const Conv2dGeometry& g, int64_t block_positions) {
+  return g.layout == Layout::channels_last && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 && block_positions <= longest_packed;
 }
 
 template <class T>
@@ -56,7 +56,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const Strides in = g.input_strides(), out = g.output_strides();
   Tap* taps = workspace<Tap>(Slot::tables, taps_count);
   input_taps(g, taps);
-  const int64_t chunk_channels = std::clamp<int64_t>(chunk_rows / taps_count, 1, C), chunk_filters = chunk_of_filters(g);
+  const int64_t c_chunks = ceil_div(C, std::clamp<int64_t>(chunk_rows / taps_count, 1, C)),
+                k_chunks = ceil_div(K, chunk_of_filters(g));
+  const int64_t chunk_channels = ceil_div(C, c_chunks), chunk_filters = ceil_div(ceil_div(K, k_chunks), nr<T>) * nr<T>;
   // The fewer the filters, the more positions of grad_output fit into 128 KiB of L2, which saves halo and short reads.
   const int64_t packed_filters = ceil_div(std::min(K, chunk_filters), nr<T>) * nr<T>;
   const Blocks blocks = blocks_of(g.N, g.P, g.Q, (int64_t(128) << 10) / (packed_filters * int64_t(sizeof(T))));
@@ -65,7 +67,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
 
   // Too few tasks to share out among threads: cut the sum over positions into slices as well, added in order at the end. How
   // many is decided by the geometry alone, or the bits would depend on the number of threads.
-  const int64_t c_chunks = ceil_div(C, chunk_channels), k_chunks = ceil_div(K, chunk_filters), chunks = g.G * c_chunks * k_chunks;
+  const int64_t chunks = g.G * c_chunks * k_chunks;
   const int64_t slices = chunks >= 8 ? 1 : std::min<int64_t>(8, blocks.count()), weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
   const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
@@ -82,7 +84,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     int64_t known_positions = 0;
     const bool channels_first = g.layout == Layout::nchw || taps_count == 1;
     const int64_t channel_step = channels_first ? taps_count : 1, tap_step = channels_first ? 1 : channels;
-    const bool packs = packs_channels(g);
+    const bool packs = packs_channels(g, max_positions);
     // Panels that are written side by side: not all in the same sets of L1.
     const int64_t input_panel = max_positions * channel_panel + 64 / sizeof(T),
                   gradient_panel = max_positions * nr<T> + 64 / sizeof(T);

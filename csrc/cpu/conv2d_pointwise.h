@@ -49,8 +49,8 @@ struct Weights {
   const T* at(int64_t m, int64_t k) const { return data + m / a_panel * panel_stride + m % a_panel * row_stride + k * step; }
 };
 
-// What the tiles of a block have in common. The rest are six arguments, which pass in registers: a sum of 64 terms is so short
-// that more would cost a tenth of it.
+// What the tiles of a block have in common. With it a tile has six arguments, which pass in registers: a sum of 64 terms is so
+// short that more would cost a tenth of it.
 struct Terms {
   int64_t depth, a_row, a_step;
   bool add, relu;
@@ -83,7 +83,8 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
   const int64_t parts = blocks < 4 * thread_count() ? std::min(a_panels, ceil_div(4 * thread_count(), blocks)) : 1;
   const int64_t part_filters = ceil_div(a_panels, parts) * a_panel;
   parallel_for(blocks * parts, block_panels * 2 * part_filters * channels, [&](int64_t task) {
-    const int64_t first_panel = task / parts * block_panels, count = std::min(block_panels, panels - first_panel);
+    const int64_t block = task / parts, first_panel = block * panels / blocks,
+                  count = (block + 1) * panels / blocks - first_panel;
     const int64_t m_begin = task % parts * part_filters, m_end = std::min(filters, m_begin + part_filters);
     if (m_begin >= m_end) return;
     // The positions of the block in pieces whose pixels are step apart: parts of rows or, where nothing is skipped, of planes.

@@ -12,8 +12,8 @@
 //   infinity: A[.][m - 1] = 1,   G[.][r - 1] = 1,   B^T = coefficients of M.
 //
 // The points are 0, 1 where there are two of them, 0, +-1 for three, 0, +-3/4, 2 for four and 0, +-5/8, +-3/2 for five: exact in
-// binary, as is every entry of A and B, and with half of the error of the textbook's. Error bound, elementwise, with L >= 16 the number of terms of the
-// direct sum and X the largest input of the tiles around an output:
+// binary, as is every entry of A and B; four and five of them have half of the error of the textbook's. Error bound, elementwise,
+// with L >= 16 the number of terms of the direct sum and X the largest input of the tiles around an output:
 //
 //   |error| <= c eps L sum X |filter|,   c = (max_j sum_i |A_ij| b_i max_s |G_is|)^2,   b_i = sum_j |B^T_ij|
 //
