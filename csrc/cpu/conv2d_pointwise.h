@@ -80,7 +80,10 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
   const bool source_dense = source.step_h == 1 && source.step_w == 1, result_dense = result.step_h == 1 && result.step_w == 1;
 
   const int64_t blocks = ceil_div(panels, block_panels), a_panels = ceil_div(filters, a_panel);
-  const int64_t parts = blocks < 4 * thread_count() ? std::min(a_panels, ceil_div(4 * thread_count(), blocks)) : 1;
+  // Each part of the filters packs B again: no more parts than give every thread as many tasks.
+  const int64_t threads = thread_count();
+  int64_t parts = 1;
+  while (parts < a_panels && blocks * parts < 4 * threads && blocks * parts % threads != 0) ++parts;
   const int64_t part_filters = ceil_div(a_panels, parts) * a_panel;
   parallel_for(blocks * parts, block_panels * 2 * part_filters * channels, [&](int64_t task) {
     const int64_t block = task / parts, first_panel = block * panels / blocks,
