@@ -12,13 +12,25 @@ import torch.nn.functional as F
 import torchcnn
 from torchcnn import _C, backends
 
-# Results along an axis of a tile, filter taps, stride.
+
+class Axis(NamedTuple):
+    m: int  # results of a tile
+    r: int  # taps of a filter
+    stride: int = 1
+
+
 ALGORITHMS = {
-    "winograd_2x2_3x3": (2, 3, 1),
-    "winograd_4x4_3x3": (4, 3, 1),
-    "winograd_2x2_5x5": (2, 5, 1),
-    "winograd_2x2_stride_2": (2, 3, 2),
-    "winograd_4x4_stride_2": (4, 3, 2),
+    "winograd_2x2_3x3": (Axis(2, 3), Axis(2, 3)),
+    "winograd_4x4_3x3": (Axis(4, 3), Axis(4, 3)),
+    "winograd_2x2_5x5": (Axis(2, 5), Axis(2, 5)),
+    "winograd_2x2_stride_2": (Axis(2, 3, 2), Axis(2, 3, 2)),
+    "winograd_4x4_stride_2": (Axis(4, 3, 2), Axis(4, 3, 2)),
+    "winograd_1x4_1x3": (Axis(1, 1), Axis(4, 3)),
+    "winograd_4x1_3x1": (Axis(4, 3), Axis(1, 1)),
+    "winograd_1x2_1x5": (Axis(1, 1), Axis(2, 5)),
+    "winograd_2x1_5x1": (Axis(2, 5), Axis(1, 1)),
+    "winograd_1x3_1x7": (Axis(1, 1), Axis(3, 7)),
+    "winograd_3x1_7x1": (Axis(3, 7), Axis(1, 1)),
 }
 POINTS = {  # and infinity
     3: ("0", "1"),
@@ -34,6 +46,12 @@ BOUNDS = {
     "winograd_2x2_5x5": (277, 277, 187),
     "winograd_2x2_stride_2": (16, 9, 9),
     "winograd_4x4_stride_2": (125, 104, 135),
+    "winograd_1x4_1x3": (15, 15, 16),
+    "winograd_4x1_3x1": (15, 15, 16),
+    "winograd_1x2_1x5": (17, 17, 14),
+    "winograd_2x1_5x1": (17, 17, 14),
+    "winograd_1x3_1x7": (30, 30, 15),
+    "winograd_3x1_7x1": (30, 30, 15),
 }
 
 
@@ -48,6 +66,11 @@ class Case(NamedTuple):
     groups: int = 1
     stride: int = 1
     dilation: tuple[int, int] = (1, 1)
+    S: int | None = None  # R unless given
+
+    @property
+    def kernel(self):
+        return self.R, self.S or self.R
 
 
 # Odd sizes, tails of channels and filters, padding beyond the kernel, single rows; tiles cut off at every side.
@@ -77,11 +100,19 @@ CASES = [
     Case(2, 36, 9, 40, 20, 3, (1, 4), dilation=(1, 4)),
     Case(2, 34, 20, 21, 48, 3, (5, 0), groups=2, dilation=(5, 1)),
     Case(1, 20, 26, 22, 24, 5, (8, 4), dilation=(4, 2)),
+    Case(2, 50, 9, 23, 53, 1, (0, 1), S=3),
+    Case(2, 53, 18, 19, 50, 3, (0, 3), S=1),
+    Case(1, 96, 6, 41, 102, 1, (2, 2), groups=2, S=5),
+    Case(3, 51, 21, 8, 49, 5, (6, 0), S=1),
+    Case(8, 64, 17, 17, 96, 1, (0, 3), S=7),
+    Case(1, 60, 3, 40, 270, 1, (1, 8), S=7),
+    Case(2, 51, 31, 18, 49, 7, (0, 1), S=1),
+    Case(1, 300, 26, 20, 60, 7, (9, 0), dilation=(3, 2), S=1),
 ]
 
 
 def tensors(case, dtype, make=torch.randn):
-    x, w, b = make(case.N, case.C, case.H, case.W), make(case.K, case.C // case.groups, case.R, case.R), make(case.K)
+    x, w, b = make(case.N, case.C, case.H, case.W), make(case.K, case.C // case.groups, *case.kernel), make(case.K)
     return [t.to(dtype) for t in (x, w, b, make(*F.conv2d(x, w, None, *options(case)).shape))]
 
 
@@ -106,35 +137,37 @@ def truth(x, w, b, dy, case):
 
 def algorithms(case):
     """The algorithm of each direction, as explained."""
-    size, weight = (case.N, case.C, case.H, case.W), (case.K, case.C // case.groups, case.R, case.R)
+    size, weight = (case.N, case.C, case.H, case.W), (case.K, case.C // case.groups, *case.kernel)
     text = torchcnn.explain(size, weight, *options(case))
     return [line.split()[1] for line in text.splitlines()]
 
 
 def magnitudes(x, w, dy, case):
     """What c eps L multiplies: sums of absolute values, the largest source of any tile around a result in place of each."""
-    R, (pad_h, pad_w), d, groups = case.R, case.padding, case.dilation, case.groups
-    forward, grad_input, grad_weight = (ALGORITHMS[name] for name in algorithms(case))
+    kernel, (pad_h, pad_w), d, groups = case.kernel, case.padding, case.dilation, case.groups
+    forward, grad_input, grad_weight = ([axis.m for axis in ALGORITHMS[name]] for name in algorithms(case))
     tap_sum = w.double().abs().sum((2, 3), keepdim=True)
 
     def largest(t, m, padding, stride):
-        """For every result: results share a tile with up to m - 1 to each side, and R taps belong to each."""
-        around = [p + (m - 1) * stride * step for p, step in zip(padding, d, strict=True)]
+        """For every result: results share a tile with up to m - 1 to each side, and all taps belong to each."""
+        around = [p + (m_axis - 1) * stride * step for p, m_axis, step in zip(padding, m, d, strict=True)]
         cut = [max(0, -a) for a in around]
         t = t.double().abs()[..., cut[0] : t.shape[2] - cut[0], cut[1] : t.shape[3] - cut[1]]
         padded = F.pad(t, [max(0, around[1])] * 2 + [max(0, around[0])] * 2)
-        return F.max_pool2d(padded, 2 * (m - 1) * stride + R, stride, 0, d)
+        window = [2 * (m_axis - 1) * stride + taps for m_axis, taps in zip(m, kernel, strict=True)]
+        return F.max_pool2d(padded, window, stride, 0, d)
 
-    yield F.conv2d(largest(x, forward[0], case.padding, case.stride), tap_sum, groups=groups)
+    yield F.conv2d(largest(x, forward, case.padding, case.stride), tap_sum, groups=groups)
     if case.stride == 1:
-        back = largest(dy, grad_input[0], [(R - 1) * step - p for p, step in zip(case.padding, d, strict=True)], 1)
+        flipped = [(taps - 1) * step - p for taps, p, step in zip(kernel, case.padding, d, strict=True)]
+        back = largest(dy, grad_input, flipped, 1)
     else:  # a tile mixes m + 1 neighbours of grad_output, and h meets about (h + padding) / 2
         m = grad_input[0]
         back = F.max_pool2d(F.pad(dy.double().abs(), [m] * 4), 2 * m + 1, 1)
         for dim, pad in ((2, pad_h), (3, pad_w)):
             back = back.index_select(dim, ((torch.arange(x.shape[dim]) + pad) // 2).clamp(max=back.shape[dim] - 1))
     yield F.conv_transpose2d(back, tap_sum, groups=groups)
-    x_max, dy_abs = largest(x, grad_weight[0], case.padding, case.stride), dy.double().abs()
+    x_max, dy_abs = largest(x, grad_weight, case.padding, case.stride), dy.double().abs()
     per_group = [
         torch.einsum("nkpq,ncpq->kc", d, m) for d, m in zip(dy_abs.chunk(groups, 1), x_max.chunk(groups, 1), strict=True)
     ]
@@ -142,7 +175,7 @@ def magnitudes(x, w, dy, case):
 
 
 def assert_within_bounds(actual, true, x, w, dy, case):
-    taps = case.R**2
+    taps = case.kernel[0] * case.kernel[1]
     lengths = [case.C // case.groups * taps, case.K // case.groups * taps, max(16, case.N * dy.shape[2] * dy.shape[3])]
     constants = [BOUNDS[name][direction] for direction, name in enumerate(algorithms(case))]
     for result, expected, magnitude, length, c in zip(actual, true, magnitudes(x, w, dy, case), lengths, constants, strict=True):
@@ -176,32 +209,41 @@ def toom_cook(m, r):
     return A, G, B_T
 
 
-def exact_matrices(name):
-    """A, G, B^T, and which input meets which tap in an output: taken[output][tap] is its number, or None."""
-    m, r, stride = ALGORITHMS[name.split()[0]]
-    if stride == 1:
-        return *toom_cook(m, r), [[p + s for s in range(r)] for p in range(m)]
-    A, G, B_T = toom_cook(m, 2)  # taps 0 and 2; tap 1 is a plain product
+def exact_matrices(axis, of_grad_input=False):
+    """A, G, B^T along an axis, and which input meets which tap in an output: taken[output][tap] is its number, or None."""
+    m, r, stride = axis
 
-    def spread(row, length, first):
+    def spread(row, length, first, step=1):
         wide = [Fraction(0)] * length
-        wide[first : first + 2 * len(row) : 2] = row
+        wide[first : first + step * len(row) : step] = row
         return wide
 
     def unit(length, place):
-        return [Fraction(int(j == place)) for j in range(length)]
+        return spread([Fraction(1)], length, place)
 
+    if r == 1:
+        one = [[Fraction(1)]]
+        return one, one, one, [[0]]
+    if r == 7:  # two filters of four taps, the second, of which the last tap is missing, on the input from x_4 on
+        A, G, B_T = toom_cook(m, 4)
+        G = [spread(g, 7, 0) for g in G] + [spread(g[:3], 7, 4) for g in G]
+        B_T = [spread(row, m + 6, 0) for row in B_T] + [spread(row[: m + 2], m + 6, 4) for row in B_T]
+        return A + A, G, B_T, [[p + s for s in range(7)] for p in range(m)]
+    if stride == 1:
+        return *toom_cook(m, r), [[p + s for s in range(r)] for p in range(m)]
+    A, G, B_T = toom_cook(m, 2)  # taps 0 and 2; tap 1 is a plain product
     G = [[g[0], Fraction(0), g[1]] for g in G] + [unit(3, 1)] * m
-    if name.endswith("grad_input"):
-        A = [spread(row, 2 * m, 1) for row in A] + [unit(2 * m, 2 * j) for j in range(m)]
+    if of_grad_input:
+        A = [spread(row, 2 * m, 1, 2) for row in A] + [unit(2 * m, 2 * j) for j in range(m)]
         B_T = B_T + [unit(m + 1, j) for j in range(m)]
         return A, G, B_T, [[None if (h + s) % 2 == 0 else (h + s - 1) // 2 for s in range(3)] for h in range(2 * m)]
     A = A + [unit(m, j) for j in range(m)]
-    B_T = [spread(row, 2 * m + 1, 0) for row in B_T] + [unit(2 * m + 1, 2 * j + 1) for j in range(m)]
+    B_T = [spread(row, 2 * m + 1, 0, 2) for row in B_T] + [unit(2 * m + 1, 2 * j + 1) for j in range(m)]
     return A, G, B_T, [[2 * p + s for s in range(3)] for p in range(m)]
 
 
-MATRICES = [*ALGORITHMS, "winograd_2x2_stride_2 grad_input", "winograd_4x4_stride_2 grad_input"]
+# The axes of all algorithms, once each, by the names of algorithms that have them.
+AXES = {name: next(axis for axis in ALGORITHMS[name.split()[0]] if axis.r > 1) for name in _C.winograd_matrices()}
 
 
 @pytest.fixture(autouse=True)
@@ -213,9 +255,9 @@ def winograd():
 needs_winograd = pytest.mark.skipif(torchcnn.isa() == "reference", reason="the reference row has no Winograd")
 
 
-@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("name", AXES)
 def test_matrices(name):
-    A, G, B_T, taken = exact_matrices(name)
+    A, G, B_T, taken = exact_matrices(AXES[name], name.endswith("grad_input"))
     points, inputs = range(len(B_T)), range(len(B_T[0]))
     for p, taps in enumerate(taken):  # output p takes tap s at one input, and nothing else
         for s, place in enumerate(taps):
@@ -227,17 +269,24 @@ def test_matrices(name):
         assert all(abs(Fraction(v) - g) <= abs(g) * Fraction(1, 2**51) for v, g in zip(row, exact_row, strict=True))
 
 
+def test_axes_are_those_of_all_algorithms():
+    assert {axis for axes in ALGORITHMS.values() for axis in axes if axis.r > 1} == set(AXES.values())
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_bounds_follow_from_matrices(name):
-    def amplification(outer, inner, b):
-        rows = zip(outer, b, inner, strict=True)
-        per_row = [[abs(v) * b_i * max(map(abs, inner_row)) for v in row] for row, b_i, inner_row in rows]
-        return max(map(sum, zip(*per_row, strict=True))) ** 2
+    def amplification(outer, inner, B_T):
+        rows = zip(outer, B_T, inner, strict=True)
+        per_row = [[abs(v) * sum(map(abs, b)) * max(map(abs, inner_row)) for v in row] for row, b, inner_row in rows]
+        return max(map(sum, zip(*per_row, strict=True)))
 
-    A, G, B_T, _ = exact_matrices(name)
-    back_A, back_G, back_B_T, _ = exact_matrices(name + (" grad_input" if "stride" in name else ""))
-    b, back_b = ([sum(map(abs, row)) for row in rows] for rows in (B_T, back_B_T))
-    exact = amplification(A, G, b), amplification(back_A, back_G, back_b), amplification(G, A, b)
+    exact = [1, 1, 1]
+    for axis in ALGORITHMS[name]:
+        A, G, B_T, _ = exact_matrices(axis)
+        back_A, back_G, back_B_T, _ = exact_matrices(axis, of_grad_input=True)
+        exact[0] *= amplification(A, G, B_T)
+        exact[1] *= amplification(back_A, back_G, back_B_T)
+        exact[2] *= amplification(G, A, B_T)
     assert all(c - 1 < value <= c for c, value in zip(BOUNDS[name], exact, strict=True)), [float(value) for value in exact]
 
 
@@ -323,6 +372,8 @@ def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
         Case(2, 40, 24, 16, 33, 3, (1, 1), stride=2),
         Case(2, 161, 24, 16, 161, 3, (1, 1), stride=2),
         Case(2, 24, 20, 18, 21, 3, (2, 2), dilation=(2, 2)),
+        Case(2, 48, 9, 21, 49, 1, (0, 1), S=3),
+        Case(2, 48, 22, 19, 49, 7, (3, 0), S=1),
     ],
     ids=str,
 )
@@ -331,7 +382,7 @@ def test_not_finite(case, where, value, layout):
     x, w, b, dy = tensors(case, torch.float32)
     clean = ours(layout(x), w, b, layout(dy), case)
     hit = {"input": x[1, 3], "weight": w[5, 2], "grad_output": dy[1, 4]}[where]
-    hit[2, 1] = value
+    hit[min(2, len(hit) - 1), min(1, len(hit[0]) - 1)] = value
     actual = ours(layout(x), w, b, layout(dy), case)
     with backends.flags(allow_winograd=False):
         direct = ours(layout(x), w, b, layout(dy), case)

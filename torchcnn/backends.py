@@ -1,10 +1,10 @@
 """What runs underneath: the instruction set in use, the algorithm that a geometry takes, the switch for Winograd, scratch memory.
 
 `torchcnn.backends.allow_winograd` is a bool to read and to assign, True at import, of the whole process. Where it is True,
-3x3 and 5x5 convolutions of stride 1, and 3x3 ones of stride 2, with enough channels use Winograd's algorithm: up to four times
-fewer multiplications, and
-an error bounded by the largest input near an output instead of the inputs that the output is made of, so that outputs beside a
-much larger value lose relative accuracy. Where it is False, they are direct sums, as in torch's own error bound.
+3x3 and 5x5 convolutions of stride 1, those of stride 1 with 3, 5 or 7 taps along one axis, and 3x3 ones of stride 2, with enough
+channels, use Winograd's algorithm: up to four times fewer multiplications, and an error bounded by the largest input near an
+output instead of the inputs that the output is made of, so that outputs beside a much larger value lose relative accuracy. Where
+it is False, they are direct sums, as in torch's own error bound.
 
 `torchcnn.backends.workspace_limit` is the number of bytes of scratch memory that each thread may keep between operators, 64 MiB
 at import, of the whole process. An operator that needs more gives the rest back at its end.

@@ -32,21 +32,41 @@ template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight);
 }  // namespace depthwise
 
+// Calls call(tile) with the tile of a Winograd algorithm, false if `algorithm` is none.
+template <bool of_grad_input, class Call>
+bool with_winograd_tile(Algorithm algorithm, Call call) {
+  using namespace winograd;
+  const auto stride_2 = [&]<int m>(std::integral_constant<int, m>) {
+    if constexpr (of_grad_input) {
+      call(Tile<Stride2GradInput<m>>{});
+    } else {
+      call(Tile<Stride2<m>>{});
+    }
+  };
+  switch (algorithm) {
+    case Algorithm::winograd_2x2_3x3: call(Tile<Transform<2, 3>>{}); return true;
+    case Algorithm::winograd_4x4_3x3: call(Tile<Transform<4, 3>>{}); return true;
+    case Algorithm::winograd_2x2_5x5: call(Tile<Transform<2, 5>>{}); return true;
+    case Algorithm::winograd_2x2_stride_2: stride_2(std::integral_constant<int, 2>{}); return true;
+    case Algorithm::winograd_4x4_stride_2: stride_2(std::integral_constant<int, 4>{}); return true;
+    case Algorithm::winograd_1x4_1x3: call(Tile<OneTap, Transform<4, 3>>{}); return true;
+    case Algorithm::winograd_4x1_3x1: call(Tile<Transform<4, 3>, OneTap>{}); return true;
+    case Algorithm::winograd_1x2_1x5: call(Tile<OneTap, Transform<2, 5>>{}); return true;
+    case Algorithm::winograd_2x1_5x1: call(Tile<Transform<2, 5>, OneTap>{}); return true;
+    case Algorithm::winograd_1x3_1x7: call(Tile<OneTap, Halves<3, 4>>{}); return true;
+    case Algorithm::winograd_3x1_7x1: call(Tile<Halves<3, 4>, OneTap>{}); return true;
+    default: return false;
+  }
+}
+
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const WorkspaceUse use;
-  switch (choose_conv2d(g, Direction::forward).algorithm) {
+  const Algorithm algorithm = choose_conv2d(g, Direction::forward).algorithm;
+  if (with_winograd_tile<false>(algorithm, [&]<class F>(F) { winograd::conv2d_forward<F>(g, input, weight, epilogue, output); }))
+    return;
+  switch (algorithm) {
     case Algorithm::direct: return reference::conv2d_forward(g, input, weight, epilogue, output);
-    case Algorithm::winograd_4x4_3x3:
-      return winograd::conv2d_forward<winograd::Transform<4, 3>>(g, input, weight, epilogue, output);
-    case Algorithm::winograd_2x2_3x3:
-      return winograd::conv2d_forward<winograd::Transform<2, 3>>(g, input, weight, epilogue, output);
-    case Algorithm::winograd_2x2_5x5:
-      return winograd::conv2d_forward<winograd::Transform<2, 5>>(g, input, weight, epilogue, output);
-    case Algorithm::winograd_2x2_stride_2:
-      return winograd::conv2d_forward<winograd::Stride2<2>>(g, input, weight, epilogue, output);
-    case Algorithm::winograd_4x4_stride_2:
-      return winograd::conv2d_forward<winograd::Stride2<4>>(g, input, weight, epilogue, output);
     case Algorithm::pointwise: return pointwise::conv2d_forward(g, input, weight, epilogue, output);
     case Algorithm::small_channels:
       if (suits_vectors_of_filters(g, Direction::forward))
@@ -60,18 +80,12 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const WorkspaceUse use;
-  switch (choose_conv2d(g, Direction::grad_input).algorithm) {
+  const Algorithm algorithm = choose_conv2d(g, Direction::grad_input).algorithm;
+  if (with_winograd_tile<true>(algorithm,
+                               [&]<class F>(F) { winograd::conv2d_grad_input<F>(g, grad_output, weight, grad_input); }))
+    return;
+  switch (algorithm) {
     case Algorithm::direct: return reference::conv2d_grad_input(g, grad_output, weight, grad_input);
-    case Algorithm::winograd_4x4_3x3:
-      return winograd::conv2d_grad_input<winograd::Transform<4, 3>>(g, grad_output, weight, grad_input);
-    case Algorithm::winograd_2x2_3x3:
-      return winograd::conv2d_grad_input<winograd::Transform<2, 3>>(g, grad_output, weight, grad_input);
-    case Algorithm::winograd_2x2_5x5:
-      return winograd::conv2d_grad_input<winograd::Transform<2, 5>>(g, grad_output, weight, grad_input);
-    case Algorithm::winograd_2x2_stride_2:
-      return winograd::conv2d_grad_input<winograd::Stride2GradInput<2>>(g, grad_output, weight, grad_input);
-    case Algorithm::winograd_4x4_stride_2:
-      return winograd::conv2d_grad_input<winograd::Stride2GradInput<4>>(g, grad_output, weight, grad_input);
     case Algorithm::pointwise: return pointwise::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::small_channels: return small_channels::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::depthwise: return depthwise::conv2d_grad_input(g, grad_output, weight, grad_input);
@@ -82,18 +96,12 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   const WorkspaceUse use;
-  switch (choose_conv2d(g, Direction::grad_weight).algorithm) {
+  const Algorithm algorithm = choose_conv2d(g, Direction::grad_weight).algorithm;
+  if (with_winograd_tile<false>(algorithm,
+                                [&]<class F>(F) { winograd::conv2d_grad_weight<F>(g, grad_output, input, grad_weight); }))
+    return;
+  switch (algorithm) {
     case Algorithm::direct: return reference::conv2d_grad_weight(g, grad_output, input, grad_weight);
-    case Algorithm::winograd_4x4_3x3:
-      return winograd::conv2d_grad_weight<winograd::Transform<4, 3>>(g, grad_output, input, grad_weight);
-    case Algorithm::winograd_2x2_3x3:
-      return winograd::conv2d_grad_weight<winograd::Transform<2, 3>>(g, grad_output, input, grad_weight);
-    case Algorithm::winograd_2x2_5x5:
-      return winograd::conv2d_grad_weight<winograd::Transform<2, 5>>(g, grad_output, input, grad_weight);
-    case Algorithm::winograd_2x2_stride_2:
-      return winograd::conv2d_grad_weight<winograd::Stride2<2>>(g, grad_output, input, grad_weight);
-    case Algorithm::winograd_4x4_stride_2:
-      return winograd::conv2d_grad_weight<winograd::Stride2<4>>(g, grad_output, input, grad_weight);
     case Algorithm::small_channels:
       if (suits_vectors_of_filters(g, Direction::grad_weight))
         return small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight);

@@ -29,7 +29,13 @@ enum class Algorithm {
   winograd_4x4_3x3,
   winograd_2x2_5x5,
   winograd_2x2_stride_2,
-  winograd_4x4_stride_2
+  winograd_4x4_stride_2,
+  winograd_1x4_1x3,
+  winograd_4x1_3x1,
+  winograd_1x2_1x5,
+  winograd_2x1_5x1,
+  winograd_1x3_1x7,
+  winograd_3x1_7x1
 };
 
 inline const char* name_of(Algorithm algorithm) {
@@ -43,6 +49,12 @@ inline const char* name_of(Algorithm algorithm) {
     case Algorithm::winograd_2x2_5x5: return "winograd_2x2_5x5";
     case Algorithm::winograd_2x2_stride_2: return "winograd_2x2_stride_2";
     case Algorithm::winograd_4x4_stride_2: return "winograd_4x4_stride_2";
+    case Algorithm::winograd_1x4_1x3: return "winograd_1x4_1x3";
+    case Algorithm::winograd_4x1_3x1: return "winograd_4x1_3x1";
+    case Algorithm::winograd_1x2_1x5: return "winograd_1x2_1x5";
+    case Algorithm::winograd_2x1_5x1: return "winograd_2x1_5x1";
+    case Algorithm::winograd_1x3_1x7: return "winograd_1x3_1x7";
+    case Algorithm::winograd_3x1_7x1: return "winograd_3x1_7x1";
     default: return "implicit_gemm";
   }
 }
@@ -66,15 +78,39 @@ inline int64_t winograd_products(int64_t rows, int64_t columns, const Conv2dGeom
   return tiles(rows, g.dilation_h, extra_h) * tiles(columns, g.dilation_w, extra_w) * points * points;
 }
 
+// Filters of one row or one column: tiles of results along it alone.
+inline Choice choose_winograd_of_one_axis(const Conv2dGeometry& g, int64_t rows, int64_t columns) {
+  const Choice none{Algorithm::implicit_gemm, nullptr};
+  const bool across = g.R == 1;
+  const int64_t taps = across ? g.S : g.R, size = across ? columns : rows, dilation = across ? g.dilation_w : g.dilation_h;
+  if (g.stride_h != 1 || g.stride_w != 1) return none;
+  // Transforms cost as much as C + K, products as C K.
+  if (1.0 / double(g.C_per_group()) + 1.0 / double(g.K_per_group()) > 1.0 / 24) return none;
+  const auto pays = [&](int64_t out, int64_t points) {
+    const int64_t tiles = std::min(size, dilation) * ceil_div(ceil_div(size, dilation), out);
+    return tiles * points * 4 <= size * taps * 3;
+  };
+  if (taps == 3 && pays(4, 6))
+    return {across ? Algorithm::winograd_1x4_1x3 : Algorithm::winograd_4x1_3x1,
+            "3 taps along one axis, stride 1: 6 products for 4 outputs instead of 12"};
+  if (taps == 5 && pays(2, 6))
+    return {across ? Algorithm::winograd_1x2_1x5 : Algorithm::winograd_2x1_5x1,
+            "5 taps along one axis, stride 1: 6 products for 2 outputs instead of 10"};
+  if (taps == 7 && pays(3, 12))
+    return {across ? Algorithm::winograd_1x3_1x7 : Algorithm::winograd_3x1_7x1,
+            "7 taps along one axis, stride 1: 12 products for 3 outputs instead of 21"};
+  return none;
+}
+
 // The Winograd algorithm with the fewest products, if it has few enough to pay for its transforms; at stride 2 with many filters
 // the one with fewer transformed weights.
 inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   const Choice none{Algorithm::implicit_gemm, nullptr};
   const bool dilated = g.dilation_h > 1 || g.dilation_w > 1, back = direction == Direction::grad_input;
-  if (!allow_winograd() || g.R != g.S || (g.R != 3 && g.R != 5) || g.stride_h != g.stride_w || g.C_per_group() < 16 ||
-      g.K_per_group() < 16)
-    return none;
+  if (!allow_winograd() || g.C_per_group() < 16 || g.K_per_group() < 16) return none;
   const int64_t rows = back ? g.H : g.P, columns = back ? g.W : g.Q;
+  if ((g.R == 1) != (g.S == 1)) return choose_winograd_of_one_axis(g, rows, columns);
+  if (g.R != g.S || (g.R != 3 && g.R != 5) || g.stride_h != g.stride_w) return none;
   const int64_t direct = rows * columns * g.R * g.S / (back ? g.stride_h * g.stride_w : 1);
   if (g.R == 3 && g.stride_h == 2 && !dilated) {
     if (std::min(g.C_per_group(), g.K_per_group()) < 32) return none;  // the transforms would cost more than they save

@@ -1,6 +1,6 @@
-// Convolution with 3x3 or 5x5 filters by Winograd's minimal filtering: the result is cut into tiles, tiles and filters are
-// transformed (conv2d_winograd_transforms.h), and at each position xi of a transformed tile what is left is a matrix product
-// (Lavin and Gray 2016, section 4; equation 12 and algorithm 1):
+// Convolution with filters of 3x3, 5x5, or 3, 5 or 7 taps along one axis by Winograd's minimal filtering: the result is cut into
+// tiles, tiles and filters are transformed (conv2d_winograd_transforms.h), and at each position xi of a transformed tile what is
+// left is a matrix product (Lavin and Gray 2016, section 4; equation 12 and algorithm 1):
 //
 //   forward      M[xi][tile][k] = sum_c V[xi][tile][c] U[xi][c][k]         V = B^T x B, U = G g G^T, output tile = A^T M A
 //   grad_input   the same of grad_output, with every filter turned by 180 degrees and c and k exchanged
@@ -35,10 +35,12 @@ template <class T>
 inline constexpr int64_t nr = 2 * kLanes<T>;
 
 // Cache blocks. kc x nr elements of U are 16 KiB, half of L1. Up to max_tiles tiles are multiplied by up to max_filters filters
-// at a time: at 256 channels V is 36 x 24 x 272 floats = 0.9 MiB, of which one position (26 KiB) is in use, and M 0.3 MiB.
+// at a time: at 256 channels V is 36 x 24 x 272 floats = 0.9 MiB, of which one position (26 KiB) is in use, and M 0.3 MiB. Of
+// tiles of one row or column, with fewer positions, four times as many.
 template <class T>
 inline constexpr int64_t kc = (16 << 10) / (nr<T> * sizeof(T));
-inline constexpr int64_t max_tiles = 4 * mr;
+template <class F>
+inline constexpr int64_t max_tiles = (F::positions <= 12 ? 16 : 4) * mr;
 template <class T>
 inline constexpr int64_t max_filters = 64 / nr<T> * nr<T>;
 // Of U and V, the larger is streamed: made in parts, each multiplied with all of the smaller, unless U is small enough for the
@@ -122,22 +124,22 @@ void for_each_vector(int64_t channels, Visit visit) {
 struct Axis {
   int64_t phases, dilation, first, pad, tiles;
 };
-template <class F>
+template <class Along>
 Axis axis_of(int64_t size, int64_t dilation, int64_t first, int64_t pad) {
-  return {std::min(size, dilation), dilation, first, pad, ceil_div(ceil_div(size, dilation) - first, F::out)};
+  return {std::min(size, dilation), dilation, first, pad, ceil_div(ceil_div(size, dilation) - first, Along::out)};
 }
 
 // The axes of the outputs: of forward and grad_weight.
-template <class F>
+template <class Along>
 Axis output_axis(int64_t size, int64_t dilation, int64_t pad) {
-  return axis_of<F>(size, dilation, 0, pad);
+  return axis_of<Along>(size, dilation, 0, pad);
 }
 // The axis of grad_input. At stride 2 tiles start where h + pad is odd.
-template <class F>
+template <class Along>
 Axis input_axis(int64_t size, int64_t dilation, int64_t pad) {
-  if (F::stride == 1) return axis_of<F>(size, dilation, 0, (F::r - 1) * dilation - pad);
+  if (Along::stride == 1) return axis_of<Along>(size, dilation, 0, (Along::r - 1) * dilation - pad);
   const int64_t first = pad % 2 - 1;
-  return axis_of<F>(size, 1, first, (1 - first - pad) / 2);
+  return axis_of<Along>(size, 1, first, (1 - first - pad) / 2);
 }
 
 // Numbering of tiles: of all images, phase by phase, row by row.
@@ -154,9 +156,12 @@ template <class F>
 Run run_at(const Tiling& t, int64_t tile, int64_t end) {
   const int64_t j = tile % t.w.tiles, i = tile / t.w.tiles % t.h.tiles, phase = tile / t.w.tiles / t.h.tiles;
   const int64_t a = phase / t.w.phases % t.h.phases, b = phase % t.w.phases;
-  return {phase / (t.h.phases * t.w.phases),           a - t.h.pad + i * F::step * t.h.dilation,
-          b - t.w.pad + j * F::step * t.w.dilation,    a + (t.h.first + i * F::out) * t.h.dilation,
-          b + (t.w.first + j * F::out) * t.w.dilation, std::min({max_run<F>, t.w.tiles - j, end - tile})};
+  return {phase / (t.h.phases * t.w.phases),
+          a - t.h.pad + i * F::H::step * t.h.dilation,
+          b - t.w.pad + j * F::W::step * t.w.dilation,
+          a + (t.h.first + i * F::H::out) * t.h.dilation,
+          b + (t.w.first + j * F::W::out) * t.w.dilation,
+          std::min({max_run<F>, t.w.tiles - j, end - tile})};
 }
 
 // Calls visit(tile, run) for the runs that tiles begin ... end - 1 fall into.
@@ -210,30 +215,32 @@ void transform_inputs(const Images<const T>& images, const Tiling& tiling, int64
   constexpr int64_t L = kLanes<T>, beside = std::max<int64_t>(1, 64 / TORCHCNN_VECTOR_BYTES);  // vectors of a cache line
   alignas(64) T band[beside][band_in<F, T>];
   for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
-    const int64_t columns = (run.count - 1) * F::step + F::in;
+    const int64_t columns = (run.count - 1) * F::W::step + F::W::in;
+    const Patch patch(images, run.n, run.source_h, run.source_w, F::H::in, columns);
     for (int64_t c_line = 0; c_line < channels; c_line += beside * L) {
       for (int64_t v = 0; v < beside && c_line + v * L < channels; ++v)
-        read_band(images, run.n, std::min(c_line + v * L, channels - L), run.source_h, run.source_w, F::in, columns, band[v]);
+        read_band(images, patch, std::min(c_line + v * L, channels - L), band[v]);
       for (int64_t t = 0; t < run.count; ++t)
         for (int64_t v = 0; v < beside && c_line + v * L < channels; ++v)
-          transform_input_tile<F>(band[v] + t * F::step * L, columns * L,
+          transform_tile<F, true>(band[v] + t * F::W::step * L, columns * L,
                                   to + (tile - begin + t) * row + std::min(c_line + v * L, channels - L), position_stride);
     }
   });
 }
 
 // U of some panels, for channels c_begin ... c_end - 1, at to + xi position_stride + ((panel - of.begin) channels + c - c_begin)
-// nr. In grad_input the filters of one channel follow each other, and are read as they lie.
+// nr. In grad_input the filters of one channel follow each other, and are read as they lie; but not the last ones where a filter
+// is shorter than what is read of it.
 template <class F, bool flipped, class T>
 void transform_weights(const Correlation<T>& x, const Panels& of, int64_t c_begin, int64_t c_end, T* to,
                        int64_t position_stride) {
-  constexpr int64_t L = kLanes<T>, taps = F::r * F::r;
+  constexpr int64_t L = kLanes<T>, taps = F::taps;
   constexpr int64_t together = channels_together, row = together_row<T, taps>;
   const int64_t k_begin = of.begin * nr<T>, k_end = of.end * nr<T>;
   const auto U = [&](int64_t k, int64_t c) {
     return to + ((k / nr<T> - of.begin) * (c_end - c_begin) + c - c_begin) * nr<T> + k % nr<T>;
   };
-  const int64_t k_whole = flipped ? std::min(k_end, x.K / L * L) : k_begin;
+  const int64_t k_whole = flipped ? std::min(k_end, (x.K - (taps < group<T>)) / L * L) : k_begin;
   for (int64_t c = c_begin; flipped && c < c_end; ++c)
     for (int64_t k = k_begin; k < k_whole; k += L)
       transform_weight_tile<F, flipped>(x.weight + k * x.k_stride + c * x.c_stride, x.k_stride, U(k, c), position_stride);
@@ -261,7 +268,7 @@ void transform_weights(const Correlation<T>& x, const Panels& of, int64_t c_begi
 template <class F, class T>
 void multiply(int64_t tiles, int64_t panels, int64_t channels, const T* V, int64_t V_row, int64_t V_position, const T* U,
               int64_t U_row, int64_t U_position, bool accumulate, T* M, int64_t M_row, int64_t M_position) {
-  for (int64_t xi = 0; xi < F::points * F::points; ++xi)
+  for (int64_t xi = 0; xi < F::positions; ++xi)
     for (int64_t c = 0; c < channels; c += kc<T>)
       for (int64_t panel = 0; panel < panels; ++panel)
         for (int64_t tile = 0, rows = 0; tile < tiles; tile += rows) {
@@ -279,14 +286,15 @@ void store_outputs(const Correlation<T>& x, int64_t begin, int64_t end, int64_t 
   constexpr int64_t L = kLanes<T>;
   alignas(64) T band[band_out<F, T>];
   for_each_run<F>(x.tiling, begin, end, [&](int64_t tile, const Run& run) {
-    const int64_t columns = run.count * F::out;
+    const int64_t columns = run.count * F::W::out;
+    const Patch patch(x.result, run.n, run.result_h, run.result_w, F::H::out, columns);
     Vec<T> zero[max_run<F>] = {};
     for_each_vector<T>(filters, [&](int64_t k) {
       const T* bias = x.epilogue.bias == nullptr ? nullptr : x.epilogue.bias + k_begin + k;
       for (int64_t t = 0; t < run.count; ++t)
-        transform_output_tile<F>(M + (tile - begin + t) * M_row + k, M_position, bias, x.epilogue.relu, band + t * F::out * L,
+        transform_output_tile<F>(M + (tile - begin + t) * M_row + k, M_position, bias, x.epilogue.relu, band + t * F::W::out * L,
                                  columns * L, zero[t]);
-      write_band(band, x.result, run.n, k_begin + k, run.result_h, run.result_w, F::out, columns);
+      write_band(band, x.result, patch, k_begin + k);
     });
     for (int64_t t = 0; t < run.count; ++t)
       if (horizontal_sum<T>(zero[t]) != T(0)) __atomic_store_n(x.not_finite + tile + t, 1, __ATOMIC_RELAXED);
@@ -295,7 +303,7 @@ void store_outputs(const Correlation<T>& x, int64_t begin, int64_t end, int64_t 
 
 template <class F, bool flipped, class T>
 void correlate(const Correlation<T>& x) {
-  constexpr int64_t positions = F::points * F::points;
+  constexpr int64_t positions = F::positions;
   const int64_t tiles = x.N * x.tiling.per_image(), panels = ceil_div(x.K, nr<T>), panel_size = x.C * nr<T>;
   const int64_t V_row = padded_stride<T>(x.C), threads = thread_count();
   const int64_t transform_cost = positions * 8;  // of one tile and vector of channels, about
@@ -309,7 +317,7 @@ void correlate(const Correlation<T>& x) {
     parallel_for(panels, x.C * transform_cost, [&](int64_t panel) {
       transform_weights<F, flipped>(x, {panel, panel + 1}, 0, x.C, U + panel * panel_size, U_position);
     });
-    const int64_t parts = parts_of(tiles, max_tiles);
+    const int64_t parts = parts_of(tiles, max_tiles<F>);
     parallel_for(parts, tiles / parts * x.C * x.K * positions / kLanes<T>, [&](int64_t part) {
       const int64_t begin = part * tiles / parts, end = (part + 1) * tiles / parts, V_position = (end - begin) * V_row + 16;
       T* V = workspace<T>(Slot::patches, positions * V_position);
@@ -330,7 +338,7 @@ void correlate(const Correlation<T>& x) {
   // As many tiles as V may hold, transformed once; then each part of the filters is transformed, some channels at a time, and
   // multiplied with all of them.
   const int64_t chunk =
-      std::max<int64_t>(max_tiles, resident_bytes / (positions * V_row * int64_t(sizeof(T))) / max_tiles * max_tiles);
+      std::max<int64_t>(max_tiles<F>, resident_bytes / (positions * V_row * int64_t(sizeof(T))) / max_tiles<F> * max_tiles<F>);
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
     const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), count = chunk_end - chunk_begin;
     const int64_t V_position = count * V_row + 16;
@@ -378,13 +386,11 @@ void recompute_tiles(int64_t N, int64_t groups, int64_t channels, const Tiling& 
         if (!not_finite[group * N * per_image + tile]) continue;
         if (image == nullptr) direct(n, image = workspace<T>(Slot::gradient, s.n));
         const Run run = run_at<F>(tiling, tile, tile + 1);
-        const Inside row(run.result_h, result.dilation_h, F::out, result.rows),
-            column(run.result_w, result.dilation_w, F::out, result.columns);
+        const Patch patch(result, 0, run.result_h, run.result_w, F::H::out, F::W::out);
         for (int64_t k = group * channels; k < (group + 1) * channels; ++k)
-          for (int64_t i = row.begin; i < row.end; ++i)
-            for (int64_t j = column.begin; j < column.end; ++j) {
-              const int64_t h = run.result_h + i * result.dilation_h, w = run.result_w + j * result.dilation_w;
-              const int64_t at = k * s.c + h * s.h + w * s.w;
+          for (int64_t i = patch.row.begin; i < patch.row.end; ++i)
+            for (int64_t j = patch.column.begin; j < patch.column.end; ++j) {
+              const int64_t at = patch.origin + k * s.c + i * result.dilation_h * s.h + j * result.dilation_w * s.w;
               result.data[n * s.n + at] = image[at];
             }
       }
@@ -403,7 +409,8 @@ template <class F, class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const Strides in = g.input_strides(), out = g.output_strides();
   const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
-  const Tiling tiling{output_axis<F>(g.P, g.dilation_h, g.pad_h), output_axis<F>(g.Q, g.dilation_w, g.pad_w)};
+  const Tiling tiling{output_axis<typename F::H>(g.P, g.dilation_h, g.pad_h),
+                      output_axis<typename F::W>(g.Q, g.dilation_w, g.pad_w)};
   const int64_t tiles = g.N * tiling.per_image();
   unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
   const Images<T> result{output, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
@@ -433,7 +440,8 @@ template <class F, class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const Strides in = g.input_strides(), out = g.output_strides();
   const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
-  const Tiling tiling{input_axis<F>(g.H, g.dilation_h, g.pad_h), input_axis<F>(g.W, g.dilation_w, g.pad_w)};
+  const Tiling tiling{input_axis<typename F::H>(g.H, g.dilation_h, g.pad_h),
+                      input_axis<typename F::W>(g.W, g.dilation_w, g.pad_w)};
   const int64_t tiles = g.N * tiling.per_image();
   unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
   const Images<T> result{grad_input, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};

@@ -1,4 +1,4 @@
-// grad_weight of 3x3 and 5x5 filters by Winograd's minimal filtering, the adjoint of what conv2d_winograd.h does with filters:
+// grad_weight by Winograd's minimal filtering, the adjoint of what conv2d_winograd.h does with filters:
 //
 //   U[xi][c][k] = sum_tile V[xi][tile][c] D[xi][tile][k]     V = B^T x B, D = A dy A^T, grad_weight = G^T U G
 //
@@ -24,11 +24,12 @@ void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling,
   constexpr int64_t L = kLanes<T>;
   alignas(64) T band[band_out<F, T>];
   for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
-    const int64_t columns = run.count * F::out;
+    const int64_t columns = run.count * F::W::out;
+    const Patch patch(images, run.n, run.result_h, run.result_w, F::H::out, columns);
     for_each_vector<T>(filters, [&](int64_t k) {
-      read_band(images, run.n, k, run.result_h, run.result_w, F::out, columns, band);
+      read_band(images, patch, k, band);
       for (int64_t t = 0; t < run.count; ++t)
-        transform_grad_output_tile<F>(band + t * F::out * L, columns * L, to + (tile - begin + t) * row + k, position_stride);
+        transform_tile<F, false>(band + t * F::W::out * L, columns * L, to + (tile - begin + t) * row + k, position_stride);
     });
   });
 }
@@ -43,9 +44,10 @@ inline constexpr int64_t sum_bytes = int64_t(40) << 20;  // of U: more is comput
 template <class F, class T>
 bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, int64_t first_k, int64_t K,
                             T* grad_weight) {
-  constexpr int64_t positions = F::points * F::points;
+  constexpr int64_t positions = F::positions;
   const int64_t C = g.C_per_group(), taps = g.R * g.S, group = first_k / g.K_per_group();
-  const Tiling tiling{output_axis<F>(g.P, g.dilation_h, g.pad_h), output_axis<F>(g.Q, g.dilation_w, g.pad_w)};
+  const Tiling tiling{output_axis<typename F::H>(g.P, g.dilation_h, g.pad_h),
+                      output_axis<typename F::W>(g.Q, g.dilation_w, g.pad_w)};
   const Strides in = g.input_strides(), out = g.output_strides();
   const Images<const T> x{input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
   const Images<const T> dy{grad_output + first_k * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
@@ -70,7 +72,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   };
   unsigned char not_finite = 0;
   const auto finish = [&](const Part& part, const T* U) {
-    constexpr int64_t L = kLanes<T>, row = together_row<T, F::r * F::r>;
+    constexpr int64_t L = kLanes<T>, row = together_row<T, F::taps>;
     alignas(64) T together[L * row];
     bool finite = true;
     for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
@@ -164,7 +166,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
 template <class F, class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   const int64_t C = g.C_per_group(), K = g.K_per_group();
-  const int64_t parts = ceil_div(F::points * F::points * C * K * int64_t(sizeof(T)), sum_bytes);
+  const int64_t parts = ceil_div(F::positions * C * K * int64_t(sizeof(T)), sum_bytes);
   bool finite = true;
   for (int64_t group = 0; group < g.G; ++group) {
     for (int64_t part = 0; part < std::min(parts, full_panels<T>(K)); ++part) {

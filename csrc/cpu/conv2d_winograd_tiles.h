@@ -35,12 +35,12 @@ struct Images {
 
 // Tiles in a run: 8 tiles of 4x4 are two vectors of 16 columns wide, and their band of 6 x 34 vectors has 13 KiB.
 template <class F>
-inline constexpr int64_t max_run = 32 / std::max({4, F::step, F::out});
+inline constexpr int64_t max_run = F::W::points == 1 ? 16 : 32 / std::max({4, F::W::step, F::W::out});
 
 template <class F, class T>
-inline constexpr int64_t band_in = F::in * ((max_run<F> - 1) * F::step + F::in) * kLanes<T>;
+inline constexpr int64_t band_in = F::H::in * ((max_run<F> - 1) * F::W::step + F::W::in) * kLanes<T>;
 template <class F, class T>
-inline constexpr int64_t band_out = F::out * max_run<F> * F::out * kLanes<T>;
+inline constexpr int64_t band_out = F::H::out * max_run<F> * F::W::out * kLanes<T>;
 
 template <class T>
 inline constexpr int group = 16 / sizeof(T);  // elements of a 16-byte group
@@ -182,20 +182,34 @@ struct Inside {
   }
 };
 
-// band = rows x columns elements from (h, w) on of channels c ... c + kLanes<T> - 1 of image n.
+// rows x columns elements from (h, w) on of image n, which may lie outside the image in part. Found out once, for all channels.
+struct Patch {
+  int64_t rows, columns;
+  Inside row, column;
+  int64_t origin;
+
+  template <class T>
+  Patch(const Images<T>& images, int64_t n, int64_t h, int64_t w, int64_t rows, int64_t columns)
+      : rows(rows),
+        columns(columns),
+        row(h, images.dilation_h, rows, images.rows),
+        column(w, images.dilation_w, columns, images.columns),
+        origin(n * images.strides.n + h * images.strides.h + w * images.strides.w) {}
+};
+
+// band = the patch, of channels c ... c + kLanes<T> - 1.
 template <class T>
-void read_band(const Images<const T>& images, int64_t n, int64_t c, int64_t h, int64_t w, int64_t rows, int64_t columns,
-               T* band) {
+void read_band(const Images<const T>& images, const Patch& patch, int64_t c, T* band) {
   constexpr int64_t L = kLanes<T>;
   const Strides& s = images.strides;
-  const Inside row(h, images.dilation_h, rows, images.rows), column(w, images.dilation_w, columns, images.columns);
-  for (int64_t i = 0; i < rows; ++i, band += columns * L) {
-    const bool outside = i < row.begin || i >= row.end;
-    const int64_t left = outside ? columns : column.begin, right = outside ? columns : column.end;
+  const int64_t columns = patch.columns;
+  for (int64_t i = 0; i < patch.rows; ++i, band += columns * L) {
+    const bool outside = i < patch.row.begin || i >= patch.row.end;
+    const int64_t left = outside ? columns : patch.column.begin, right = outside ? columns : patch.column.end;
     for (int64_t j = 0; j < left; ++j) store(band + j * L, Vec<T>{});
     for (int64_t j = right; j < columns; ++j) store(band + j * L, Vec<T>{});
     if (left == right) continue;
-    const T* from = images.data + n * s.n + c * s.c + (h + i * images.dilation_h) * s.h + (w + left * images.dilation_w) * s.w;
+    const T* from = images.data + patch.origin + c * s.c + i * images.dilation_h * s.h + left * images.dilation_w * s.w;
     if (images.layout == Layout::nchw) {
       read_columns(from, s.c, images.dilation_w, right - left, band + left * L);
     } else {
@@ -206,14 +220,13 @@ void read_band(const Images<const T>& images, int64_t n, int64_t c, int64_t h, i
 
 // The way back: what lies outside the images is dropped.
 template <class T>
-void write_band(const T* band, const Images<T>& images, int64_t n, int64_t c, int64_t h, int64_t w, int64_t rows,
-                int64_t columns) {
+void write_band(const T* band, const Images<T>& images, const Patch& patch, int64_t c) {
   constexpr int64_t L = kLanes<T>;
   const Strides& s = images.strides;
-  const Inside row(h, images.dilation_h, rows, images.rows), column(w, images.dilation_w, columns, images.columns);
-  for (int64_t i = row.begin; i < row.end; ++i) {
-    const T* from = band + (i * columns + column.begin) * L;
-    T* to = images.data + n * s.n + c * s.c + (h + i * images.dilation_h) * s.h + (w + column.begin * images.dilation_w) * s.w;
+  const Inside& column = patch.column;
+  for (int64_t i = patch.row.begin; i < patch.row.end; ++i) {
+    const T* from = band + (i * patch.columns + column.begin) * L;
+    T* to = images.data + patch.origin + c * s.c + i * images.dilation_h * s.h + column.begin * images.dilation_w * s.w;
     if (images.layout == Layout::nchw) {
       write_columns(from, to, s.c, images.dilation_w, column.end - column.begin);
     } else {
@@ -222,128 +235,122 @@ void write_band(const T* band, const Images<T>& images, int64_t n, int64_t c, in
   }
 }
 
-// to[xi position_stride] = transform of one tile, `transform` going from in to points elements along an axis.
-template <int in, int points, class T, class Transform1d>
-[[gnu::always_inline]] inline void transform_tile(const T* band, int64_t band_row, T* to, int64_t position_stride,
-                                                  Transform1d transform) {
-  Vec<T> half[in][points];
-  TORCHCNN_UNROLL
-  for (int i = 0; i < in; ++i) {
-    Vec<T> x[in];
-    TORCHCNN_UNROLL
-    for (int j = 0; j < in; ++j) x[j] = load(band + i * band_row + j * kLanes<T>);
-    transform(x, half[i]);
-  }
-  TORCHCNN_UNROLL
-  for (int j = 0; j < points; ++j) {
-    Vec<T> column[in], value[points];
-    TORCHCNN_UNROLL
-    for (int i = 0; i < in; ++i) column[i] = half[i][j];
-    transform(column, value);
-    TORCHCNN_UNROLL
-    for (int i = 0; i < points; ++i) store(to + (i * points + j) * position_stride, value[i]);
+// Along one axis: B^T of a tile of the input, or A of a tile of grad_output.
+template <class Along, bool is_input, class T, int in>
+[[gnu::always_inline]] inline void transform_along(const Vec<T> (&x)[in], Vec<T> (&value)[Along::points]) {
+  if constexpr (is_input) {
+    Along::template input<T>(x, value);
+  } else {
+    Along::template output_transposed<T>(x, value);
   }
 }
 
-// B^T x B
-template <class F, class T>
-[[gnu::noinline]] void transform_input_tile(const T* band, int64_t band_row, T* to, int64_t position_stride) {
-  transform_tile<F::in, F::points>(band, band_row, to, position_stride,
-                                   [](const Vec<T>(&x)[F::in], Vec<T>(&value)[F::points])
-                                       __attribute__((always_inline)) { F::template input<T>(x, value); });
+// to[xi position_stride] = B^T x B of a tile of the input, or A y A^T of one of grad_output.
+template <class F, bool is_input, class T>
+[[gnu::noinline]] void transform_tile(const T* band, int64_t band_row, T* to, int64_t position_stride) {
+  constexpr int rows = is_input ? F::H::in : F::H::out, columns = is_input ? F::W::in : F::W::out;
+  Vec<T> half[rows][F::W::points];
+  TORCHCNN_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    Vec<T> x[columns];
+    TORCHCNN_UNROLL
+    for (int j = 0; j < columns; ++j) x[j] = load(band + i * band_row + j * kLanes<T>);
+    transform_along<typename F::W, is_input, T>(x, half[i]);
+  }
+  TORCHCNN_UNROLL
+  for (int j = 0; j < F::W::points; ++j) {
+    Vec<T> column[rows], value[F::H::points];
+    TORCHCNN_UNROLL
+    for (int i = 0; i < rows; ++i) column[i] = half[i][j];
+    transform_along<typename F::H, is_input, T>(column, value);
+    TORCHCNN_UNROLL
+    for (int i = 0; i < F::H::points; ++i) store(to + (i * F::W::points + j) * position_stride, value[i]);
+  }
 }
 
-// A y A^T
-template <class F, class T>
-[[gnu::noinline]] void transform_grad_output_tile(const T* band, int64_t band_row, T* to, int64_t position_stride) {
-  transform_tile<F::out, F::points>(band, band_row, to, position_stride,
-                                    [](const Vec<T>(&y)[F::out], Vec<T>(&value)[F::points])
-                                        __attribute__((always_inline)) { F::template output_transposed<T>(y, value); });
-}
-
-// G g G^T of kLanes<T> filters, filter_stride elements apart; each may be turned by 180 degrees.
+// G g G^T of kLanes<T> filters, filter_stride elements apart; each may be turned by 180 degrees. At least 16 bytes of each are
+// read.
 template <class F, bool flipped, class T>
 [[gnu::noinline]] void transform_weight_tile(const T* weight, int64_t filter_stride, T* to, int64_t position_stride) {
-  constexpr int taps = F::r * F::r, e = group<T>;
+  constexpr int taps = F::taps, e = group<T>, columns = std::min(e, taps);
   Vec<T> g[taps];
   TORCHCNN_UNROLL
   for (int begin = 0; begin < taps; begin += e) {  // the last group overlaps the one before it
-    const int at = std::min(begin, taps - e);
+    const int at = std::min(begin, taps - columns);
     Vec<T> column[e];
     load_group_columns(weight + at, filter_stride, column);
     TORCHCNN_UNROLL
-    for (int j = 0; j < e; ++j) g[flipped ? taps - 1 - at - j : at + j] = column[j];
+    for (int j = 0; j < columns; ++j) g[flipped ? taps - 1 - at - j : at + j] = column[j];
   }
-  Vec<T> half[F::points][F::r];
+  Vec<T> half[F::H::points][F::W::r];
   TORCHCNN_UNROLL
-  for (int s = 0; s < F::r; ++s) {
-    Vec<T> column[F::r], value[F::points];
+  for (int s = 0; s < F::W::r; ++s) {
+    Vec<T> column[F::H::r], value[F::H::points];
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::r; ++i) column[i] = g[i * F::r + s];
-    F::template filter<T>(column, value);
+    for (int i = 0; i < F::H::r; ++i) column[i] = g[i * F::W::r + s];
+    F::H::template filter<T>(column, value);
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::points; ++i) half[i][s] = value[i];
+    for (int i = 0; i < F::H::points; ++i) half[i][s] = value[i];
   }
   TORCHCNN_UNROLL
-  for (int i = 0; i < F::points; ++i) {
-    Vec<T> value[F::points];
-    F::template filter<T>(half[i], value);
+  for (int i = 0; i < F::H::points; ++i) {
+    Vec<T> value[F::W::points];
+    F::W::template filter<T>(half[i], value);
     TORCHCNN_UNROLL
-    for (int j = 0; j < F::points; ++j) store(to + (i * F::points + j) * position_stride, value[j]);
+    for (int j = 0; j < F::W::points; ++j) store(to + (i * F::W::points + j) * position_stride, value[j]);
   }
 }
 
 // to[lane stride + tap] = G^T value G of kLanes<T> filters. `zero` stays zero as long as all of it is finite: Inf 0 = NaN.
 template <class F, class T>
 [[gnu::noinline]] void transform_grad_weight_tile(const T* value, int64_t position_stride, T* to, int64_t stride, Vec<T>& zero) {
-  constexpr int taps = F::r * F::r;
-  Vec<T> half[F::r][F::points];
+  Vec<T> half[F::H::r][F::W::points];
   TORCHCNN_UNROLL
-  for (int j = 0; j < F::points; ++j) {
-    Vec<T> column[F::points], result[F::r];
+  for (int j = 0; j < F::W::points; ++j) {
+    Vec<T> column[F::H::points], result[F::H::r];
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::points; ++i) column[i] = load(value + (i * F::points + j) * position_stride);
-    F::template filter_transposed<T>(column, result);
+    for (int i = 0; i < F::H::points; ++i) column[i] = load(value + (i * F::W::points + j) * position_stride);
+    F::H::template filter_transposed<T>(column, result);
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::r; ++i) half[i][j] = result[i];
+    for (int i = 0; i < F::H::r; ++i) half[i][j] = result[i];
   }
-  alignas(64) T rows[taps * kLanes<T>];
+  alignas(64) T rows[F::taps * kLanes<T>];
   TORCHCNN_UNROLL
-  for (int i = 0; i < F::r; ++i) {
-    Vec<T> result[F::r];
-    F::template filter_transposed<T>(half[i], result);
+  for (int i = 0; i < F::H::r; ++i) {
+    Vec<T> result[F::W::r];
+    F::W::template filter_transposed<T>(half[i], result);
     TORCHCNN_UNROLL
-    for (int s = 0; s < F::r; ++s) {
+    for (int s = 0; s < F::W::r; ++s) {
       zero += result[s] * T(0);
-      store(rows + (i * F::r + s) * kLanes<T>, result[s]);
+      store(rows + (i * F::W::r + s) * kLanes<T>, result[s]);
     }
   }
-  write_columns(rows, to, stride, 1, taps);
+  write_columns(rows, to, stride, 1, F::taps);
 }
 
 // band = epilogue(A^T value A), a tile of it. `zero` stays zero as long as every sum is finite: Inf 0 = NaN.
 template <class F, class T>
 [[gnu::noinline]] void transform_output_tile(const T* value, int64_t position_stride, const T* bias, bool relu, T* band,
                                              int64_t band_row, Vec<T>& zero) {
-  Vec<T> half[F::out][F::points];
+  Vec<T> half[F::H::out][F::W::points];
   TORCHCNN_UNROLL
-  for (int j = 0; j < F::points; ++j) {
-    Vec<T> column[F::points], y[F::out];
+  for (int j = 0; j < F::W::points; ++j) {
+    Vec<T> column[F::H::points], y[F::H::out];
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::points; ++i) column[i] = load(value + (i * F::points + j) * position_stride);
-    F::template output<T>(column, y);
+    for (int i = 0; i < F::H::points; ++i) column[i] = load(value + (i * F::W::points + j) * position_stride);
+    F::H::template output<T>(column, y);
     TORCHCNN_UNROLL
-    for (int i = 0; i < F::out; ++i) half[i][j] = y[i];
+    for (int i = 0; i < F::H::out; ++i) half[i][j] = y[i];
   }
   Vec<T> product{};
   const Vec<T> start = bias == nullptr ? Vec<T>{} : load(bias);
   const Vec<T> least = broadcast(relu ? T(0) : -std::numeric_limits<T>::infinity());
   TORCHCNN_UNROLL
-  for (int i = 0; i < F::out; ++i) {
-    Vec<T> y[F::out];
-    F::template output<T>(half[i], y);
+  for (int i = 0; i < F::H::out; ++i) {
+    Vec<T> y[F::W::out];
+    F::W::template output<T>(half[i], y);
     TORCHCNN_UNROLL
-    for (int j = 0; j < F::out; ++j) {
+    for (int j = 0; j < F::W::out; ++j) {
       product += y[j] * T(0);
       y[j] = y[j] + start;
       store(band + i * band_row + j * kLanes<T>, y[j] < least ? least : y[j]);

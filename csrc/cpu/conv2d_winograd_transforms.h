@@ -2,7 +2,7 @@
 // m + r - 1 inputs, with that many products instead of m r (Winograd, Arithmetic Complexity of Computations, 1980, chapter V;
 // Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016, section 4).
 //
-//   output = A^T [(G filter) (.) (B^T input)]        forward; twice, on columns and rows, for F(m x m, r x r)
+//   output = A^T [(G filter) (.) (B^T input)]        forward; on columns and rows for F(m x m, r x r)
 //   grad_filter = G^T [(A grad_output) (.) (B^T input)]
 //
 // They come from multiplying polynomials at m + r - 2 points and infinity (Toom and Cook). With M_i(x) the product of x - q over
@@ -15,9 +15,10 @@
 // binary, as is every entry of A and B; four and five of them have half of the error of the textbook's. Error bound, elementwise,
 // with L >= 16 the number of terms of the direct sum and X the largest input of the tiles around an output:
 //
-//   |error| <= c eps L sum X |filter|,   c = (max_j sum_i |A_ij| b_i max_s |G_is|)^2,   b_i = sum_j |B^T_ij|
+//   |error| <= c eps L sum X |filter|,   c = the product over both axes of max_j sum_i |A_ij| b_i max_s |G_is|,
+//                                        b_i = sum_j |B^T_ij|
 //
-// because X b_i b_j, and the like for G and A, bound every intermediate value, and about L / r^2 + 24 roundings follow each
+// because X b_i b_j, and the like for G and A, bound every intermediate value, and about L / taps + 24 roundings follow each
 // other. grad_weight has A and G exchanged. tests/test_winograd.py derives the matrices and c, and has its values.
 #pragma once
 
@@ -359,6 +360,103 @@ struct Stride2GradInput {
     TORCHCNN_UNROLL
     for (int j = 0; j < m; ++j) y[2 * j] = value[odd + j], y[2 * j + 1] = result[j];
   }
+};
+
+// More taps than a transform is accurate for: the filter is cut in two, the second half with a tap less, and both meet the
+// input on their own.
+//
+//   y_j = sum_{s < h} g_s x_{j+s} + sum_{s < h-1} g_{h+s} x_{j+h+s}        h: taps of the first half
+template <int m_, int h>
+struct Halves {
+  using Half = Transform<m_, h>;
+  static constexpr int m = m_, r = 2 * h - 1, half = Half::points, points = 2 * half;
+  static constexpr int in = m + r - 1, out = m, step = m, stride = 1;
+
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void input(const V (&x)[in], V (&value)[points]) {
+    V part[half], product[half];
+    TORCHCNN_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      TORCHCNN_UNROLL
+      for (int i = 0; i < half; ++i) part[i] = k * h + i < in ? x[k * h + i] : V{};  // the last meets the tap that is not there
+      Half::template input<T>(part, product);
+      TORCHCNN_UNROLL
+      for (int i = 0; i < half; ++i) value[k * half + i] = product[i];
+    }
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter(const V (&g)[r], V (&value)[points]) {
+    V part[h], product[half];
+    TORCHCNN_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      TORCHCNN_UNROLL
+      for (int s = 0; s < h; ++s) part[s] = k * h + s < r ? g[k * h + s] : V{};
+      Half::template filter<T>(part, product);
+      TORCHCNN_UNROLL
+      for (int i = 0; i < half; ++i) value[k * half + i] = product[i];
+    }
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter_transposed(const V (&value)[points], V (&g)[r]) {
+    V part[h], product[half];
+    TORCHCNN_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      TORCHCNN_UNROLL
+      for (int i = 0; i < half; ++i) product[i] = value[k * half + i];
+      Half::template filter_transposed<T>(product, part);
+      TORCHCNN_UNROLL
+      for (int s = 0; s < h; ++s)
+        if (k * h + s < r) g[k * h + s] = part[s];
+    }
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output(const V (&value)[points], V (&y)[m]) {
+    V sum[half];
+    TORCHCNN_UNROLL
+    for (int i = 0; i < half; ++i) sum[i] = value[i] + value[half + i];
+    Half::template output<T>(sum, y);
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output_transposed(const V (&y)[m], V (&value)[points]) {
+    V product[half];
+    Half::template output_transposed<T>(y, product);
+    TORCHCNN_UNROLL
+    for (int i = 0; i < points; ++i) value[i] = product[i % half];
+  }
+};
+
+// The other axis of a filter of one row or one column: nothing to transform.
+struct OneTap {
+  static constexpr int r = 1, points = 1, in = 1, out = 1, step = 1, stride = 1;
+
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void input(const V (&x)[1], V (&value)[1]) {
+    value[0] = x[0];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter(const V (&g)[1], V (&value)[1]) {
+    value[0] = g[0];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void filter_transposed(const V (&value)[1], V (&g)[1]) {
+    g[0] = value[0];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output(const V (&value)[1], V (&y)[1]) {
+    y[0] = value[0];
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void output_transposed(const V (&y)[1], V (&value)[1]) {
+    value[0] = y[0];
+  }
+};
+
+// What the kernels work with: a transform for each axis.
+template <class H_, class W_ = H_>
+struct Tile {
+  using H = H_;
+  using W = W_;
+  static constexpr int positions = H::points * W::points, taps = H::r * W::r;
 };
 
 // The matrices, row by row, from the transforms of unit vectors: for the error bound and the tests.
