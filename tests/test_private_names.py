@@ -10,6 +10,7 @@ AUTOGRAD = Path(__file__).resolve().parents[1] / "torchcnn" / "_autograd.py"
 NAMES = """
     torch._C: _AutoDispatchBelowAutograd _are_functorch_transforms_active _is_any_autocast_enabled _any_requires_grad
         _after_autograd_keyset _dispatch_has_kernel_for_dispatch_key _ExcludeDispatchKeyGuard DispatchKeySet DispatchKey
+        _will_engine_execute_node
     torch._functorch.utils: enable_single_level_autograd_function
     torch._prims_common: suggest_memory_format
     torch._subclasses.fake_tensor: FakeTensor

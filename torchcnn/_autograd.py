@@ -33,6 +33,7 @@ _functorch_active = _C._are_functorch_transforms_active
 _autocast_enabled = _C._is_any_autocast_enabled
 _any_requires_grad = _C._any_requires_grad
 _AFTER_AUTOGRAD = _C._after_autograd_keyset
+_will_execute = _C._will_engine_execute_node
 
 
 def _leading_tensors(op):
@@ -44,6 +45,26 @@ def _leading_tensors(op):
 def _is_plain_call():
     """Whether nothing but autograd itself looks at a call: then it need not go through the dispatcher more than once."""
     return not (is_compiling() or _functorch_active() or forward_ad._current_level >= 0 or _autocast_enabled())
+
+
+def wanted(ctx, needs):
+    """`needs`, of the arguments of a Function from its first tensor on, without the gradients that this pass does not ask for.
+
+    Of ``torch.autograd.grad(loss, images)`` those are the gradients of the weights. ``ctx.needs_input_grad`` still has them: it
+    tells what the graph could compute.
+    """
+    if is_compiling():
+        return needs
+    # An edge for each tensor; where an argument is None instead, no tensor follows it.
+    unwanted = [i for i, (node, _) in enumerate(ctx.next_functions) if needs[i] and not _is_wanted(node)]
+    return tuple(need and i not in unwanted for i, need in enumerate(needs)) if unwanted else needs
+
+
+def _is_wanted(node):
+    try:
+        return _will_execute(node)
+    except RuntimeError:  # it does not answer for leaves that autograd.grad asks for
+        return True
 
 
 def attach(rule):
@@ -75,6 +96,8 @@ def attach(rule):
         @staticmethod
         def backward(ctx, *grad_outputs):
             needs = ctx.needs_input_grad[1:]
+            if tensors > 1:  # a single gradient is what backward runs for
+                needs = wanted(ctx, needs)
             saved = ctx.saved_tensors  # not below autograd: a checkpoint runs the forward pass again here
             if not torch.is_grad_enabled() and _is_plain_call():
                 with _below_autograd():

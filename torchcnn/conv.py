@@ -36,6 +36,7 @@ from torchcnn._autograd import (
     fold_batch,
     is_channels_last,
     unfold_batch,
+    wanted,
 )
 
 _forward, _grad_input, _grad_weight, _grad_bias = (
@@ -291,7 +292,8 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return (*_Conv2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), None, None, None, None)
+        needs = wanted(ctx, ctx.needs_input_grad)
+        return (*_Conv2dRule.backward(ctx, ctx.saved_tensors, needs, grad_output), None, None, None, None)
 
     @classmethod
     def apply(  # type: ignore[override]
