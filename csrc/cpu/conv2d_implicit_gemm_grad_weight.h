@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "../geometry.h"
-#include "conv2d_gemm.h"
+#include "conv2d_implicit_gemm.h"
 #include "conv2d_windows.h"
 #include "runtime.h"
 #include "simd.h"

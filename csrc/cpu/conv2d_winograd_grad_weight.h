@@ -60,15 +60,37 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
     int64_t c_begin, c_end, panel_begin, panel_end, rows, position;
   };
   const auto multiply = [&](const Part& part, const T* V, int64_t V_position, const T* D, int64_t D_position, int64_t count,
-                            bool accumulate, T* U) {
-    for (int64_t xi = 0; xi < positions; ++xi)
-      for (int64_t tile = 0; tile < count; tile += block)
-        for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel)
-          for (int64_t c = part.c_begin; c < part.c_end; c += mr)
-            multiply_rows<false>(
-                std::min(mr, part.c_end - c), std::min(block, count - tile), V + xi * V_position + tile * V_row + c, V_row,
-                D + xi * D_position + tile * D_row + panel * nr<T>, D_row, accumulate || tile > 0,
-                U + xi * part.position + ((panel - part.panel_begin) * part.rows + (c - part.c_begin)) * nr<T>, nr<T>);
+                            bool in_L2, bool accumulate, T* U) {
+    // V and D of one position and some tiles. Both are read in strips, which look like no stream: the sums that a strip goes on
+    // with are asked for just before it and, where V and D are not in L2 anyway, the next block while one is multiplied.
+    struct Block {
+      const T *V, *D;
+      int64_t tiles;
+    };
+    const int64_t channels = part.c_end - part.c_begin, part_panels = part.panel_end - part.panel_begin;
+    const int64_t blocks = ceil_div(count, block), strips = ceil_div(channels, mr) * part_panels;
+    const auto block_at = [&](int64_t index) {
+      const int64_t xi = index / blocks, begin = index % blocks * count / blocks, end = (index % blocks + 1) * count / blocks;
+      return Block{V + xi * V_position + begin * V_row + part.c_begin,
+                   D + xi * D_position + begin * D_row + part.panel_begin * nr<T>, end - begin};
+    };
+    for (int64_t index = 0; index < positions * blocks; ++index) {
+      const Block now = block_at(index), next = block_at(std::min(index + 1, positions * blocks - 1));
+      const bool goes_on = accumulate || index % blocks > 0;
+      int64_t strip = 0, asked_for = 0;
+      for (int64_t panel = 0; panel < part_panels; ++panel) {
+        for (int64_t c = 0; c < channels; c += mr) {
+          for (++strip; !in_L2 && asked_for * strips < strip * next.tiles; ++asked_for) {
+            gemm::prefetch(next.V + asked_for * V_row, channels);
+            gemm::prefetch(next.D + asked_for * D_row, part_panels * nr<T>);
+          }
+          T* to = U + index / blocks * part.position + (panel * part.rows + c) * nr<T>;
+          for (int64_t e = 0; goes_on && e < mr * nr<T>; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(to + e, 1);
+          multiply_rows<false>(std::min(mr, channels - c), now.tiles, now.V + c, V_row, now.D + panel * nr<T>, D_row, goes_on, to,
+                               nr<T>);
+        }
+      }
+    }
   };
   unsigned char not_finite = 0;
   const auto finish = [&](const Part& part, const T* U) {
@@ -108,7 +130,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
         T* D = V + positions * V_position;
         transform_inputs<F>(x, tiling, C, tile, tile + count, V, V_row, V_position);
         transform_grad_outputs<F>(dy, tiling, K, tile, tile + count, D, D_row, D_position);
-        multiply(whole, V, V_position, D, D_position, count, tile > begin, partial + slice * U_size);
+        multiply(whole, V, V_position, D, D_position, count, true, tile > begin, partial + slice * U_size);
       }
     });
     constexpr int64_t some = 4 * channels_together;
@@ -129,8 +151,9 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
 
   // All of V and D where they are small; else a chunk at a time, with U of all parts kept in between.
   const int64_t tile_bytes = positions * (V_row + D_row) * int64_t(sizeof(T));
-  const int64_t chunk =
-      tiles * tile_bytes <= resident_bytes ? tiles : std::max<int64_t>(1, resident_bytes / 4 / tile_bytes / block) * block;
+  const int64_t largest = std::max(block, resident_bytes / 4 / tile_bytes);
+  const int64_t chunks = tiles * tile_bytes <= resident_bytes ? 1 : (tiles + largest / 2) / largest,
+                chunk = ceil_div(tiles, chunks);
   // Each thread takes some of the channels; of a single chunk, in parts of U that stay in L2.
   const bool keep = chunk < tiles;
   const int64_t c_parts = parts_of(ceil_div(C, mr), keep ? C : part_channels / mr);
@@ -156,7 +179,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
       const Part part{c, std::min(C, c + c_part), panel, std::min(panels, panel + k_part), c_part, U_position};
       if (part.c_begin >= part.c_end || part.panel_begin >= part.panel_end) return;
       T* U = keep ? kept + index * U_part : workspace<T>(Slot::packed_weight, U_part);
-      multiply(part, V, V_position, D, D_position, count, chunk_begin > 0, U);
+      multiply(part, V, V_position, D, D_position, count, false, chunk_begin > 0, U);
       if (chunk_end == tiles) finish(part, U);
     });
   }
