@@ -156,7 +156,8 @@ inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
   switch (direction) {
     case Direction::forward:
       return (g.Q >= 8 && K <= 12) || (g.Q >= 16 && C <= 16 && C * g.R * g.S <= 160 && (nchw || (K <= 32 && g.stride_w == 1)));
-    case Direction::grad_input: return g.W / g.stride_w >= 8 && (C <= 20 || (K <= 4 && g.stride_w == 1));
+    case Direction::grad_input:  // of 16 channels, panels are full, which pays where each phase has few taps
+      return g.W / g.stride_w >= 8 && (g.stride_w == 1 ? C <= 20 || K <= 4 : C <= 20 && C != 16);
     default: return (g.Q >= 8 && K <= 12 && C <= 256) || (g.Q >= 16 && C <= 16 && g.stride_w == 1 && nchw);
   }
 }

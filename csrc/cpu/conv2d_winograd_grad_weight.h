@@ -59,8 +59,8 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   struct Part {
     int64_t c_begin, c_end, panel_begin, panel_end, rows, position;
   };
-  const auto multiply = [&](const Part& part, const T* V, int64_t V_position, const T* D, int64_t D_position, int64_t count,
-                            bool in_L2, bool accumulate, T* U) {
+  const auto multiply = [&](const Part& part, int64_t xi_begin, int64_t xi_end, const T* V, int64_t V_position, const T* D,
+                            int64_t D_position, int64_t count, bool in_L2, bool accumulate, T* U) {
     // V and D of one position and some tiles. Both are read in strips, which look like no stream: the sums that a strip goes on
     // with are asked for just before it and, where V and D are not in L2 anyway, the next block while one is multiplied.
     struct Block {
@@ -74,7 +74,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
       return Block{V + xi * V_position + begin * V_row + part.c_begin,
                    D + xi * D_position + begin * D_row + part.panel_begin * nr<T>, end - begin};
     };
-    for (int64_t index = 0; index < positions * blocks; ++index) {
+    for (int64_t index = xi_begin * blocks; index < xi_end * blocks; ++index) {
       const Block now = block_at(index), next = block_at(std::min(index + 1, positions * blocks - 1));
       const bool goes_on = accumulate || index % blocks > 0;
       int64_t strip = 0, asked_for = 0;
@@ -115,12 +115,30 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
     if (!finite) __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
   };
 
+  const int64_t all_rows = ceil_div(C, mr) * mr, U_position = panels * all_rows * nr<T> + 16, U_size = positions * U_position;
+  const Part whole{0, C, 0, panels, all_rows, U_position};
+  // Adds the slices of the sums, in order, and finishes them.
+  const auto finish_all = [&](T* partial, int64_t slices) {
+    constexpr int64_t some = 4 * channels_together;
+    const int64_t c_parts = ceil_div(C, some);
+    parallel_for(panels * c_parts, some * nr<T> * positions * slices / kLanes<T>, [&](int64_t part) {
+      const int64_t panel = part / c_parts, c = part % c_parts * some, channels = std::min(some, C - c);
+      T* U = partial + (panel * all_rows + c) * nr<T>;
+      for (int64_t xi = 0; xi < positions; ++xi) {
+        T* sum = U + xi * U_position;
+        for (int64_t slice = 1; slice < slices; ++slice)
+          for (int64_t e = 0; e < channels * nr<T>; e += kLanes<T>)
+            store(sum + e, load(sum + e) + load(sum + slice * U_size + e));
+      }
+      finish({c, c + channels, panel, panel + 1, all_rows, U_position}, U);
+    });
+  };
+
   // A small U: slices of the tiles, each with a U of its own, so that a thread uses the tiles that it transformed itself, from
-  // its own caches. How many is decided by the sizes alone; they are added in order.
-  const int64_t all_rows = ceil_div(C, mr) * mr, U_size = positions * (panels * all_rows * nr<T> + 16);
-  const int64_t slices = std::min({int64_t(8), tiles / block, slices_bytes / (U_size * int64_t(sizeof(T)))});
+  // its own caches. How many is decided by the sizes alone: a power of two, which threads share evenly.
+  const int64_t fitting = std::min({int64_t(8), tiles / block, slices_bytes / (U_size * int64_t(sizeof(T)))});
+  const int64_t slices = fitting >= 8 ? 8 : fitting >= 4 ? 4 : fitting;
   if (slices > 1) {
-    const Part whole{0, C, 0, panels, all_rows, U_size / positions};
     T* partial = workspace<T>(Slot::partial_sums, slices * U_size);
     parallel_for(slices, tiles / slices * positions * C * panels, [&](int64_t slice) {
       const int64_t begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
@@ -130,41 +148,21 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
         T* D = V + positions * V_position;
         transform_inputs<F>(x, tiling, C, tile, tile + count, V, V_row, V_position);
         transform_grad_outputs<F>(dy, tiling, K, tile, tile + count, D, D_row, D_position);
-        multiply(whole, V, V_position, D, D_position, count, true, tile > begin, partial + slice * U_size);
+        multiply(whole, 0, positions, V, V_position, D, D_position, count, true, tile > begin, partial + slice * U_size);
       }
     });
-    constexpr int64_t some = 4 * channels_together;
-    const int64_t c_parts = ceil_div(C, some);
-    parallel_for(panels * c_parts, some * nr<T> * positions * slices / kLanes<T>, [&](int64_t part) {
-      const int64_t panel = part / c_parts, c = part % c_parts * some, channels = std::min(some, C - c);
-      T* U = partial + (panel * all_rows + c) * nr<T>;
-      for (int64_t xi = 0; xi < positions; ++xi) {
-        T* sum = U + xi * whole.position;
-        for (int64_t slice = 1; slice < slices; ++slice)
-          for (int64_t e = 0; e < channels * nr<T>; e += kLanes<T>)
-            store(sum + e, load(sum + e) + load(sum + slice * U_size + e));
-      }
-      finish({c, c + channels, panel, panel + 1, all_rows, whole.position}, U);
-    });
+    finish_all(partial, slices);
     return not_finite == 0;
   }
 
-  // All of V and D where they are small; else a chunk at a time, with U of all parts kept in between.
+  // All of V and D where they are small; else a chunk at a time.
   const int64_t tile_bytes = positions * (V_row + D_row) * int64_t(sizeof(T));
   const int64_t largest = std::max(block, resident_bytes / 4 / tile_bytes);
   const int64_t chunks = tiles * tile_bytes <= resident_bytes ? 1 : (tiles + largest / 2) / largest,
                 chunk = ceil_div(tiles, chunks);
-  // Each thread takes some of the channels; of a single chunk, in parts of U that stay in L2.
-  const bool keep = chunk < tiles;
-  const int64_t c_parts = parts_of(ceil_div(C, mr), keep ? C : part_channels / mr);
-  const int64_t k_parts = keep ? 1 : ceil_div(panels, max_filters<T> / nr<T>), parts = c_parts * k_parts;
-  const int64_t c_part = ceil_div(ceil_div(C, mr), c_parts) * mr, k_part = ceil_div(panels, k_parts);
-  const int64_t U_position = k_part * c_part * nr<T> + 16, U_part = positions * U_position;
-  T* kept = keep ? workspace<T>(Slot::partial_sums, parts * U_part) : nullptr;
-
+  T* U = chunks > 1 ? workspace<T>(Slot::partial_sums, U_size) : nullptr;
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
-    const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), count = chunk_end - chunk_begin;
-    const int64_t V_position = count * V_row + 16, D_position = count * D_row + 16;
+    const int64_t count = std::min(tiles - chunk_begin, chunk), V_position = count * V_row + 16, D_position = count * D_row + 16;
     T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
     T* D = V + positions * V_position;
     const int64_t runs = ceil_div(count, max_run<F>);
@@ -174,15 +172,30 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
       transform_grad_outputs<F>(dy, tiling, K, chunk_begin + begin, chunk_begin + end, D + begin * D_row, D_row, D_position);
     });
 
-    parallel_for(parts, count * positions * c_part * k_part, [&](int64_t index) {
-      const int64_t c = index % c_parts * c_part, panel = index / c_parts * k_part;
-      const Part part{c, std::min(C, c + c_part), panel, std::min(panels, panel + k_part), c_part, U_position};
+    if (chunks > 1) {  // each thread takes some of the positions, of which nothing is needed for the others
+      const int64_t groups = std::min(panels, ceil_div(4 * thread_count(), positions));
+      parallel_for(positions * groups, count * C * panels * 2 / groups, [&](int64_t task) {
+        const int64_t xi = task / groups, group_of_panels = task % groups;
+        Part part = whole;
+        part.panel_begin = group_of_panels * panels / groups, part.panel_end = (group_of_panels + 1) * panels / groups;
+        multiply(part, xi, xi + 1, V, V_position, D, D_position, count, false, chunk_begin > 0,
+                 U + part.panel_begin * all_rows * nr<T>);
+      });
+      continue;
+    }
+    // Of a single chunk: parts of U that stay in L2 until they are finished.
+    const int64_t c_parts = parts_of(ceil_div(C, mr), part_channels / mr), k_parts = ceil_div(panels, max_filters<T> / nr<T>);
+    const int64_t c_part = ceil_div(ceil_div(C, mr), c_parts) * mr, k_part = ceil_div(panels, k_parts);
+    parallel_for(c_parts * k_parts, count * positions * c_part * k_part, [&](int64_t index) {
+      const int64_t c = index % c_parts * c_part, panel = index / c_parts * k_part, position = k_part * c_part * nr<T> + 16;
+      const Part part{c, std::min(C, c + c_part), panel, std::min(panels, panel + k_part), c_part, position};
       if (part.c_begin >= part.c_end || part.panel_begin >= part.panel_end) return;
-      T* U = keep ? kept + index * U_part : workspace<T>(Slot::packed_weight, U_part);
-      multiply(part, V, V_position, D, D_position, count, false, chunk_begin > 0, U);
-      if (chunk_end == tiles) finish(part, U);
+      T* part_of_U = workspace<T>(Slot::packed_weight, positions * position);
+      multiply(part, 0, positions, V, V_position, D, D_position, count, false, false, part_of_U);
+      finish(part, part_of_U);
     });
   }
+  if (chunks > 1) finish_all(U, 1);
   return not_finite == 0;
 }
 
