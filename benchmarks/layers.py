@@ -106,6 +106,7 @@ CONV = {
         Conv(8, 96, 56, 192, 2, 2),  # ConvNeXt reduction
         Conv(8, 128, 17, 192, (1, 7), 1, (0, 3)),  # Inception v3
         Conv(8, 128, 17, 192, (7, 1), 1, (3, 0)),  # Inception v3
+        Conv(8, 384, 8, 384, (1, 3), 1, (0, 1)),  # Inception v3, last blocks
         Conv(3, 37, 29, 53, 3, 1, 1, W=31),  # nothing is a multiple of a vector
         Conv(5, 19, 23, 41, (3, 2), 3, (2, 1), W=47),  # nor square, nor stride 2
         Conv(1, 3, 224, 64, 7, 2, 3),  # ResNet, one image
