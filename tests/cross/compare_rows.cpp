@@ -152,6 +152,11 @@ std::vector<Conv2dGeometry> named_conv2d(Layout layout) {
       layer(1, 3, 40, 38, 35, 19, 18, {1, 1, 0, 0, 1, 1, 1}),  // a filter of one channel deeper than a block
       layer(2, 32, 16, 16, 33, 5, 3, {1, 1, 2, 1, 1, 1, 1}),   // planes of a power of two: a copied window
       layer(3, 21, 14, 12, 37, 2, 2, {2, 2, 0, 0, 1, 1, 1}),   // patches
+      layer(2, 49, 9, 23, 52, 1, 3, {1, 1, 0, 1, 1, 1, 1}),    // Winograd along one axis: filters shorter than what is read
+      layer(1, 100, 22, 9, 98, 3, 1, {1, 1, 4, 0, 1, 1, 2}),
+      layer(1, 50, 22, 9, 49, 5, 1, {1, 1, 2, 1, 1, 1, 1}),
+      layer(2, 52, 6, 45, 60, 1, 7, {1, 1, 0, 5, 1, 2, 1}),
+      layer(1, 49, 26, 18, 50, 7, 1, {1, 1, 3, 0, 1, 1, 1}),
   };
 }
 
