@@ -121,8 +121,8 @@ inline Conv2dGeometry conv2d_geometry(const char* op, int64_t N, int64_t C, int6
   require(K % o.groups == 0, op, "output channels must be divisible by groups, got ", K, " channels and groups=", o.groups);
   require(C == checked_mul(C_per_group, o.groups, op, "weight channels * groups"), op,
           "input channels must equal weight.shape[1] * groups, got ", C, " channels and ", C_per_group, " * ", o.groups);
-  Conv2dGeometry g{N,     C, H, W, K, R, S, 0, 0, o.groups, o.stride_h, o.stride_w, o.pad_h, o.pad_w, o.dilation_h, o.dilation_w,
-                   layout};
+  const int64_t dilation_h = R == 1 ? 1 : o.dilation_h, dilation_w = S == 1 ? 1 : o.dilation_w;  // no tap is next to another
+  Conv2dGeometry g{N, C, H, W, K, R, S, 0, 0, o.groups, o.stride_h, o.stride_w, o.pad_h, o.pad_w, dilation_h, dilation_w, layout};
   g.P = sliding_output_size(op, "height", H, R, o.stride_h, o.pad_h, o.dilation_h, false);
   g.Q = sliding_output_size(op, "width", W, S, o.stride_w, o.pad_w, o.dilation_w, false);
   require_numel_fits(op, "number of output bytes", N, K, g.P, g.Q);

@@ -161,15 +161,14 @@ def test_gradients_nobody_needs_are_not_computed(needs, device):
     assert [tensor.grad is not None for tensor in inputs] == [bool(need) for need in needs]
 
 
-@pytest.mark.parametrize("function", [conv2d, lambda *inputs: torchcnn.Conv2dFunction.apply(*inputs, (1, 1), (0, 0), (1, 1), 1)])
 @pytest.mark.parametrize("leaves", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_gradients_not_asked_for_are_not_computed(function, leaves, with_bias, device):
+def test_gradients_not_asked_for_are_not_computed(leaves, with_bias, device):
     """All inputs require gradients, a pass asks for some of them."""
     inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in ((1, 2, 4, 4), (3, 2, 3, 3), (3,))]
     names = ("conv2d_grad_input", "conv2d_grad_weight", "conv2d_grad_bias")
     used = inputs if leaves else [2 * tensor for tensor in inputs]
-    output = function(used[0], used[1], used[2] if with_bias else None).sum()
+    output = conv2d(used[0], used[1], used[2] if with_bias else None).sum()
     full = torch.autograd.grad(output, used[: 2 + with_bias], retain_graph=True)
     for subset in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)):
         if not with_bias and 2 in subset:
@@ -186,6 +185,14 @@ def test_gradients_not_asked_for_are_not_computed(function, leaves, with_bias, d
         assert [tensor.grad is not None for tensor in inputs] == [i in subset for i in range(3)]
         for tensor in inputs:
             tensor.grad = None
+
+
+def test_an_engine_that_does_not_say_what_it_wants_gets_all(device, monkeypatch):
+    """torch.distributed.autograd answers for every node that it will not run."""
+    monkeypatch.setattr(torchcnn._autograd, "_will_execute", lambda node: False)
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in ((1, 2, 4, 4), (3, 2, 3, 3), (3,))]
+    conv2d(*inputs).sum().backward()
+    assert all(tensor.grad is not None for tensor in inputs)
 
 
 def test_no_graph_without_gradients(device):

@@ -109,6 +109,8 @@ CASES = [
     Case(1, 60, 3, 40, 270, 1, (1, 8), S=7),
     Case(2, 51, 31, 18, 49, 7, (0, 1), S=1),
     Case(1, 300, 26, 20, 60, 7, (9, 0), dilation=(3, 2), S=1),
+    Case(1, 513, 16, 180, 500, 1, (0, 1), S=3),  # chunks of few positions, shared among threads by filters too
+    Case(47, 1300, 4, 4, 32, 3, (1, 1)),  # in float64 too much to keep at once, though fewer tiles than a block
 ]
 
 
@@ -271,6 +273,7 @@ def test_matrices(name):
 
 
 def test_axes_are_those_of_all_algorithms():
+    assert {"winograd_2x2_stride_2 grad_input", "winograd_4x4_stride_2 grad_input"} <= set(AXES)
     assert {axis for axes in ALGORITHMS.values() for axis in axes if axis.r > 1} == set(AXES.values())
 
 
@@ -445,10 +448,37 @@ def test_rule_reads_neither_batch_nor_threads():
 @needs_winograd
 @pytest.mark.parametrize(
     "geometry",
-    [{"stride": 3}, {"stride": (1, 2)}, {"stride": 2, "dilation": 2}, {"groups": 4}, {"weight": (3, 5)}, {"weight": (1, 1)}],
+    [
+        {"stride": 3},
+        {"stride": (1, 2)},
+        {"stride": 2, "dilation": 2},
+        {"groups": 8},
+        {"weight": (3, 5)},
+        {"weight": (1, 1)},
+        {"weight": (1, 3), "stride": 2},
+        {"weight": (1, 3), "stride": (2, 1)},
+        {"weight": (7, 1), "stride": (1, 2)},
+        {"weight": (1, 3), "groups": 2},  # too few channels
+        {"weight": (1, 2)},
+        {"weight": (4, 1)},
+        {"weight": (1, 9)},
+    ],
     ids=str,
 )
 def test_other_geometries_are_direct(geometry):
+    geometry = dict(geometry)
     weight = geometry.pop("weight", (3, 3))
-    text = torchcnn.explain((1, 32, 20, 20), (32, 32 // geometry.get("groups", 1), *weight), **geometry)
+    text = torchcnn.explain((1, 64, 20, 20), (64, 64 // geometry.get("groups", 1), *weight), **geometry)
     assert not re.search("winograd", text)
+
+
+@needs_winograd
+@pytest.mark.parametrize("weight, dilation", [((1, 3), (5, 1)), ((7, 1), (1, 4)), ((5, 1), (2, 2))], ids=str)
+def test_dilation_of_one_tap_is_none(weight, dilation):
+    """It neither parts the tiles nor changes a bit."""
+    x, w = torch.randn(2, 50, 31, 29), torch.randn(52, 50, *weight)
+    kept = tuple(d if taps > 1 else 1 for taps, d in zip(weight, dilation, strict=True))
+    text, expected = (torchcnn.explain(x.shape, w.shape, dilation=d) for d in (dilation, kept))
+    assert text == expected and "winograd" in text
+    results = (torchcnn.functional.conv2d(x, w, dilation=d) for d in (dilation, kept))
+    assert torch.equal(*results)

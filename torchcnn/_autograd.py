@@ -53,11 +53,13 @@ def wanted(ctx, needs):
     Of ``torch.autograd.grad(loss, images)`` those are the gradients of the weights. ``ctx.needs_input_grad`` still has them: it
     tells what the graph could compute.
     """
-    if is_compiling():
+    if sum(needs) < 2 or is_compiling():
         return needs
     # An edge for each tensor; where an argument is None instead, no tensor follows it.
     unwanted = [i for i, (node, _) in enumerate(ctx.next_functions) if needs[i] and not _is_wanted(node)]
-    return tuple(need and i not in unwanted for i, need in enumerate(needs)) if unwanted else needs
+    if not unwanted or len(unwanted) == sum(needs):  # of no node backward would not run: torch.distributed.autograd does not say
+        return needs
+    return tuple(need and i not in unwanted for i, need in enumerate(needs))
 
 
 def _is_wanted(node):
@@ -95,9 +97,7 @@ def attach(rule):
 
         @staticmethod
         def backward(ctx, *grad_outputs):
-            needs = ctx.needs_input_grad[1:]
-            if tensors > 1:  # a single gradient is what backward runs for
-                needs = wanted(ctx, needs)
+            needs = wanted(ctx, ctx.needs_input_grad[1:])
             saved = ctx.saved_tensors  # not below autograd: a checkpoint runs the forward pass again here
             if not torch.is_grad_enabled() and _is_plain_call():
                 with _below_autograd():

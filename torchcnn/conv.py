@@ -36,7 +36,6 @@ from torchcnn._autograd import (
     fold_batch,
     is_channels_last,
     unfold_batch,
-    wanted,
 )
 
 _forward, _grad_input, _grad_weight, _grad_bias = (
@@ -292,8 +291,7 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        needs = wanted(ctx, ctx.needs_input_grad)
-        return (*_Conv2dRule.backward(ctx, ctx.saved_tensors, needs, grad_output), None, None, None, None)
+        return (*_Conv2dRule.backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, grad_output), None, None, None, None)
 
     @classmethod
     def apply(  # type: ignore[override]

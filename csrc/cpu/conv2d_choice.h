@@ -68,14 +68,16 @@ struct Choice {
 bool allow_winograd();
 void set_allow_winograd(bool allow);
 
+// Tiles of `out` results along an axis, of each phase of the dilation; those at the edge are computed whole. `extra`: what is
+// computed before the first result.
+inline int64_t winograd_tiles(int64_t size, int64_t dilation, int64_t out, int64_t extra = 0) {
+  return std::min(size, dilation) * ceil_div(ceil_div(size, dilation) + extra, out);
+}
 // Products by Winograd's algorithm for rows x columns results of one channel and filter, from tiles of out x out results and
-// points x points products; tiles at the edge are computed whole. `extra`: what is computed before the first result.
+// points x points products.
 inline int64_t winograd_products(int64_t rows, int64_t columns, const Conv2dGeometry& g, int64_t out, int64_t points,
                                  int64_t extra_h = 0, int64_t extra_w = 0) {
-  const auto tiles = [&](int64_t size, int64_t dilation, int64_t extra) {
-    return std::min(size, dilation) * ceil_div(ceil_div(size, dilation) + extra, out);
-  };
-  return tiles(rows, g.dilation_h, extra_h) * tiles(columns, g.dilation_w, extra_w) * points * points;
+  return winograd_tiles(rows, g.dilation_h, out, extra_h) * winograd_tiles(columns, g.dilation_w, out, extra_w) * points * points;
 }
 
 // Filters of one row or one column: tiles of results along it alone.
@@ -84,11 +86,10 @@ inline Choice choose_winograd_of_one_axis(const Conv2dGeometry& g, int64_t rows,
   const bool across = g.R == 1;
   const int64_t taps = across ? g.S : g.R, size = across ? columns : rows, dilation = across ? g.dilation_w : g.dilation_h;
   if (g.stride_h != 1 || g.stride_w != 1) return none;
-  // Transforms cost as much as C + K, products as C K.
-  if (1.0 / double(g.C_per_group()) + 1.0 / double(g.K_per_group()) > 1.0 / 24) return none;
+  const int64_t C = g.C_per_group(), K = g.K_per_group();
+  if (C * K < 24 * (C + K)) return none;  // products cost as much as C K, transforms as C + K
   const auto pays = [&](int64_t out, int64_t points) {
-    const int64_t tiles = std::min(size, dilation) * ceil_div(ceil_div(size, dilation), out);
-    return tiles * points * 4 <= size * taps * 3;
+    return winograd_tiles(size, dilation, out) * points * 4 <= size * taps * 3;
   };
   if (taps == 3 && pays(4, 6))
     return {across ? Algorithm::winograd_1x4_1x3 : Algorithm::winograd_4x1_3x1,

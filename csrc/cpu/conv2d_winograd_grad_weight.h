@@ -34,7 +34,8 @@ void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling,
   });
 }
 
-// Sums run over `block` tiles in registers, then from block to block in U; in slices over half as many, whose V and D stay in L2.
+// Sums run over up to `block` tiles in registers, then from block to block in U; in slices over half as many, whose V and D stay
+// in L2.
 inline constexpr int64_t block = 96, slice_block = 48;
 inline constexpr int64_t slices_bytes = int64_t(10) << 20;  // of the sums of all slices: four times 128 x 128 filters
 inline constexpr int64_t part_channels = 16 * mr;
@@ -137,7 +138,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   // A small U: slices of the tiles, each with a U of its own, so that a thread uses the tiles that it transformed itself, from
   // its own caches. How many is decided by the sizes alone: a power of two, which threads share evenly.
   const int64_t fitting = std::min({int64_t(8), tiles / block, slices_bytes / (U_size * int64_t(sizeof(T)))});
-  const int64_t slices = fitting >= 8 ? 8 : fitting >= 4 ? 4 : fitting;
+  const int64_t slices = fitting >= 8 ? 8 : fitting >= 4 ? 4 : fitting >= 2 ? 2 : 1;
   if (slices > 1) {
     T* partial = workspace<T>(Slot::partial_sums, slices * U_size);
     parallel_for(slices, tiles / slices * positions * C * panels, [&](int64_t slice) {
@@ -158,7 +159,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   // All of V and D where they are small; else a chunk at a time.
   const int64_t tile_bytes = positions * (V_row + D_row) * int64_t(sizeof(T));
   const int64_t largest = std::max(block, resident_bytes / 4 / tile_bytes);
-  const int64_t chunks = tiles * tile_bytes <= resident_bytes ? 1 : (tiles + largest / 2) / largest,
+  const int64_t chunks = tiles * tile_bytes <= resident_bytes ? 1 : std::max<int64_t>(1, (tiles + largest / 2) / largest),
                 chunk = ceil_div(tiles, chunks);
   T* U = chunks > 1 ? workspace<T>(Slot::partial_sums, U_size) : nullptr;
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {

@@ -209,7 +209,7 @@ void read_band(const Images<const T>& images, const Patch& patch, int64_t c, T* 
     for (int64_t j = 0; j < left; ++j) store(band + j * L, Vec<T>{});
     for (int64_t j = right; j < columns; ++j) store(band + j * L, Vec<T>{});
     if (left == right) continue;
-    const T* from = images.data + patch.origin + c * s.c + i * images.dilation_h * s.h + left * images.dilation_w * s.w;
+    const T* from = images.data + (patch.origin + c * s.c + i * images.dilation_h * s.h + left * images.dilation_w * s.w);
     if (images.layout == Layout::nchw) {
       read_columns(from, s.c, images.dilation_w, right - left, band + left * L);
     } else {
@@ -226,7 +226,7 @@ void write_band(const T* band, const Images<T>& images, const Patch& patch, int6
   const Inside& column = patch.column;
   for (int64_t i = patch.row.begin; i < patch.row.end; ++i) {
     const T* from = band + (i * patch.columns + column.begin) * L;
-    T* to = images.data + patch.origin + c * s.c + i * images.dilation_h * s.h + column.begin * images.dilation_w * s.w;
+    T* to = images.data + (patch.origin + c * s.c + i * images.dilation_h * s.h + column.begin * images.dilation_w * s.w);
     if (images.layout == Layout::nchw) {
       write_columns(from, to, s.c, images.dilation_w, column.end - column.begin);
     } else {
