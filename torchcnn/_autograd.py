@@ -34,6 +34,8 @@ _autocast_enabled = _C._is_any_autocast_enabled
 _any_requires_grad = _C._any_requires_grad
 _AFTER_AUTOGRAD = _C._after_autograd_keyset
 _will_execute = _C._will_engine_execute_node
+_graph_task_id = _C._current_graph_task_id
+_Leaf = _C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
 
 def _leading_tensors(op):
@@ -56,16 +58,31 @@ def wanted(ctx, needs):
     if sum(needs) < 2 or is_compiling():
         return needs
     # An edge for each tensor; where an argument is None instead, no tensor follows it.
-    unwanted = [i for i, (node, _) in enumerate(ctx.next_functions) if needs[i] and not _is_wanted(node)]
+    edges = [node for node, _ in ctx.next_functions]
+    if edges[0] is None or isinstance(edges[0], _Leaf):  # a first layer: not worth asking, see _is_wanted
+        return needs
+    unwanted = [i for i, node in enumerate(edges) if needs[i] and not _is_wanted(node)]
     if not unwanted or len(unwanted) == sum(needs):  # of no node backward would not run: torch.distributed.autograd does not say
         return needs
     return tuple(need and i not in unwanted for i, need in enumerate(needs))
 
 
+_pass_for_leaves = -1  # the last backward pass that was found to ask for leaves
+
+
 def _is_wanted(node):
+    """Whether the backward pass that is running goes on to a node.
+
+    Of a leaf that autograd.grad asks for, the engine does not say so, but raises, which takes as long as a small layer: once that
+    has happened, all leaves of the pass are taken to be wanted.
+    """
+    global _pass_for_leaves
+    if isinstance(node, _Leaf) and _graph_task_id() == _pass_for_leaves:
+        return True
     try:
         return _will_execute(node)
-    except RuntimeError:  # it does not answer for leaves that autograd.grad asks for
+    except RuntimeError:
+        _pass_for_leaves = _graph_task_id()
         return True
 
 
