@@ -57,11 +57,10 @@ void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, 
   const bool indices_do = positions.kind == PositionKind::none || positions.kind == PositionKind::indices;
   if (suits_whole_planes<A>(g) && (indices_do || offsets_are_indices(g)))
     return extremum_pool2d_global(g, extremum, input, output, positions);
-  if (is_one_plane_2x2(g) && positions.kind != PositionKind::indices)
-    return extremum_pool2d_sliding(as_one_plane(g), extremum, input, output, positions);
+  if (is_one_plane_2x2(g)) return extremum_pool2d_sliding(as_one_plane(g), g.P, extremum, input, output, positions);
   if (suits_small_planes<A>(g)) return extremum_pool2d_small_planes(g, extremum, input, output, positions);
   if (!suits_planes<A>(g) && can_be_staged<A>(g) && index_fits_lane<A>(g))
-    return extremum_pool2d_sliding(g, extremum, input, output, positions);
+    return extremum_pool2d_sliding(g, g.P, extremum, input, output, positions);
   extremum_pool2d_planes(g, extremum, input, output, positions);
 }
 

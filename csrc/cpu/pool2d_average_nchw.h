@@ -102,46 +102,42 @@ void average_rows(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A
   }
 }
 
-// Two rows of windows of two columns a vector: one in each half, from rows of the plane that are no longer than a vector.
+// 2x2 windows that need no padding and have one divisor. What is stored beyond a row shorter than a vector is written later.
 template <class A>
-void average_row_pairs(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A> rows, int64_t p_begin, int64_t p_end,
-                       A* values) {
-  constexpr int64_t L = kLanes<A>, half = L / 2;
+void average_rows_2x2(const Pool2dGeometry& g, const Averaging<A>& averaging, Rows<A> rows, int64_t p_begin, int64_t p_end,
+                      A* values) {
+  constexpr int64_t L = kLanes<A>;
   constexpr auto each = kEachLane<A>;
-  const int64_t Q = g.Q, R = g.R, pitch = rows.pitch;
-  for (int64_t p = p_begin; p < p_end; p += 2, values += 2 * Q) {
-    const A* row = rows.data + (p - p_begin) * g.stride_h * pitch;
-    const int64_t next = p + 1 < p_end ? g.stride_h * pitch : 0;
-    prefetch_row<A>(row, 2 * g.stride_h * pitch);
-    Vec<A> a = load(row), b = load(row + next);
-    for (int64_t r = 1; r < R; ++r) {
-      a += load(row + r * pitch);
-      b += load(row + next + r * pitch);
+  const int64_t Q = g.Q, pitch = rows.pitch, step = g.stride_h * pitch;
+  const A *row = rows.data, factor = averaging.exact_factor, divide_by = averaging.uniform;
+  const auto mean_of = [=](Vec<A> sum) { return factor != 0 ? sum * factor : sum / divide_by; };
+  int64_t left = (p_end - p_begin) * Q;
+  if (2 * Q <= L) {  // two rows a vector
+    for (; left >= L + Q; left -= 2 * Q, row += 2 * step, values += 2 * Q) {
+      const Vec<A> a = load(row) + load(row + pitch), b = load(row + step) + load(row + step + pitch);
+      const Vec<A> mean = mean_of(every_second<A>(a, b, 0, each) + every_second<A>(a, b, 1, each));
+      store(values, mean);
+      store(values + Q, upper_half_first(mean));
     }
-    Vec<A> sum = every_second<A>(a, b, 0, each) + every_second<A>(a, b, 1, each);
-    const auto mean_of = [&](Vec<A> sums, int64_t of_p) {
-      const A row_divisor = averaging.row_divisor(row_window(averaging.g, of_p));
-      return sums / (load(averaging.column_divisor) * row_divisor);
-    };
-    Vec<A> upper = lanes_from<half, A>(sum, each);
-    if (averaging.exact_factor != 0) {
-      sum *= averaging.exact_factor;
-      upper *= averaging.exact_factor;
-    } else if (averaging.uniform != 0) {
-      sum /= averaging.uniform;
-      upper = lanes_from<half, A>(sum, each);
-    } else {
-      sum = mean_of(sum, p);
-      if (next > 0) upper = mean_of(upper, p + 1);
-    }
-    store_partial(values, sum, std::min(L, (p_end - p) * Q));  // what lies beyond the row is written now, or in the next rows
-    if (next > 0) store_partial(values + Q, upper, std::min(L, (p_end - p - 1) * Q));
+  }
+  const auto mean_at = [=](const A* at) __attribute__((always_inline)) {
+    const Vec<A> a = load(at) + load(at + pitch), b = load(at + L) + load(at + pitch + L);
+    return mean_of(ordered<2, A>(evens_blocked<A>(a, b) + odds_blocked<A>(a, b)));
+  };
+  if (Q < L) {
+    for (; left > 0; left -= Q, row += step, values += Q) store_partial(values, mean_at(row), std::min(L, left));
+  }
+  for (; left > 0; left -= Q, row += step, values += Q) {
+    for_each_vector<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
+      prefetch_pair<0, A>(row + 4 * q);
+      store(values + q, mean_at(row + 2 * q));
+    });
   }
 }
 
 template <class A>
-auto average_rows_for(const Pool2dGeometry& g) {
-  if (suits_row_pairs<A>(g)) return average_row_pairs<A>;
+auto average_rows_for(const Pool2dGeometry& g, bool uniform) {
+  if (is_plain_2x2(g) && uniform) return average_rows_2x2<A>;
   if (g.stride_w == 2) return g.S == 2 ? average_rows<A, 2, 2> : g.S == 3 ? average_rows<A, 3, 2> : average_rows<A, 0, 2>;
   if (g.stride_w == 1) return g.S == 3 ? average_rows<A, 3, 1> : average_rows<A, 0, 1>;
   return average_rows<A, 0, 0>;
@@ -183,9 +179,10 @@ template <class T>
 void avg_pool2d_sliding(const Pool2dGeometry& g, const Divisor& divisor, const T* input, T* output) {
   using A = Arithmetic<T>;
   const Averaging<A> averaging(g, divisor, workspace<A>(Slot::tables, round_up_to_lanes<A>(g.Q)));
-  const auto rows_kernel = average_rows_for<A>(g);
+  const bool uniform = averaging.uniform != 0;
   if constexpr (std::is_same_v<T, A>) {
     if (reads_in_place<T>(g) || reads_open<T>(g)) {
+      const auto rows_kernel = average_rows_for<A>(g, uniform);
       for_each_band(g, input, A(0), false, reads_open<T>(g), 2, [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
         rows_kernel(g, averaging, rows, p_begin, p_end, output + (nc * g.P + p_begin) * g.Q);
       });
@@ -194,6 +191,7 @@ void avg_pool2d_sliding(const Pool2dGeometry& g, const Divisor& divisor, const T
   }
   Pool2dGeometry one_row = g;  // what is left of the windows once their rows are added
   one_row.R = 1, one_row.stride_h = 1;
+  const auto rows_kernel = average_rows_for<A>(one_row, uniform);
   constexpr int64_t band_outputs = 8192, staged_bytes = 16 * 1024;
   const int64_t by_rows = staged_bytes / static_cast<int64_t>(staged_pitch<A>(g) * sizeof(A));
   const int64_t band = std::clamp<int64_t>(std::min(by_rows, band_outputs / g.Q), 1, g.P), bands = ceil_div(g.P, band);

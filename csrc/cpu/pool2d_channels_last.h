@@ -84,12 +84,7 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
           if (extremum.relu) best[v].rectify();
           const int64_t to = (np * g.Q + q) * g.C + c + v * L, until_end = (np + 1) * g.Q * g.C - to;
           store_channels(output + to, (Vec<A>)((Vec<I>)best[v].value ^ sign), until_end);
-          if constexpr (kind == PositionKind::indices)
-            store_integers<I>(static_cast<int64_t*>(positions) + to, best[v].code, until_end);
-          if constexpr (kind == PositionKind::byte_offsets)
-            store_integers<I>(static_cast<uint8_t*>(positions) + to, best[v].code, until_end);
-          if constexpr (kind == PositionKind::int_offsets)
-            store_integers<I>(static_cast<int32_t*>(positions) + to, best[v].code, until_end);
+          store_positions<kind, I>(positions, to, best[v].code, until_end);
         }
       });
     }

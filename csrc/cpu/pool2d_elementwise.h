@@ -43,10 +43,7 @@ void extremum_pool2d_elementwise(const Pool2dGeometry& g, Extremum extremum, con
       Best<A> best{left >= L ? load_wide(input + at) : load_wide_partial(input + at, left), Vec<I>{}};
       best.rectify();
       store_narrow_partial(output + at, best.value, left);
-      if (positions.kind == PositionKind::byte_offsets)
-        store_integers<I>(static_cast<uint8_t*>(positions.to) + at, best.code, left);
-      if (positions.kind == PositionKind::int_offsets)
-        store_integers<I>(static_cast<int32_t*>(positions.to) + at, best.code, left);
+      store_positions<I>(positions, at, best.code, left);
     }
   });
 }

@@ -35,6 +35,24 @@ struct Best {
   }
 };
 
+// Stores codes as positions at, at + 1, ... of a tensor, the first `count` of them if count < kLanes.
+template <PositionKind kind, class I>
+[[gnu::always_inline]] inline void store_positions(void* positions, int64_t at, Vec<I> codes, int64_t count) {
+  if constexpr (kind == PositionKind::indices) store_integers<I>(static_cast<int64_t*>(positions) + at, codes, count);
+  if constexpr (kind == PositionKind::byte_offsets) store_integers<I>(static_cast<uint8_t*>(positions) + at, codes, count);
+  if constexpr (kind == PositionKind::int_offsets) store_integers<I>(static_cast<int32_t*>(positions) + at, codes, count);
+}
+
+template <class I>
+[[gnu::always_inline]] inline void store_positions(Positions positions, int64_t at, Vec<I> codes, int64_t count) {
+  switch (positions.kind) {
+    case PositionKind::none: return;
+    case PositionKind::indices: return store_positions<PositionKind::indices, I>(positions.to, at, codes, count);
+    case PositionKind::byte_offsets: return store_positions<PositionKind::byte_offsets, I>(positions.to, at, codes, count);
+    case PositionKind::int_offsets: return store_positions<PositionKind::int_offsets, I>(positions.to, at, codes, count);
+  }
+}
+
 // A lane counts positions of a plane in 32 bits beside a float, 64 beside a double.
 template <class A>
 inline bool index_fits_lane(const Pool2dGeometry& g) {
@@ -45,6 +63,7 @@ inline bool index_fits_lane(const Pool2dGeometry& g) {
 template <class A>
 struct ExtremumPlan {
   Pool2dGeometry g;
+  int64_t rows_of_plane;  // g.P, or less where several planes are taken for one
   Extremum extremum;
   bool padded;                     // some window reaches beyond the plane
   IndexOf<A> row_code;             // what a step down adds to a code
@@ -115,60 +134,79 @@ void extremum_rows(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_
       if (plan.extremum.minimum) best.value = -best.value;
       const int64_t count = std::min(L, (p_end - p) * Q - q);  // beyond a short row lie rows that are written later
       store_partial(values + q, best.value, count);
-      if constexpr (kind == PositionKind::indices)
-        store_integers<I>(static_cast<int64_t*>(positions) + to + q,
-                          best.code + (lane_steps + broadcast(static_cast<I>(origin + q * step))), count);
-      if constexpr (kind == PositionKind::byte_offsets)
-        store_integers<I>(static_cast<uint8_t*>(positions) + to + q, best.code, count);
-      if constexpr (kind == PositionKind::int_offsets)
-        store_integers<I>(static_cast<int32_t*>(positions) + to + q, best.code, count);
+      if constexpr (kind == PositionKind::indices) best.code += lane_steps + broadcast(static_cast<I>(origin + q * step));
+      store_positions<kind, I>(positions, to + q, best.code, count);
     }
   }
 }
 
-// Two rows of 2x2 windows a vector, one in each half, from rows of the plane that are no longer than a vector and need no
-// padding.
+// 2x2 windows that need no padding. What is stored beyond a row shorter than a vector is written later.
 template <class A, PositionKind kind>
-void extremum_row_pairs(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_t p_begin, int64_t p_end, A* values,
-                        void* positions) {
+void extremum_rows_2x2(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, int64_t p_begin, int64_t p_end, A* values,
+                       void* positions) {
   using I = IndexOf<A>;
-  constexpr int64_t L = kLanes<A>, half = L / 2;
+  constexpr int64_t L = kLanes<A>;
   constexpr auto each = kEachLane<A>;
   const Pool2dGeometry& g = plan.g;
-  const int64_t Q = g.Q, pitch = rows.pitch;
-  Vec<I> steps = steps_of<I>(2);  // from the first window of the two rows, in the plane
-  steps = steps >= static_cast<I>(L) ? steps + static_cast<I>(g.stride_h * g.W - L) : steps;
-  for (int64_t p = p_begin; p < p_end; p += 2, values += 2 * Q) {
-    const A* row = rows.data + (p - p_begin) * g.stride_h * pitch;
-    const int64_t next = p + 1 < p_end ? g.stride_h * pitch : 0;
-    prefetch_row<A>(row, 2 * g.stride_h * pitch);
-    Best<A> best{};
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r) {
-      const Vec<A> a = load(row + r * pitch), b = load(row + next + r * pitch);
-      const I* codes = plan.codes + r * 2;
-      Best<A> of_row{every_second<A>(a, b, 0, each), broadcast(codes[0])};
-      of_row.offer(every_second<A>(a, b, 1, each), broadcast(codes[1]));
-      if (r == 0) {
-        best = of_row;
-      } else {
-        best.offer(of_row.value, of_row.code);
+  const int64_t Q = g.Q, pitch = rows.pitch, step = g.stride_h * pitch;
+  const bool relu = plan.extremum.relu, minimum = plan.extremum.minimum;
+  Vec<I> codes[4];
+  for (int tap = 0; tap < 4; ++tap) codes[tap] = broadcast(plan.codes[tap]);
+  const auto best_of = [=](Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d) __attribute__((always_inline)) {
+    Best<A> best{a, codes[0]}, lower{c, codes[2]};
+    best.offer(b, codes[1]);
+    lower.offer(d, codes[3]);
+    best.offer(lower.value, lower.code);
+    if (relu) best.rectify();
+    if (minimum) best.value = -best.value;
+    return best;
+  };
+  // Where tap (0, 0) of the first window of a row stands in its plane.
+  const I row_distance = static_cast<I>(g.stride_h * g.W);
+  int64_t p = p_begin % plan.rows_of_plane;
+  I origin = static_cast<I>(p) * row_distance;
+  const auto next_origin = [&] {
+    const I now = origin;
+    origin += row_distance;
+    if (++p == plan.rows_of_plane) p = 0, origin = 0;
+    return now;
+  };
+  const Vec<I> lane = steps_of<I>(2);
+  const A* row = rows.data;
+  int64_t left = (p_end - p_begin) * Q, to = (nc * g.P + p_begin) * Q;
+  if (2 * Q <= L) {  // two rows a vector
+    const Vec<I> upper = lane >= static_cast<I>(L);
+    for (; left >= L + Q; left -= 2 * Q, row += 2 * step, values += 2 * Q, to += 2 * Q) {
+      const Vec<A> a = load(row), b = load(row + step), c = load(row + pitch), d = load(row + step + pitch);
+      Best<A> best = best_of(every_second<A>(a, b, 0, each), every_second<A>(a, b, 1, each), every_second<A>(c, d, 0, each),
+                             every_second<A>(c, d, 1, each));
+      if constexpr (kind == PositionKind::indices) {
+        const I first = next_origin(), second = next_origin() - static_cast<I>(L);
+        best.code += lane + (upper ? broadcast(second) : broadcast(first));
       }
+      store(values, best.value);
+      store(values + Q, upper_half_first(best.value));
+      store_positions<kind, I>(positions, to, best.code, L);
+      store_positions<kind, I>(positions, to + Q, upper_half_first(best.code), L);
     }
-    if (plan.extremum.relu) best.rectify();
-    if (plan.extremum.minimum) best.value = -best.value;
-    if (kind == PositionKind::indices) best.code += steps + static_cast<I>(p * g.stride_h * g.W);
-    const auto write = [&](A* value, int64_t to, const Best<A>& row_best, int64_t count) {
-      store_partial(value, row_best.value, count);
-      if constexpr (kind == PositionKind::indices) store_integers<I>(static_cast<int64_t*>(positions) + to, row_best.code, count);
-      if constexpr (kind == PositionKind::byte_offsets)
-        store_integers<I>(static_cast<uint8_t*>(positions) + to, row_best.code, count);
-    };
-    const int64_t to = (nc * g.P + p) * Q, left = (p_end - p) * Q;  // what lies beyond a row is written now, or in the next rows
-    write(values, to, best, std::min(L, left));
-    if (next > 0)
-      write(values + Q, to + Q, {lanes_from<half, A>(best.value, each), lanes_from<half, I>(best.code, each)},
-            std::min(L, left - Q));
+  }
+  const auto write = [=](const A* at, I first, A* value, int64_t position, int64_t count) __attribute__((always_inline)) {
+    const Vec<A> a = load(at), b = load(at + L), c = load(at + pitch), d = load(at + pitch + L);
+    Best<A> best = best_of(evens_blocked<A>(a, b), odds_blocked<A>(a, b), evens_blocked<A>(c, d), odds_blocked<A>(c, d));
+    best = {ordered<2, A>(best.value), ordered<2, I>(best.code)};
+    if constexpr (kind == PositionKind::indices) best.code += lane + first;
+    store_partial(value, best.value, count);
+    store_positions<kind, I>(positions, position, best.code, count);
+  };
+  if (Q < L) {
+    for (; left > 0; left -= Q, row += step, values += Q, to += Q) write(row, next_origin(), values, to, std::min(L, left));
+  }
+  for (; left > 0; left -= Q, row += step, values += Q, to += Q) {
+    const I first = next_origin();
+    for_each_vector<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
+      prefetch_pair<0, A>(row + 4 * q);
+      write(row + 2 * q, first + static_cast<I>(2 * q), values + q, to + q, L);
+    });
   }
 }
 
@@ -179,7 +217,7 @@ template <class A, PositionKind kind>
 ExtremumRows<A> extremum_rows_for(const Pool2dGeometry& g) {
   if constexpr (kind != PositionKind::int_offsets) {
     const bool dense = g.dilation_h == 1 && g.dilation_w == 1;
-    if (dense && g.R == 2 && suits_row_pairs<A>(g) && windows_lie_inside(g)) return extremum_row_pairs<A, kind>;
+    if (is_plain_2x2(g)) return extremum_rows_2x2<A, kind>;
     if (dense && g.R == 2 && g.S == 2 && g.stride_w == 2) return extremum_rows<A, 2, 2, 2, kind>;
     if (dense && g.R == 3 && g.S == 3 && g.stride_w == 2) return extremum_rows<A, 3, 3, 2, kind>;
     if (dense && g.R == 3 && g.S == 3 && g.stride_w == 1) return extremum_rows<A, 3, 3, 1, kind>;
@@ -200,7 +238,8 @@ ExtremumRows<A> extremum_rows_for(const Pool2dGeometry& g, PositionKind kind) {
 }
 
 template <class T>
-void extremum_pool2d_sliding(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
+void extremum_pool2d_sliding(const Pool2dGeometry& g, int64_t rows_of_plane, Extremum extremum, const T* input, T* output,
+                             Positions positions) {
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
   const bool of_plane = positions.kind == PositionKind::indices;
@@ -214,7 +253,7 @@ void extremum_pool2d_sliding(const Pool2dGeometry& g, Extremum extremum, const T
   }
   for (int64_t r = 0; r < g.R; ++r)
     for (int64_t s = 0; s < g.S; ++s) codes[r * g.S + s] = static_cast<I>(r * row_code + s * column_code);
-  const ExtremumPlan<A> plan{g, extremum, !windows_lie_inside(g), static_cast<I>(row_code), codes, first_column};
+  const ExtremumPlan<A> plan{g, rows_of_plane, extremum, !windows_lie_inside(g), static_cast<I>(row_code), codes, first_column};
   const ExtremumRows<A> rows_kernel = extremum_rows_for<A>(g, positions.kind);
   const bool may_be_open = reads_open<T>(g) && !extremum.minimum && positions.kind != PositionKind::int_offsets;
   for_each_band(g, input, kLeast<A>, extremum.minimum, may_be_open, 5,

@@ -239,12 +239,7 @@ void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T*
     }
     if (extremum.relu) best.rectify();
     store_narrow_partial(output + first, (Vec<A>)((Vec<I>)best.value ^ sign), planes);
-    switch (positions.kind) {
-      case PositionKind::none: break;
-      case PositionKind::indices: store_integers<I>(static_cast<int64_t*>(positions.to) + first, best.code, planes); break;
-      case PositionKind::byte_offsets: store_integers<I>(static_cast<uint8_t*>(positions.to) + first, best.code, planes); break;
-      case PositionKind::int_offsets: store_integers<I>(static_cast<int32_t*>(positions.to) + first, best.code, planes); break;
-    }
+    store_positions<I>(positions, first, best.code, planes);
   });
 }
 

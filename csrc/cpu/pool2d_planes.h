@@ -195,11 +195,8 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
     store_group<T>(g, value_result, first, planes, begin, count,
                    [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
     if constexpr (coded) {
-      using Position =
-          std::conditional_t<of_plane, int64_t, std::conditional_t<kind == PositionKind::byte_offsets, uint8_t, int32_t>>;
-      store_group<T>(
-          g, reinterpret_cast<const A*>(code_result), first, planes, begin, count,
-          [=](int64_t to, Vec<A> v, int64_t n) { store_integers<I>(static_cast<Position*>(positions) + to, (Vec<I>)v, n); });
+      store_group<T>(g, reinterpret_cast<const A*>(code_result), first, planes, begin, count,
+                     [=](int64_t to, Vec<A> v, int64_t n) { store_positions<kind, I>(positions, to, (Vec<I>)v, n); });
     }
   });
 }

@@ -226,17 +226,23 @@ Rows<Arithmetic<T>> stage_rows(const Pool2dGeometry& g, const T* plane, int64_t 
   return {staged + start, pitch};
 }
 
-// Whether two rows of windows of 2x2 fit a vector, and each row of the plane that they read, too.
-template <class A>
-inline bool suits_row_pairs(const Pool2dGeometry& g) {
-  return g.stride_w == 2 && g.S == 2 && g.dilation_w == 1 && 2 * g.Q <= kLanes<A>;
+// The upper half of the lanes, then the lower.
+template <class V>
+inline V upper_half_first(V v) {
+  using T = std::remove_cvref_t<decltype(v[0])>;
+  constexpr int lanes = sizeof(V) / sizeof(T);
+  return shuffled<T, lanes>(v, v, [](int lane) { return (lane + lanes / 2) % lanes; }, std::make_index_sequence<lanes>{});
 }
 
-// Lanes first, first + 1, ..., then those before them.
-template <int first, class T, size_t... lane>
-inline Vec<T> lanes_from(Vec<T> v, std::index_sequence<lane...> each) {
-  constexpr int lanes = sizeof...(lane);
-  return shuffled<T, lanes>(v, v, [](int i) { return (i + first) % lanes; }, each);
+// 2x2 windows that need no padding, side by side in a row.
+inline bool is_plain_2x2(const Pool2dGeometry& g) {
+  return g.R == 2 && g.S == 2 && g.stride_w == 2 && g.dilation_h == 1 && g.dilation_w == 1 && windows_lie_inside(g);
+}
+
+// Calls visit(q) for the vectors of a row of `count` elements; the last overlaps the one before it.
+template <int64_t lanes, class Visit>
+[[gnu::always_inline]] inline void for_each_vector(int64_t count, Visit visit) {
+  for (int64_t next = 0; next < count; next += lanes) visit(std::max<int64_t>(0, std::min(next, count - lanes)));
 }
 
 // Calls visit(nc, p_begin, p_end, rows) for bands of windows that together cover every plane. `tap_cost` is the number of
@@ -246,17 +252,23 @@ void for_each_band(const Pool2dGeometry& g, const T* input, Arithmetic<T> neutra
                    int64_t tap_cost, Visit visit) {
   using A = Arithmetic<T>;
   const bool in_place = reads_in_place<T>(g) && !negate;
-  // The vector of a row that is shorter than it reads beyond: into the next plane, but not beyond the last.
-  const int64_t beyond = std::max<int64_t>(0, kLanes<A> - g.Q) * g.stride_w + 1;
   const int64_t band = windows_of_band<T>(g, !in_place && !may_be_open), bands = ceil_div(g.P, band);
   parallel_for(g.N * g.C * bands, g.R * g.S * ceil_div(g.Q, kLanes<A>) * band * tap_cost, [&](int64_t task) {
-    const int64_t nc = task / bands, p_begin = task % bands * band, p_end = std::min(g.P, p_begin + band);
+    const int64_t nc = task / bands, p_end = std::min(g.P, (task % bands + 1) * band);
+    int64_t p_begin = task % bands * band;
     const T* plane = input + nc * g.H * g.W;
     if constexpr (std::is_same_v<T, A>) {
-      const int64_t last = nc * g.H * g.W + ((p_end - 1) * g.stride_h + g.dilation_h * (g.R - 1)) * g.W;
       const int64_t reach = (g.Q - 1) * g.stride_w + g.dilation_w * (g.S - 1) + 1;
-      if (in_place && (g.Q >= kLanes<A> || last + reach + beyond <= g.N * g.C * g.H * g.W))
-        return visit(nc, p_begin, p_end, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
+      if (in_place) {
+        // The vector of a row that is shorter than it reads beyond: into the next plane, but not beyond the last.
+        const int64_t beyond = std::max<int64_t>(0, kLanes<A> - g.Q) * g.stride_w + 1;
+        const int64_t spare = ((g.N * g.C - nc) * g.H - g.dilation_h * (g.R - 1)) * g.W - reach - beyond;
+        int64_t readable = p_end;
+        if (g.Q < kLanes<A>) readable = spare < 0 ? p_begin : std::clamp(spare / (g.stride_h * g.W) + 1, p_begin, p_end);
+        if (readable > p_begin) visit(nc, p_begin, readable, Rows<A>{plane + p_begin * g.stride_h * g.W, g.W});
+        if (readable == p_end) return;
+        p_begin = readable;
+      }
       // Not at the ends of the tensor, beyond which nothing may be read.
       const int64_t top = p_begin * g.stride_h - g.pad_h,
                     bottom = std::min(g.H - 1, (p_end - 1) * g.stride_h - g.pad_h + g.R - 1);
@@ -326,7 +338,7 @@ inline bool is_tiling_2x2(const Pool2dGeometry& g) {
 }
 
 // Planes of which nothing is left over are one tall plane: a short row may then be written with a whole vector everywhere but at
-// the end of a task. Positions in the plane would count on, offsets into windows do not.
+// the end of a task. Positions in the plane would count on: their kernel has to know where a plane ends.
 inline Pool2dGeometry as_one_plane(Pool2dGeometry g) {
   g.H *= g.N * g.C, g.P *= g.N * g.C;
   g.N = g.C = 1;
@@ -340,33 +352,53 @@ inline bool is_one_plane_2x2(const Pool2dGeometry& g) { return g.layout == Layou
 template <class A, class VectorOf, class ScalarOf>
 void write_tiles_2x2(const Pool2dGeometry& g, A* grad_input, VectorOf vector, ScalarOf scalar) {
   constexpr int64_t L = kLanes<A>;
+  constexpr auto each = kEachLane<A>;
   const int64_t band = std::clamp<int64_t>(8192 / g.W, 1, g.P), bands = ceil_div(g.P, band), windows = g.N * g.C * g.P * g.Q;
+  const int64_t Q = g.Q, W = g.W;
+  const bool half = 2 * Q <= L, odd = 2 * Q < W, overlaps = (half ? L : 2 * L) <= 3 * W;
   parallel_for(g.N * g.C * bands, band * ceil_div(g.Q, L) * 22, [&](int64_t task) {
     const int64_t nc = task / bands, p_begin = task % bands * band, p_end = std::min(g.P, p_begin + band);
     A* plane = grad_input + nc * g.H * g.W;
-    for (int64_t p = p_begin; p < p_end; ++p) {
-      A *top = plane + 2 * p * g.W, *bottom = top + g.W;
-      const int64_t row = (nc * g.P + p) * g.Q;
-      if (g.Q < L && row + L > windows) {  // the end of the tensor: nothing may be read beyond it
-        for (int64_t q = 0; q < g.Q; ++q) {
+    int64_t p = p_begin, row = (nc * g.P + p) * Q;
+    A* top = plane + 2 * p * W;
+    const auto write = [=](A* top, int64_t row) __attribute__((always_inline)) {
+      const auto elements = vector(row);
+      A* bottom = top + W;
+      store(top, interleave<A>(elements[0], elements[1], 0, each));
+      if (!half) store(top + L, interleave<A>(elements[0], elements[1], 1, each));
+      if (odd && Q < L) bottom[-1] = 0;
+      store(bottom, interleave<A>(elements[2], elements[3], 0, each));
+      if (!half) store(bottom + L, interleave<A>(elements[2], elements[3], 1, each));
+      if (odd && Q < L) bottom[W - 1] = 0;
+    };
+    if (Q < L && overlaps && windows >= L) {
+      // A vector longer than a row writes into the rows below, which are written later: not at the end of the task, nor, where
+      // nothing may be read beyond it, of the tensor.
+      const int64_t whole = std::min(p_end - 1, (windows - L) / Q + 1 - nc * g.P);
+      for (; p < whole; ++p, row += Q, top += 2 * W) write(top, row);
+    }
+    for (; Q >= L && p < p_end; ++p, row += Q, top += 2 * W) {
+      for_each_vector<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
+        prefetch_pair<1, A>(top + 4 * q);
+        write(top + 2 * q, row + q);
+      });
+      if (odd) top[W - 1] = top[2 * W - 1] = 0;
+    }
+    for (; p < p_end; ++p, row += Q, top += 2 * W) {
+      A* bottom = top + W;
+      if (row + L <= windows) {
+        const auto elements = vector(row);
+        store_interleaved<A>(top, elements[0], elements[1], Q);
+        store_interleaved<A>(bottom, elements[2], elements[3], Q);
+      } else {
+        for (int64_t q = 0; q < Q; ++q) {
           for (int s = 0; s < 2; ++s) {
             top[2 * q + s] = scalar(row + q, s);
             bottom[2 * q + s] = scalar(row + q, 2 + s);
           }
         }
-      } else {
-        // A vector longer than a row writes into the rows below, which are written later, or else writes just the row.
-        const bool whole = g.Q >= L || (p + 1 < p_end && 2 * L <= 3 * g.W);
-        const int64_t count = !whole ? g.Q : 2 * g.Q <= L ? L / 2 : L;
-        for (int64_t q = 0; q < g.Q; q += L) {
-          if (q + L > g.Q && g.Q >= L) q = g.Q - L;  // overlap the last vector instead of a scalar tail
-          const auto elements = vector(row + q);
-          if (g.Q >= L) prefetch_pair<1, A>(top + 4 * q);
-          store_interleaved<A>(top + 2 * q, elements[0], elements[1], count);
-          store_interleaved<A>(bottom + 2 * q, elements[2], elements[3], count);
-        }
       }
-      if (2 * g.Q < g.W) top[g.W - 1] = bottom[g.W - 1] = 0;
+      if (odd) top[W - 1] = bottom[W - 1] = 0;
     }
     if (p_end == g.P && 2 * g.P < g.H) std::fill_n(plane + 2 * g.P * g.W, g.W, A(0));
   });
