@@ -210,7 +210,7 @@ inline void add_slices(const T* partial, int64_t slices, int64_t count, T* to) {
 // Asks for `count` elements ahead of time: where one plane or row follows another at a distance, the processor does not guess it.
 // They come to L2, which waits for more lines at once than L1.
 template <class T>
-inline void prefetch(const T* from, int64_t count) {
+[[gnu::always_inline]] inline void prefetch(const T* from, int64_t count) {
   for (int64_t x = 0; x < count; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + x, 0, 2);
 }
 
