@@ -55,6 +55,14 @@ def direct_sums():
         yield
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the number found is restored."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not has_cuda(), reason="no CUDA kernels"))])
 def device(request):
     return request.param

@@ -31,14 +31,6 @@ POOLS = {
 }
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads; the number found is restored."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def with_gradients(operator, *inputs):
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     output = operator(*inputs)

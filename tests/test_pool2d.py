@@ -122,7 +122,57 @@ def test_random_max_and_min(case, dtype, layout, device):
     check_extremes(case, with_special_values, dtype, layout, device)
 
 
+# Planes, many and small, that kernels may take for one tall plane, and rows from shorter than half a vector to several vectors.
+MANY_PLANES = [
+    (1, 3000, 8, 4),
+    (1, 900, 14, 14),
+    (3, 300, 6, 2),
+    (1, 700, 10, 31),
+    (2, 250, 9, 15),
+    (3, 1, 4001, 5),
+    (1, 90, 20, 46),
+]
+
+
+@pytest.mark.cpu_kernels("how planes are shared out")
+@pytest.mark.parametrize("count", [1, 3], ids=["one_thread", "three_threads"])
+@pytest.mark.parametrize("size", MANY_PLANES, ids=str)
+def test_2x2_windows_of_many_planes(size, count, dtype, device, threads):
+    threads(count)
+    truth = small_integers(size)
+    maxima, indices = F.max_pool2d(truth, 2, return_indices=True)
+    for pool2d, sign in ((torchcnn.functional.max_pool2d, 1), (torchcnn.functional.min_pool2d, -1)):
+        input = (sign * truth).to(device, dtype)
+        output, positions = pool2d(input, 2, return_indices=True)
+        assert_exact(output.cpu(), sign * maxima)
+        assert torch.equal(positions.cpu(), indices)
+        output, grad_output, grad_input = with_gradient(partial(pool2d, kernel_size=2), input, small_integers)
+        assert_exact(output.cpu(), sign * maxima)
+        assert_exact(grad_input.cpu(), scatter(grad_output.cpu(), indices, size))
+    mean = partial(torchcnn.functional.avg_pool2d, kernel_size=2)
+    output, grad_output, grad_input = with_gradient(mean, truth.to(device, dtype), small_integers)
+    expected, _, gradient = with_gradient(partial(F.avg_pool2d, kernel_size=2), truth.double(), lambda _: grad_output.cpu())
+    assert_exact(output.cpu(), expected)
+    assert_exact(grad_input.cpu(), gradient)
+
+
 # Averages
+
+
+@pytest.mark.cpu_kernels("the sign of a zero")
+@pytest.mark.parametrize("size", [(2, 3, 8, 8), (1, 17, 14, 14), (2, 3, 9, 64), (1, 16, 7, 7), (1, 9, 60, 60)], ids=str)
+def test_the_mean_of_negative_zeros_is_zero(size, dtype, layout):
+    """As of torch: a sum starts at zero, and 0 + -0 is 0."""
+    input = layout(torch.full(size, -0.0, dtype=dtype))
+    pools = torchcnn.functional
+    for output in (
+        pools.avg_pool2d(input, 2),
+        pools.avg_pool2d(input, 3, 2, 1),
+        pools.avg_pool2d(input, 3, 1),
+        pools.adaptive_avg_pool2d(input, (3, 2)),
+        pools.global_avg_pool2d(input),
+    ):
+        assert not output.signbit().any()
 
 
 def check_average(operator, torch_operator, input_size, dtype, layout, device, terms, overlap, against_torch=True):

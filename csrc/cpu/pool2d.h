@@ -44,6 +44,15 @@ inline Pool2dGeometry simplified(Pool2dGeometry g) {
   return g;
 }
 
+// Forward takes planes for one where its rows are then read in place. Where they have to be staged, converted or with the signs
+// turned, small planes are better transposed.
+template <class T>
+inline bool suits_one_plane(const Pool2dGeometry& g, bool turned) {
+  using A = Arithmetic<T>;
+  const bool in_place = std::is_same_v<T, A> && !turned;
+  return is_one_plane_2x2(g) && (in_place || (!suits_small_planes<A>(g) && can_be_staged<A>(g)));
+}
+
 template <class T>
 void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, const T* input, T* output, Positions positions) {
   using A = Arithmetic<T>;
@@ -57,7 +66,8 @@ void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, 
   const bool indices_do = positions.kind == PositionKind::none || positions.kind == PositionKind::indices;
   if (suits_whole_planes<A>(g) && (indices_do || offsets_are_indices(g)))
     return extremum_pool2d_global(g, extremum, input, output, positions);
-  if (is_one_plane_2x2(g)) return extremum_pool2d_sliding(as_one_plane(g), g.P, extremum, input, output, positions);
+  if (suits_one_plane<T>(g, extremum.minimum))
+    return extremum_pool2d_sliding(as_one_plane(g), g.P, extremum, input, output, positions);
   if (suits_small_planes<A>(g)) return extremum_pool2d_small_planes(g, extremum, input, output, positions);
   if (!suits_planes<A>(g) && can_be_staged<A>(g) && index_fits_lane<A>(g))
     return extremum_pool2d_sliding(g, g.P, extremum, input, output, positions);
@@ -103,7 +113,7 @@ void avg_pool2d_forward(const Pool2dGeometry& geometry, Divisor divisor, const T
   if (is_elementwise(g)) return avg_pool2d_elementwise(g, divisor, input, output);
   if (g.layout == Layout::channels_last) return avg_pool2d_channels_last(g, divisor, input, output);
   if (suits_whole_planes<Arithmetic<T>>(g)) return avg_pool2d_global(g, divisor, input, output);
-  if (is_one_plane_2x2(g)) return avg_pool2d_sliding(as_one_plane(g), divisor, input, output);
+  if (suits_one_plane<T>(g, false)) return avg_pool2d_sliding(as_one_plane(g), divisor, input, output);
   if (suits_small_planes<Arithmetic<T>>(g)) return avg_pool2d_small_planes(g, divisor, input, output);
   if (!suits_planes<Arithmetic<T>>(g) && can_be_staged<Arithmetic<T>>(g)) return avg_pool2d_sliding(g, divisor, input, output);
   avg_pool2d_planes(g, divisor, input, output);

@@ -1,7 +1,7 @@
 // Average pooling, NCHW.
 //
-// Forward: the rows of a window are added, then its columns. Where rows must be staged, for padding or conversion, what is staged
-// is the sums of rows.
+// Forward: the rows of a window are added, then its columns. Where all rows must be staged, for padding or conversion, what is
+// staged is the sums of rows.
 //
 // Backward, a gather by rows: position (h, w) receives the shares of the windows that contain it,
 //
@@ -110,7 +110,10 @@ void average_rows_2x2(const Pool2dGeometry& g, const Averaging<A>& averaging, Ro
   constexpr auto each = kEachLane<A>;
   const int64_t Q = g.Q, pitch = rows.pitch, step = g.stride_h * pitch;
   const A *row = rows.data, factor = averaging.exact_factor, divide_by = averaging.uniform;
-  const auto mean_of = [=](Vec<A> sum) { return factor != 0 ? sum * factor : sum / divide_by; };
+  const auto mean_of = [=](Vec<A> sum) {
+    sum += A(0);  // of negative zeros the mean is +0, as if the sum had started there
+    return factor != 0 ? sum * factor : sum / divide_by;
+  };
   int64_t left = (p_end - p_begin) * Q;
   if (2 * Q <= L) {  // two rows a vector
     for (; left >= L + Q; left -= 2 * Q, row += 2 * step, values += 2 * Q) {
@@ -126,18 +129,18 @@ void average_rows_2x2(const Pool2dGeometry& g, const Averaging<A>& averaging, Ro
   };
   if (Q < L) {
     for (; left > 0; left -= Q, row += step, values += Q) store_partial(values, mean_at(row), std::min(L, left));
-  }
-  for (; left > 0; left -= Q, row += step, values += Q) {
-    for_each_vector<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
-      prefetch_pair<0, A>(row + 4 * q);
-      store(values + q, mean_at(row + 2 * q));
-    });
+  } else {
+    for (; left > 0; left -= Q, row += step, values += Q) {
+      for_each_vector_of_row<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
+        prefetch_pair<0, A>(row + 4 * q);
+        store(values + q, mean_at(row + 2 * q));
+      });
+    }
   }
 }
 
 template <class A>
-auto average_rows_for(const Pool2dGeometry& g, bool uniform) {
-  if (is_plain_2x2(g) && uniform) return average_rows_2x2<A>;
+auto average_rows_for(const Pool2dGeometry& g) {
   if (g.stride_w == 2) return g.S == 2 ? average_rows<A, 2, 2> : g.S == 3 ? average_rows<A, 3, 2> : average_rows<A, 0, 2>;
   if (g.stride_w == 1) return g.S == 3 ? average_rows<A, 3, 1> : average_rows<A, 0, 1>;
   return average_rows<A, 0, 0>;
@@ -179,10 +182,9 @@ template <class T>
 void avg_pool2d_sliding(const Pool2dGeometry& g, const Divisor& divisor, const T* input, T* output) {
   using A = Arithmetic<T>;
   const Averaging<A> averaging(g, divisor, workspace<A>(Slot::tables, round_up_to_lanes<A>(g.Q)));
-  const bool uniform = averaging.uniform != 0;
   if constexpr (std::is_same_v<T, A>) {
     if (reads_in_place<T>(g) || reads_open<T>(g)) {
-      const auto rows_kernel = average_rows_for<A>(g, uniform);
+      const auto rows_kernel = is_plain_2x2(g) && averaging.uniform != 0 ? average_rows_2x2<A> : average_rows_for<A>(g);
       for_each_band(g, input, A(0), false, reads_open<T>(g), 2, [&](int64_t nc, int64_t p_begin, int64_t p_end, Rows<A> rows) {
         rows_kernel(g, averaging, rows, p_begin, p_end, output + (nc * g.P + p_begin) * g.Q);
       });
@@ -191,7 +193,7 @@ void avg_pool2d_sliding(const Pool2dGeometry& g, const Divisor& divisor, const T
   }
   Pool2dGeometry one_row = g;  // what is left of the windows once their rows are added
   one_row.R = 1, one_row.stride_h = 1;
-  const auto rows_kernel = average_rows_for<A>(one_row, uniform);
+  const auto rows_kernel = average_rows_for<A>(one_row);
   constexpr int64_t band_outputs = 8192, staged_bytes = 16 * 1024;
   const int64_t by_rows = staged_bytes / static_cast<int64_t>(staged_pitch<A>(g) * sizeof(A));
   const int64_t band = std::clamp<int64_t>(std::min(by_rows, band_outputs / g.Q), 1, g.P), bands = ceil_div(g.P, band);

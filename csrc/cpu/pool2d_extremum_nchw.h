@@ -63,7 +63,7 @@ inline bool index_fits_lane(const Pool2dGeometry& g) {
 template <class A>
 struct ExtremumPlan {
   Pool2dGeometry g;
-  int64_t rows_of_plane;  // g.P, or less where several planes are taken for one
+  int64_t rows_of_plane;  // g.P, or less where several planes are taken for one: for extremum_rows_2x2 alone
   Extremum extremum;
   bool padded;                     // some window reaches beyond the plane
   IndexOf<A> row_code;             // what a step down adds to a code
@@ -200,13 +200,14 @@ void extremum_rows_2x2(const ExtremumPlan<A>& plan, Rows<A> rows, int64_t nc, in
   };
   if (Q < L) {
     for (; left > 0; left -= Q, row += step, values += Q, to += Q) write(row, next_origin(), values, to, std::min(L, left));
-  }
-  for (; left > 0; left -= Q, row += step, values += Q, to += Q) {
-    const I first = next_origin();
-    for_each_vector<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
-      prefetch_pair<0, A>(row + 4 * q);
-      write(row + 2 * q, first + static_cast<I>(2 * q), values + q, to + q, L);
-    });
+  } else {
+    for (; left > 0; left -= Q, row += step, values += Q, to += Q) {
+      const I first = next_origin();
+      for_each_vector_of_row<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
+        prefetch_pair<0, A>(row + 4 * q);
+        write(row + 2 * q, first + static_cast<I>(2 * q), values + q, to + q, L);
+      });
+    }
   }
 }
 

@@ -302,7 +302,7 @@ void avg_pool2d_global(const Pool2dGeometry& g, const Divisor& divisor, const T*
     for (int64_t half = L / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
       for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
-    store_narrow_partial(output + first, sum[0] / divide_by, planes);
+    store_narrow_partial(output + first, (sum[0] + A(0)) / divide_by, planes);  // +0 of negative zeros
   });
 }
 

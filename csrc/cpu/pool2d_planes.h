@@ -259,7 +259,7 @@ void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T*
         const Window column = columns[q];
         Vec<A> sum = load(sum_lanes + column.begin * L);
         for (int64_t w = column.begin + 1; w < column.end; ++w) sum += load(sum_lanes + w * L);
-        store(mean + result * L, sum / static_cast<A>(divisor(row, column)));
+        store(mean + result * L, (sum + A(0)) / static_cast<A>(divisor(row, column)));  // +0 of negative zeros
       }
     }
     store_group<T>(g, mean, first, planes, p_begin * g.Q, (p_end - p_begin) * g.Q,

@@ -4,8 +4,9 @@
 //
 //   data[(p - p_begin) stride_h + r dilation_h][q stride_w + s dilation_w],   and from there every stride_w-th element
 //
-// Where every window lies inside the plane, rows are read in place. Otherwise, and to convert 16-bit elements, a band of rows is
-// staged first, with a neutral value in the padding and up to a vector beyond the last window:
+// Where every window lies inside the plane, rows are read in place. Otherwise a band of rows is staged first, also to convert
+// 16-bit elements, to turn signs, and at the end of the tensor, where a vector longer than the row would read beyond it; with a
+// neutral value in the padding and up to a vector beyond the last window:
 //
 //   staged[h][j] = input[h][j - pad_w]          j = 0 ... pitch - 1,  neutral outside the plane
 #pragma once
@@ -39,7 +40,7 @@ template <int write, class A>
     __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead + byte, write, write ? 2 : 3);
 }
 
-// The same for a row of `count` elements that is read alone.
+// The same for a row of `count` elements that is read alone, half as far ahead if nothing else is said: it needs more work.
 template <class T, int64_t ahead = 4096>
 [[gnu::always_inline]] inline void prefetch_row(const T* row, int64_t count) {
   constexpr int64_t line = 64;
@@ -241,10 +242,10 @@ inline bool is_plain_2x2(const Pool2dGeometry& g) {
   return g.R == 2 && g.S == 2 && g.stride_w == 2 && g.dilation_h == 1 && g.dilation_w == 1 && windows_lie_inside(g);
 }
 
-// Calls visit(q) for the vectors of a row of `count` elements; the last overlaps the one before it.
+// Calls visit(q) for the vectors of a row of `count` elements, one vector at least; the last overlaps the one before it.
 template <int64_t lanes, class Visit>
-[[gnu::always_inline]] inline void for_each_vector(int64_t count, Visit visit) {
-  for (int64_t next = 0; next < count; next += lanes) visit(std::max<int64_t>(0, std::min(next, count - lanes)));
+[[gnu::always_inline]] inline void for_each_vector_of_row(int64_t count, Visit visit) {
+  for (int64_t next = 0; next < count; next += lanes) visit(std::min(next, count - lanes));
 }
 
 // Calls visit(nc, p_begin, p_end, rows) for bands of windows that together cover every plane. `tap_cost` is the number of
@@ -380,7 +381,7 @@ void write_tiles_2x2(const Pool2dGeometry& g, A* grad_input, VectorOf vector, Sc
       for (; p < whole; ++p, row += Q, top += 2 * W) write(top, row);
     }
     for (; Q >= L && p < p_end; ++p, row += Q, top += 2 * W) {
-      for_each_vector<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
+      for_each_vector_of_row<L>(Q, [&](int64_t q) __attribute__((always_inline)) {
         prefetch_pair<1, A>(top + 4 * q);
         write(top + 2 * q, row + q);
       });

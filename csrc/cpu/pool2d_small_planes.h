@@ -158,15 +158,8 @@ void extremum_pool2d_small_planes(const Pool2dGeometry& g, Extremum extremum, co
     lanes_to_planes<A>(values, first, planes, windows,
                        [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
     if constexpr (coded) {
-      const auto store_codes = [&]<class Position>(Position* positions_to) {
-        lanes_to_planes<A>(codes, first, planes, windows,
-                           [=](int64_t to, Vec<A> v, int64_t n) { store_integers<I>(positions_to + to, (Vec<I>)v, n); });
-      };
-      switch (positions.kind) {
-        case PositionKind::indices: return store_codes(static_cast<int64_t*>(positions.to));
-        case PositionKind::byte_offsets: return store_codes(static_cast<uint8_t*>(positions.to));
-        default: return store_codes(static_cast<int32_t*>(positions.to));
-      }
+      lanes_to_planes<A>(codes, first, planes, windows,
+                         [=](int64_t to, Vec<A> v, int64_t n) { store_positions<I>(positions, to, (Vec<I>)v, n); });
     }
   });
 }

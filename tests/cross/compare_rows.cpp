@@ -171,6 +171,16 @@ Pool2dGeometry random_pool2d(Layout layout) {
   }
 }
 
+// 2x2 windows side by side: rows of all lengths about a vector, also of few planes, and planes that make one tall plane.
+std::vector<Pool2dGeometry> named_pool2d() {
+  std::vector<Pool2dGeometry> pools;
+  for (const int64_t planes : {1, 3, 18})
+    for (const int64_t H : {2, 3, 14, 15})
+      for (const int64_t W : {2, 3, 4, 5, 6, 7, 8, 10, 11, 14, 15, 16, 18, 22, 28, 31, 33, 34, 63})
+        pools.push_back({1, planes, H, W, 2, 2, H / 2, W / 2, 2, 2, 0, 0, 1, 1, false, Layout::nchw});
+  return pools;
+}
+
 }  // namespace
 }  // namespace torchcnn
 
@@ -184,6 +194,11 @@ int main(int argc, char** argv) {
       failures += !compare_conv2d<double>(conv, ROW::conv2d_f64, reference::conv2d_f64);
       comparisons += 2;
     }
+  }
+  for (const Pool2dGeometry& pool : named_pool2d()) {
+    failures += !compare_pool2d<float>(pool, ROW::pool2d_f32, reference::pool2d_f32);
+    failures += !compare_pool2d<double>(pool, ROW::pool2d_f64, reference::pool2d_f64);
+    comparisons += 2;
   }
   for (int round = 0; round < rounds; ++round) {
     for (const Layout layout : {Layout::nchw, Layout::channels_last}) {
