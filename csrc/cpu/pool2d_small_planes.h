@@ -35,17 +35,23 @@ struct WindowTables {
   }
 };
 
-// lanes[x kLanes + l] = element x of plane l. load_at(i) gives elements i, i + 1, ... of the tensor; load_end(i, left) does not
-// read beyond the tensor, and only `left` of its elements count.
-template <class A, class LoadAt, class LoadEnd>
-inline void planes_to_lanes(int64_t first, int64_t planes, int64_t count, LoadAt load_at, LoadEnd load_end, A* lanes) {
+// lanes[x kLanes + l] = element x of plane l. load_at(at) gives the elements from `at` on. load_end(at, left) does not read beyond
+// the tensor, and only `left` of its elements count. Each plane is a stream too short for the processor to foresee, so what the
+// next group has in this place is asked for.
+template <class A, class T, class LoadAt, class LoadEnd>
+inline void planes_to_lanes(const T* from, int64_t first, int64_t planes, int64_t count, LoadAt load_at, LoadEnd load_end,
+                            A* lanes) {
   constexpr int L = static_cast<int>(kLanes<A>);
   if (count >= L && planes == L) {
     for (int64_t block = 0; block < count; block += L) {
-      const int64_t x = std::min(block, count - L), start = first * count + x;
+      const int64_t x = std::min(block, count - L);
+      const T* at = from + first * count + x;
       Vec<A> v[L];
 #pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) v[l] = load_at(start + l * count);
+      for (int l = 0; l < L; ++l) {
+        v[l] = load_at(at + l * count);
+        __builtin_prefetch(at + (l + L) * count, 0, 2);
+      }
       gemm::transpose<A>(v);
 #pragma GCC unroll 16
       for (int l = 0; l < L; ++l) store(lanes + (x + l) * L, v[l]);
@@ -54,7 +60,7 @@ inline void planes_to_lanes(int64_t first, int64_t planes, int64_t count, LoadAt
   }
   for (int64_t x = 0; x < count; x += L) {
     Vec<A> v[L];
-    for (int64_t l = 0; l < L; ++l) v[l] = load_end((first + std::min(l, planes - 1)) * count + x, count - x);
+    for (int64_t l = 0; l < L; ++l) v[l] = load_end(from + (first + std::min(l, planes - 1)) * count + x, count - x);
     gemm::transpose<A>(v);
     for (int l = 0; l < L; ++l) store(lanes + (x + l) * L, v[l]);
   }
@@ -135,9 +141,8 @@ void extremum_pool2d_small_planes(const Pool2dGeometry& g, Extremum extremum, co
     A* lanes = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* values = workspace<A>(Slot::tile, 2 * L * round_up_to_lanes<A>(windows));
     A* codes = values + L * round_up_to_lanes<A>(windows);
-    planes_to_lanes<A>(first, planes, plane, [=](int64_t i) {
-      return (Vec<A>)((Vec<I>)load_wide(input + i) ^ sign);
-    }, [=](int64_t i, int64_t left) { return (Vec<A>)((Vec<I>)load_row_end(input + i, left, end) ^ sign); }, lanes);
+    planes_to_lanes<A>(input, first, planes, plane, [=](const T* at) { return (Vec<A>)((Vec<I>)load_wide(at) ^ sign); },
+                       [=](const T* at, int64_t left) { return (Vec<A>)((Vec<I>)load_row_end(at, left, end) ^ sign); }, lanes);
     with_window_size(g, [&]<int R_, int S_>() {
       A *value = values, *code = codes;
       for (int64_t p = 0; p < g.P; ++p) {
@@ -183,11 +188,11 @@ void offset_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const T* gra
     A* sums = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* gradients = workspace<A>(Slot::tile, 2 * L * round_up_to_lanes<A>(windows));
     A* codes = gradients + L * round_up_to_lanes<A>(windows);
-    planes_to_lanes<A>(first, planes, windows, [=](int64_t i) { return load_wide(grad_output + i); },
-                       [=](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
-    planes_to_lanes<A>(first, planes, windows, [=](int64_t i) {
-      return (Vec<A>)load_unsigned<I>(offsets + i);
-    }, [=](int64_t i, int64_t left) { return (Vec<A>)load_offsets<I>(offsets + i, left, offsets_end - (offsets + i)); }, codes);
+    planes_to_lanes<A>(grad_output, first, planes, windows, [=](const T* at) { return load_wide(at); },
+                       [=](const T* at, int64_t left) { return load_row_end(at, left, end); }, gradients);
+    planes_to_lanes<A>(offsets, first, planes, windows, [=](const Offset* at) {
+      return (Vec<A>)load_unsigned<I>(at);
+    }, [=](const Offset* at, int64_t left) { return (Vec<A>)load_offsets<I>(at, left, offsets_end - at); }, codes);
     fill_row(sums, L * plane, A(0));
     with_window_size(g, [&]<int R_, int S_>() {
       const A *gradient = gradients, *code = codes;
@@ -222,8 +227,8 @@ void avg_pool2d_small_planes(const Pool2dGeometry& g, const Divisor& divisor, co
   for_each_small_group<A>(g, [&](int64_t first, int64_t planes) {
     A* lanes = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* means = workspace<A>(Slot::tile, L * round_up_to_lanes<A>(windows));
-    planes_to_lanes<A>(first, planes, plane, [=](int64_t i) { return load_wide(input + i); },
-                       [=](int64_t i, int64_t left) { return load_row_end(input + i, left, end); }, lanes);
+    planes_to_lanes<A>(input, first, planes, plane, [=](const T* at) { return load_wide(at); },
+                       [=](const T* at, int64_t left) { return load_row_end(at, left, end); }, lanes);
     with_window_size(g, [&]<int R_, int S_>() {
       A* mean = means;
       for (int64_t p = 0; p < g.P; ++p) {
@@ -251,8 +256,8 @@ void avg_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const Divisor& 
   for_each_small_group<A>(g, [&](int64_t first, int64_t planes) {
     A* sums = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* gradients = workspace<A>(Slot::tile, L * round_up_to_lanes<A>(windows));
-    planes_to_lanes<A>(first, planes, windows, [=](int64_t i) { return load_wide(grad_output + i); },
-                       [=](int64_t i, int64_t left) { return load_row_end(grad_output + i, left, end); }, gradients);
+    planes_to_lanes<A>(grad_output, first, planes, windows, [=](const T* at) { return load_wide(at); },
+                       [=](const T* at, int64_t left) { return load_row_end(at, left, end); }, gradients);
     fill_row(sums, L * plane, A(0));
     with_window_size(g, [&]<int R_, int S_>() {
       const A* gradient = gradients;
