@@ -35,7 +35,7 @@ struct WindowTables {
   }
 };
 
-// lanes[x kLanes + l] = element x of plane l. load_at(at) gives the elements from `at` on. load_end(at, left) does not read beyond
+// lanes[x kLanes + l] = element x of plane l. load_at(at) gives the elements from `at` on, load_end(at, left) does not read beyond
 // the tensor, and only `left` of its elements count. Each plane is a stream too short for the processor to foresee, so what the
 // next group has in this place is asked for.
 template <class A, class T, class LoadAt, class LoadEnd>
