@@ -35,9 +35,9 @@ struct WindowTables {
   }
 };
 
-// lanes[x kLanes + l] = element x of plane l. load_at(at) gives the elements from `at` on, load_end(at, left) does not read beyond
-// the tensor, and only `left` of its elements count. Each plane is a stream too short for the processor to foresee, so what the
-// next group has in this place is asked for.
+// lanes[x kLanes + l] = element x of plane l. load_at(at) gives the elements from `at` on, load_end(at, left) does not read
+// beyond the tensor, and only `left` of its elements count. Each plane is a stream too short for the processor to foresee, so
+// what the next group has in this place is asked for.
 template <class A, class T, class LoadAt, class LoadEnd>
 inline void planes_to_lanes(const T* from, int64_t first, int64_t planes, int64_t count, LoadAt load_at, LoadEnd load_end,
                             A* lanes) {
