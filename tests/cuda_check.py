@@ -37,7 +37,7 @@ STRICT = "-Werror=all-warnings -Xptxas=-Werror"
 # tensor-core steps and with the steps of Hopper; in the build that checks memory, those with exact results, which have the
 # geometries at the borders of tiles, with the threads of a block in three orders; some of these once more under the address
 # sanitizer, for the arrays of a kernel's own.
-OPERATOR_TESTS = ["test_pool2d", "test_conv2d", "test_conv_transpose", "test_pool_backward", "test_depthwise", "test_cuda"]
+OPERATOR_TESTS = ["test_conv2d test_depthwise test_cuda", "test_conv_transpose test_pool2d test_pool_backward"]
 CHECKED_TESTS = ["test_conv2d", "test_pool2d"]
 CHECKED = os.environ.get("TORCHCNN_CHECKED_TESTS", "exact and not sliced and not (float64 and channels_last)")  # pytest -k
 LARGE_TILES = "(test_exact and float32 and block_136_filters)"  # which shared memory before sm_80 has no room for
@@ -166,7 +166,7 @@ def check_docs(args):
 
 
 def emulate(mode, runs):
-    """Builds the emulator and makes runs of pytest in it, each (test file, options, environment); how many tests passed."""
+    """Builds the emulator and makes runs of pytest in it, each (test files, options, environment); how many tests passed."""
     if not (HERE / "cuda_emulator" / "build.py").exists():
         raise SkippedError("there is no tests/cuda_emulator/build.py")
     import build
@@ -178,10 +178,11 @@ def emulate(mode, runs):
     library = build.asan_environment() if mode == "asan" else {}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
 
-    def passed(test, options, environment):
+    def passed(tests, options, environment):
         # From the folder of the package, which then comes before the one in the root.
         environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **library, **environment}
-        output = run(*pytest, *options, HERE / f"{test}.py", folder=folder, **environment)
+        files = [HERE / f"{test}.py" for test in tests.split()]
+        output = run(*pytest, *options, *files, folder=folder, **environment)
         return int(re.search(r"(\d+) passed", output)[1])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -191,7 +192,7 @@ def emulate(mode, runs):
 def check_emulator_fast(args):
     """emulator: operator tests"""
     options, environment = ([], {}) if args.full else (["-m", "not slow"], {"TORCHCNN_TEST_EXAMPLES": "5"})
-    return f"{emulate('fast', [(test, options, environment) for test in OPERATOR_TESTS])} tests"
+    return f"{emulate('fast', [(tests, options, environment) for tests in OPERATOR_TESTS])} tests"
 
 
 def check_emulator_others(args):

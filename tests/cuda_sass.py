@@ -13,12 +13,14 @@ shared memory that the system reserves.
 
 import argparse
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,7 +156,9 @@ def kernels_of(tools, path, architecture):
 
 
 def read(tools, objects, architectures):
-    kernels = [kernel for path in objects for each in architectures for kernel in kernels_of(tools, path, each)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        of_objects = pool.map(lambda pair: kernels_of(tools, *pair), itertools.product(objects, architectures))
+        kernels = [kernel for kernels in of_objects for kernel in kernels]
     # Elsewhere than on Hopper its own kernels are a trap.
     kernels = [kernel for kernel in kernels if kernel.architecture == "sm_90a" or "WarpgroupMath" not in kernel.name]
     return sorted(kernels, key=lambda kernel: (kernel.name, kernel.architecture))

@@ -73,7 +73,9 @@ def test_exact(case, dtype, layout, device):
 def test_rounding(case, dtype):
     """Tier 2, and tier 3 over several draws together: one small output may have torch lucky."""
     options = transposed_options(case)
-    draws = [cast(case_tensors(case, torch.randn), cases.contiguous, dtype) for _ in range(8)]
+    # Of large outputs two draws are enough, and an emulated kernel takes a second for each.
+    count = 8 if case_tensors(case, torch.empty)[3].numel() < 1000 else 2
+    draws = [cast(case_tensors(case, torch.randn), cases.contiguous, dtype) for _ in range(count)]
     doubles = [cast(tensors, cases.contiguous, torch.float64) for tensors in draws]
     absolute = [[tensor if tensor is None else tensor.abs() for tensor in tensors] for tensors in doubles]
     K, C_g, R, S = case.weight

@@ -1,8 +1,8 @@
 // Which memory a kernel may touch, and in which order.
 //
 // In the build `check` the compiler calls the functions named __tsan_... before each access of a kernel (-fsanitize=thread,
-// without its own runtime), and the ones named __ubsan_... where an index or an alignment is wrong. Each byte has a cell: who
-// wrote it last and who read it since. An earlier access by another thread has happened before this one if a barrier lies between
+// without its own runtime), and the ones named __ubsan_... where an index or an alignment is wrong. Bytes that were always accessed
+// together share a cell: who wrote them last and who read them since. An earlier access by another thread has happened before this one if a barrier lies between
 // them, or, within a warp, a __syncwarp of both (order_memory keeps for each lane what it has seen of the others, a vector
 // clock). Two accesses, one of them a write, of which neither has happened before the other are a race, whatever order the fibers
 // ran in.
@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -48,11 +49,17 @@ uint32_t interval, first_of_block, first_of_launch;
 using Clock = std::array<uint16_t, kWarp>;
 std::array<Clock, 1024> clocks;
 
+// Marks of an event beside the number of its thread. Whole words, since the fields of one are slow to store and then copy.
+enum Mark : uint32_t { several_lanes = 1 << 10, several_warps = 1 << 11, several_blocks = 1 << 12, under_way = 1 << 13 };
+
 struct Event {
   uint32_t interval;  // 0: never
   uint32_t by;        // the instruction, from the beginning of the module
-  uint16_t clock;     // of the thread's own lane
-  uint16_t thread : 10, several_lanes : 1, several_warps : 1, several_blocks : 1, under_way : 1;
+  uint32_t clock;     // of the thread's own lane
+  uint32_t who;
+
+  unsigned thread() const { return who % several_lanes; }
+  bool has(Mark mark) const { return who & mark; }
 };
 
 struct Cell {
@@ -65,11 +72,26 @@ struct FreeMemory {
 
 struct Range : Bytes {
   bool initialised = false, shared = false;
+  unsigned cell_bits = 4;  // of a cell are 2^cell_bits bytes; no access so far began or ended within one
   std::unique_ptr<Cell[], FreeMemory> cells;
 
-  Cell* cells_at(uintptr_t at) {
-    if (cells == nullptr) cells.reset(static_cast<Cell*>(std::calloc(last - first, sizeof(Cell))));
-    return &cells[at - first];
+  std::span<Cell> cells_at(uintptr_t at, size_t bytes) {
+    if (cells == nullptr) cells = new_cells();
+    while (((at - first) | bytes) & ((size_t(1) << cell_bits) - 1)) halve_cells();
+    return {&cells[(at - first) >> cell_bits], bytes >> cell_bits};
+  }
+
+ private:
+  size_t count() const { return ((last - first - 1) >> cell_bits) + 1; }
+  std::unique_ptr<Cell[], FreeMemory> new_cells() const {
+    return std::unique_ptr<Cell[], FreeMemory>(static_cast<Cell*>(std::calloc(count(), sizeof(Cell))));
+  }
+
+  void halve_cells() {
+    --cell_bits;
+    auto halves = new_cells();
+    for (size_t i = 0; i < count(); ++i) halves[i] = cells[i / 2];
+    cells = std::move(halves);
   }
 };
 
@@ -126,67 +148,65 @@ bool failing = false;
   std::snprintf(other, sizeof other, "%s", lines_of(event.by).c_str());
   const bool same_block = event.interval >= first_of_block;
   fail_at(by, "race: %s byte %zu of %s memory that thread %u%s %s at %s%s", writes ? "writes" : "reads", offset,
-          range.shared ? "shared" : "global", unsigned(event.thread), same_block ? "" : " of another block",
-          other_writes ? "wrote" : "read", other, event.under_way ? ", a copy still under way" : "");
+          range.shared ? "shared" : "global", event.thread(), same_block ? "" : " of another block",
+          other_writes ? "wrote" : "read", other, event.has(under_way) ? ", a copy still under way" : "");
 }
 
-bool has_happened_before(const Event& event) {
-  if (event.interval < first_of_launch) return true;
-  if (event.several_blocks || event.interval < first_of_block) return false;
-  if (event.interval < interval) return true;
-  const unsigned thread = thread_number();
-  if (event.several_warps || event.thread / kWarp != thread / kWarp) return false;
+// Within a block, without a barrier between.
+[[gnu::noinline]] bool lanes_have_met(const Event& event, unsigned thread) {
+  if (event.has(several_warps) || event.thread() / kWarp != thread / kWarp) return false;
   const Clock& seen = clocks[thread];
-  if (event.several_lanes) return *std::min_element(seen.begin(), seen.end()) >= event.clock;
-  return event.thread == thread || seen[event.thread % kWarp] >= event.clock;
+  if (!event.has(several_lanes)) return event.thread() == thread || seen[event.thread() % kWarp] >= event.clock;
+  uint16_t least = seen[0];
+  for (uint16_t each : seen) least = std::min(least, each);
+  return least >= event.clock;
+}
+
+inline bool has_happened_before(const Event& event, const Event& now) {
+  if (event.interval < first_of_launch) return true;
+  if (event.has(several_blocks) || event.interval < first_of_block) return false;
+  return event.interval < now.interval || lanes_have_met(event, now.thread());
 }
 
 void note_read(Event& read, const Event& now, bool shared) {
   const bool of_launch = read.interval >= first_of_launch && read.interval != 0;
-  Event next = now;
-  if (!shared && of_launch && (read.several_blocks || read.interval < first_of_block)) next.several_blocks = 1;
-  if (read.interval == interval && !(read.thread == now.thread && !read.several_lanes && !read.several_warps) &&
-      !has_happened_before(read)) {
-    if (read.several_warps || read.thread / kWarp != now.thread / kWarp) {
-      next.several_warps = 1;
+  uint32_t who = now.who, clock = now.clock;
+  if (!shared && of_launch && (read.has(several_blocks) || read.interval < first_of_block)) who |= several_blocks;
+  if (read.interval == interval && !(read.thread() == now.thread() && !(read.who & (several_lanes | several_warps))) &&
+      !has_happened_before(read, now)) {
+    if (read.has(several_warps) || read.thread() / kWarp != now.thread() / kWarp) {
+      who |= several_warps;
     } else {
-      next.several_lanes = 1;
-      next.clock = std::max(read.clock, now.clock);
+      who |= several_lanes;
+      clock = std::max(read.clock, clock);
     }
   }
-  read = next;
+  read = {now.interval, now.by, clock, who};
 }
 
 // What an earlier block did to shared memory is forgotten.
-void access_byte(const Range& range, size_t offset, Cell& cell, Access kind, const Event& now) {
+void access_cell(const Range& range, size_t offset, Cell& cell, Access kind, const Event& now) {
   const bool writes = kind != Access::read;
   const bool written = range.shared ? cell.write.interval >= first_of_block : cell.write.interval != 0;
   if (!written && !writes && !range.initialised)
     fail_at(now.by, "reads byte %zu of %s memory, which nothing has written so far", offset, range.shared ? "shared" : "global");
   if (written) {
-    const bool arrives = kind == Access::arrival && cell.write.under_way && cell.write.thread == now.thread;
-    const bool under_way = cell.write.under_way && cell.write.interval >= first_of_block;
-    if (!arrives && (under_way || !has_happened_before(cell.write))) fail_race(range, offset, writes, cell.write, true, now.by);
+    const bool arrives = kind == Access::arrival && cell.write.has(under_way) && cell.write.thread() == now.thread();
+    const bool copied = cell.write.has(under_way) && cell.write.interval >= first_of_block;
+    if (!arrives && (copied || !has_happened_before(cell.write, now))) fail_race(range, offset, writes, cell.write, true, now.by);
   }
   if (!writes) return note_read(cell.read, now, range.shared);
   const bool read = range.shared ? cell.read.interval >= first_of_block : cell.read.interval != 0;
-  if (read && !has_happened_before(cell.read)) fail_race(range, offset, writes, cell.read, false, now.by);
-  cell.write = now;
-  cell.write.under_way = kind == Access::issue;
+  if (read && !has_happened_before(cell.read, now)) fail_race(range, offset, writes, cell.read, false, now.by);
+  cell.write = {now.interval, now.by, now.clock, now.who | (kind == Access::issue ? uint32_t(under_way) : 0)};
 }
 
 void access_range(Range& range, uintptr_t at, size_t bytes, Access kind, uint32_t by) {
   const unsigned thread = thread_number();
-  const Event now = {interval, by, clocks[thread][thread % kWarp], uint16_t(thread), 0, 0, 0, 0};
-  Cell* cells = range.cells_at(at);
-  const Cell first = cells[0];
-  for (size_t i = 0; i < bytes; ++i) {
-    // The bytes of a number have mostly the same history, and then the same future.
-    if (i > 0 && std::memcmp(&cells[i], &first, sizeof first) == 0)
-      cells[i] = cells[0];
-    else
-      access_byte(range, at - range.first + i, cells[i], kind, now);
-  }
+  const Event now = {interval, by, clocks[thread][thread % kWarp], thread};
+  const std::span<Cell> cells = range.cells_at(at, bytes);
+  for (size_t i = 0; i < cells.size(); ++i)
+    access_cell(range, at - range.first + (i << range.cell_bits), cells[i], kind, now);
 }
 
 bool is_launch_variable(uintptr_t at, size_t bytes) {
@@ -256,7 +276,7 @@ void begin_block() {
 void begin_interval() {
   ++interval;
   if (!kChecks) return;
-  for (unsigned thread = 0; thread < clocks.size(); ++thread) {
+  for (unsigned thread = 0; thread < blockDim.x * blockDim.y * blockDim.z; ++thread) {
     clocks[thread].fill(0);
     clocks[thread][thread % kWarp] = 1;
   }
@@ -323,8 +343,7 @@ bool set_memory(void* first, int value, size_t bytes) {
   std::memset(first, value, bytes);
   if (!kChecks) return true;
   ++interval;
-  Cell* cells = range->cells_at(set.first);
-  for (size_t i = 0; i < bytes; ++i) cells[i].write = {interval, 0, 0, 0, 0, 0, 0, 0};
+  for (Cell& cell : range->cells_at(set.first, bytes)) cell.write = {interval, 0, 0, 0};
   return true;
 }
 

@@ -179,7 +179,8 @@ void reset_thread(Thread& thread) {
 // ------------------------------------------------------------------------------------------------- waiting for others
 
 bool same_place(const Place& a, const Place& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  if (a.line() != b.line() || a.column() != b.column()) return false;
+  return a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
 std::string text(const Place& place) {
@@ -296,13 +297,13 @@ void meet(unsigned mask, void* operand, Combine combine, const Place& place) {
   thread.mask = mask;
   thread.combine = combine;
   thread.operand = operand;
+  for (unsigned lane = 0; lane < lanes; ++lane)
+    if ((mask >> lane & 1) && threads[first + lane].state != State::meeting) return leave(false);  // until the last is here
   void* operands[kWarp] = {};
   for (unsigned lane = 0; lane < lanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
     const Thread& other = threads[first + lane];
-    const bool here =
-        other.state == State::meeting && other.mask == mask && other.combine == combine && same_place(other.place, place);
-    if (!here) return leave(false);  // until the last of them is here
+    if (other.mask != mask || other.combine != combine || !same_place(other.place, place)) return leave(false);
     operands[lane] = other.operand;
   }
   combining = true;
