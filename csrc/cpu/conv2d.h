@@ -107,6 +107,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         return small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight);
       return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight);
     case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight);
+    case Algorithm::pointwise: return pointwise::conv2d_grad_weight(g, grad_output, input, grad_weight);
     default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
   }
 }

@@ -181,16 +181,21 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
     return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
   if (const Choice winograd = choose_winograd(g, direction); winograd.reason != nullptr) return winograd;
-  if (g.layout == Layout::nchw && direction != Direction::grad_weight && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 &&
-      g.C_per_group() >= 8 && g.K_per_group() >= 8)
-    return {Algorithm::pointwise, "1x1 without padding: the weight matrix times the planes of the tensor"};
-  if (g.layout == Layout::nchw && direction != Direction::grad_weight && are_patches(g) && g.C_per_group() * g.R * g.S >= 8 &&
-      g.K_per_group() >= 8 && !(direction == Direction::forward && suits_small_channels(g, direction)))
-    return {Algorithm::pointwise, "kernel and stride alike: the weight matrix times the patches side by side"};
+  // Planes of nothing but pixels that windows share with no other.
+  const bool few = suits_small_channels(g, direction);
+  if (g.layout == Layout::nchw && g.pad_h == 0 && g.pad_w == 0 && g.C_per_group() * g.R * g.S >= 8 && g.K_per_group() >= 8) {
+    if (g.R * g.S == 1 && !(few && direction == Direction::grad_weight))
+      return {Algorithm::pointwise, direction == Direction::grad_weight
+                                        ? "1x1 without padding: the planes of grad_output times those of the input"
+                                        : "1x1 without padding: the weight matrix times the planes of the tensor"};
+    if (are_patches(g) && !(few && direction != Direction::grad_input))
+      return {Algorithm::pointwise, direction == Direction::grad_weight
+                                        ? "kernel and stride alike: the planes of grad_output times patches side by side"
+                                        : "kernel and stride alike: the weight matrix times the patches side by side"};
+  }
   if (suits_vectors_of_filters(g, direction))
     return {Algorithm::small_channels, "few channels: vectors of filters, the input straight from its rows"};
-  if (suits_small_channels(g, direction))
-    return {Algorithm::small_channels, "few channels: vectors of pixels, straight from the rows of the image"};
+  if (few) return {Algorithm::small_channels, "few channels: vectors of pixels, straight from the rows of the image"};
   if (direction == Direction::grad_input && (g.stride_h > 1 || g.stride_w > 1))
     return {Algorithm::implicit_gemm, "stride above 1: one correlation of grad_output for each phase of the input"};
   if (direction == Direction::grad_weight)

@@ -197,6 +197,13 @@ inline int64_t tile_rows(int64_t rest, int64_t most = mr) {
   return rest >= most + most / 2 || rest <= most ? std::min(rest, most) : (rest + 1) / 2;
 }
 
+// Sums of few tasks are cut into slices, so that there are eight tasks for threads to share. The geometry alone decides how many,
+// or the bits would depend on the number of threads.
+inline int64_t slices_of(int64_t tasks, int64_t blocks) {
+  const int64_t wanted = tasks >= 8 ? 1 : tasks >= 4 ? 2 : tasks >= 2 ? 4 : 8;
+  return std::min(wanted, blocks);
+}
+
 // Sums that were cut into slices, [slice][element]: the slices are added in order.
 template <class T>
 inline void add_slices(const T* partial, int64_t slices, int64_t count, T* to) {

@@ -395,13 +395,20 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   parallel_for(g.G * panels, patch_size * 2, [&](int64_t task) {
     const int64_t group = task / panels, c = task % panels * nr<T>, lanes = std::min(nr<T>, C - c);
     T* to = packed_weight + task * patch_size * nr<T>;
+    if (taps_count == 1 && p.tap_count == 1) {  // in the order of k. Rows lie pages apart, which the processor does not guess.
+      const T* from = weight + group * K * C + c;
+      for (int64_t k = 0; k < K; ++k, from += C, to += nr<T>) {
+        __builtin_prefetch(from + 16 * C, 0, 2);
+        copy_row(from, lanes, to);
+        for (int64_t lane = lanes; lane < nr<T>; ++lane) to[lane] = T(0);
+      }
+      return;
+    }
     for (int64_t k = 0; k < K; ++k) {
       const T* from = weight + ((group * K + k) * C + c) * taps_count;
       const int64_t first = order.at(k, 0), step = order.width(k / order.block * order.block);
       const auto place_of = [&](int64_t t) { return first + tap_of[t] * step; };
-      if (taps_count == 1 && lanes == nr<T> && p.tap_count == 1) {
-        for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + first * nr<T> + v, load(from + v));
-      } else if (p.tap_count == taps_count) {
+      if (p.tap_count == taps_count) {
         gemm::pack_transposed(from, taps_count, lanes, taps_count, to, place_of);
       } else {
         for (int64_t t = 0; t < taps_count; ++t)

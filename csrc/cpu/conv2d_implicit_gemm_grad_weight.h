@@ -35,7 +35,10 @@ void pack_pixels(const T* from, int64_t step, int64_t pixels, int64_t channels, 
     T* panel = to;
     int64_t c = 0;
     for (; c + width <= channels; c += width, panel += panel_stride)
-      for (int64_t x = 0; x < count; ++x) copy_row(from + x * step + c, width, panel + x * width);
+      for (int64_t x = 0; x < count; ++x) {
+        __builtin_prefetch(from + (together + x) * step + c, 0, 2);
+        copy_row(from + x * step + c, width, panel + x * width);
+      }
     for (int64_t x = 0; c < channels && x < count; ++x) {
       copy_row(from + x * step + c, channels - c, panel + x * width);
       for (int64_t empty = channels - c; empty < width; ++empty) panel[x * width + empty] = T(0);
@@ -65,10 +68,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const Window w = window_of(taps, taps_count, in, g.H, g.W, chunk_channels, blocks.rows, g.P, g.Q, g.stride_h, g.stride_w,
                              g.layout, sizeof(T), false);
 
-  // Too few tasks to share out among threads: cut the sum over positions into slices as well, added in order at the end. How
-  // many is decided by the geometry alone, or the bits would depend on the number of threads.
-  const int64_t chunks = g.G * c_chunks * k_chunks;
-  const int64_t slices = chunks >= 8 ? 1 : std::min<int64_t>(8, blocks.count()), weights = g.K * patch_size;
+  const int64_t chunks = g.G * c_chunks * k_chunks, slices = gemm::slices_of(chunks, blocks.count());
+  const int64_t weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
   const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
   parallel_for(chunks * slices, task_cost, [&](int64_t task) {

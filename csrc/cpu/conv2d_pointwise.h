@@ -4,11 +4,16 @@
 //
 //   forward      output[k][x]     = bias[k] + sum_y weight[k][y] input[y][x]          x = (n, p, q)
 //   grad_input   grad_input[y][x] =           sum_k weight[k][y] grad_output[k][x]    and 0 at pixels that no window has
+//   grad_weight  grad_weight[k][y] =          sum_x grad_output[k][x] input[y][x]
 //
-// A is the weight: in place in forward, in grad_input packed [y / 12][k][y % 12]. B is packed [x / nr][y][x % nr] from the
-// planes, a panel at a time, so that pixels of several small images share a vector. A block of panels is taken through a whole
-// row of tiles before the next, since neighbouring panels read and write neighbouring pixels of the planes, which lie pages
-// apart.
+// Forward and grad_input: A is the weight, in place in forward, in grad_input packed [y / 12][k][y % 12], ahead or, where each
+// panel of it serves few blocks of positions, just before it is used, which saves a trip to memory. B is packed
+// [x / nr][y][x % nr] from the planes, a panel at a time, so that pixels of several small images share a vector. A block of
+// panels is taken through a whole row of tiles before the next, since neighbouring panels read and write neighbouring pixels of
+// the planes, which lie pages apart.
+//
+// grad_weight: A is grad_output, in place. B is packed [y / nr][x][y % nr] from the planes of the input. Rows of the product then
+// are rows of grad_weight.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +21,7 @@
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
+#include "conv2d_implicit_gemm.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -47,7 +53,20 @@ struct Weights {
   const T* data;
   int64_t panel_stride, row_stride, step;
   const T* at(int64_t m, int64_t k) const { return data + m / a_panel * panel_stride + m % a_panel * row_stride + k * step; }
+  bool is_row_by_row() const { return row_stride == 1 && step != a_panel; }  // the weight itself, rows k, to be packed
 };
+
+// to[k][m] = A(m, k) for the panel of so many rows m at `from`, whose terms are step apart.
+template <class T>
+inline void pack_weights(const T* from, int64_t rows, int64_t step, int64_t depth, T* to) {
+  for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(from + (k + 16) * step, 0, 2);  // rows lie pages apart, which the processor does not guess
+    if (rows == a_panel)
+      std::memcpy(to + k * a_panel, from + k * step, a_panel * sizeof(T));
+    else
+      for (int64_t m = 0; m < rows; ++m) to[k * a_panel + m] = from[k * step + m];
+  }
+}
 
 // What the tiles of a block have in common. With it a tile has six arguments, which pass in registers: a sum of 64 terms is so
 // short that more would cost a tenth of it.
@@ -138,16 +157,21 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
         for (int64_t j = 0; j < count; ++j, to += panel_size<T>)
           for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(pixels + j * nr<T> + v));
       }
-      const Terms terms{depth, weight.row_stride, weight.step, d > 0, epilogue.relu && d + 1 == depths};
+      const bool packs = weight.is_row_by_row();
+      T* const packed = packs ? workspace<T>(Slot::packed_weight, max_depth<T> * a_panel) : nullptr;
+      const Terms terms{depth, weight.row_stride, packs ? a_panel : weight.step, d > 0, epilogue.relu && d + 1 == depths};
       for (int64_t chunk = m_begin; chunk < m_end; chunk += a_panel) {
         const int64_t chunk_end = std::min(m_end, chunk + a_panel);
+        const T* const a = weight.at(chunk, k);
+        if (packs) pack_weights(a, chunk_end - chunk, weight.step, depth, packed);
         for (int64_t j = 0; j < count; ++j) {
           const Target to = target[j];
           for (int64_t m = chunk, rows = 0; m < chunk_end; m += rows) {
             rows = gemm::tile_rows(chunk_end - m);
             const T* start = epilogue.bias == nullptr || d > 0 ? nullptr : epilogue.bias + m;
             gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
-              tile_product<T, count>(terms, weight.at(m, k), b + j * panel_size<T>, to.first + m * to.row, to.row, start);
+              tile_product<T, count>(terms, (packs ? packed : a) + (m - chunk) * weight.row_stride, b + j * panel_size<T>,
+                                     to.first + m * to.row, to.row, start);
             });
           }
         }
@@ -195,22 +219,120 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   const int64_t C = g.C_per_group(), K = g.K_per_group(), terms = C * g.R * g.S, panels = ceil_div(terms, a_panel);
   if (g.P * g.R < g.H || g.Q * g.S < g.W)
     parallel_for(g.N * g.C, in.c / kLanes<T>, [&](int64_t i) { fill(grad_input + i * in.c, in.c, T(0)); });
-  T* packed = workspace<T>(Slot::packed_weight, panels * K * a_panel + kLanes<T>);
+  const bool packs_ahead = g.N * g.P * g.Q > 2 * block_panels * nr<T>;
+  T* packed = packs_ahead ? workspace<T>(Slot::packed_weight, panels * K * a_panel + kLanes<T>) : nullptr;
   for (int64_t group = 0; group < g.G; ++group) {
-    parallel_for(panels, K * 2, [&](int64_t panel) {
-      const int64_t y = panel * a_panel, width = std::min(a_panel, terms - y);
-      const T* from = weight + group * K * terms + y;
-      T* to = packed + panel * K * a_panel;
-      for (int64_t k = 0; k < K; ++k) {
-        if (width == a_panel)
-          std::memcpy(to + k * a_panel, from + k * terms, a_panel * sizeof(T));
-        else
-          for (int64_t m = 0; m < width; ++m) to[k * a_panel + m] = from[k * terms + m];
-      }
-    });
-    product<T>(g.N, g.P, g.Q, terms, K, {packed, K * a_panel, 1, a_panel}, {grad_output + group * K * out.c, out, 1, 1},
+    const T* from = weight + group * K * terms;
+    if (packs_ahead)
+      parallel_for(panels, K * 2, [&](int64_t panel) {
+        const int64_t y = panel * a_panel;
+        pack_weights(from + y, std::min(a_panel, terms - y), terms, K, packed + panel * K * a_panel);
+      });
+    product<T>(g.N, g.P, g.Q, terms, K,
+               packs_ahead ? Weights<T>{packed, K * a_panel, 1, a_panel} : Weights<T>{from, a_panel, 1, terms},
+               {grad_output + group * K * out.c, out, 1, 1},
                {grad_input + group * C * in.c, in, g.stride_h, g.stride_w, g.R, g.S}, {nullptr, false});
   }
+}
+
+// grad_weight is cut into tasks of some filters by some taps, whose sums, 288 x 128 of them or 144 KiB, stay in L2.
+inline constexpr int64_t chunk_filters = 288, chunk_taps = 128;
+// Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
+inline constexpr int64_t gradient_depth = 256;
+
+// to[(x, lane)] = the pixels that taps y ... y + lanes - 1 see at the positions of rows i_begin ... i_begin + rows - 1 of one
+// image, and zeros in the lanes after them. `line` is room for a panel.
+template <class T>
+void pack_taps(const Planes<const T>& image, int64_t y, int64_t lanes, int64_t i_begin, int64_t rows, int64_t columns, T* line,
+               T* to) {
+  const int64_t count = rows * columns, first = i_begin * image.step_h * image.strides.h;
+  const auto in_order = [](int64_t x) { return x; };
+  if (image.R * image.S == 1 && image.step_h == 1 && image.step_w == 1)  // the taps are planes, which lie side by side
+    return gemm::pack_transposed(image.at(y) + first, image.strides.c, lanes, count, to, in_order);
+  for (int64_t lane = 0; lane < lanes; ++lane)
+    for (int64_t i = 0; i < rows; ++i)
+      gather_strided(image.at(y + lane) + first + i * image.step_h * image.strides.h, image.step_w, columns,
+                     line + lane * count + i * columns);
+  gemm::pack_transposed(line, count, lanes, count, to, in_order);
+}
+
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  const Strides in = g.input_strides(), out = g.output_strides();
+  const int64_t C = g.C_per_group(), K = g.K_per_group(), terms = C * g.R * g.S;
+  const int64_t k_chunks = ceil_div(K, chunk_filters), y_chunks = ceil_div(terms, chunk_taps);
+  const int64_t filters = ceil_div(K, k_chunks), width = ceil_div(ceil_div(terms, y_chunks), nr<T>) * nr<T>;
+  // The fewer the taps, the more positions fit into 128 KiB of L2.
+  const int64_t wanted = (int64_t(128) << 10) / (std::min(ceil_div(terms, nr<T>) * nr<T>, width) * int64_t(sizeof(T)));
+  const implicit_gemm::Blocks blocks = implicit_gemm::blocks_of(g.N, g.P, g.Q, wanted);
+  const int64_t chunks = g.G * k_chunks * y_chunks, slices = gemm::slices_of(chunks, blocks.count()), weights = g.K * terms;
+  T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  parallel_for(chunks * slices, filters * width / kLanes<T> * (g.N * g.P * g.Q / slices), [&](int64_t task) {
+    const int64_t slice = task % slices, y_chunk = task / slices % y_chunks, k_chunk = task / slices / y_chunks % k_chunks;
+    const int64_t group = task / slices / y_chunks / k_chunks;
+    const int64_t k_begin = k_chunk * filters, rows = std::min(filters, K - k_begin);
+    const int64_t y_begin = y_chunk * width, taps = std::min(width, terms - y_begin), panels = ceil_div(taps, nr<T>);
+    if (rows <= 0 || taps <= 0) return;
+
+    const int64_t most_positions = blocks.images * blocks.rows * g.Q;
+    const int64_t panel_step = most_positions * nr<T> + 64 / sizeof(T);  // not all panels in the same sets of L1
+    T* packed = workspace<T>(Slot::patches, panels * panel_step);
+    T* line = workspace<T>(Slot::gradient, blocks.rows * g.Q * nr<T>);
+    T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
+    int64_t* position = workspace<int64_t>(Slot::offsets, most_positions);
+    T* const to = partial + slice * weights + (group * K + k_begin) * terms + y_begin;
+    // Sums of one piece go straight to grad_weight, a row of tiles at a time, if they are whole vectors.
+    const int64_t first_block = slice * blocks.count() / slices, end_block = (slice + 1) * blocks.count() / slices;
+    const bool straight = end_block - first_block == 1 && most_positions <= gradient_depth && taps % nr<T> == 0;
+    bool add = false;
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, g.N - n);
+      const int64_t i_begin = block % blocks.along_rows * blocks.rows, i_count = std::min(blocks.rows, g.P - i_begin);
+      const int64_t image_positions = i_count * g.Q, positions = images * image_positions;
+      for (int64_t image = 0, x = 0; image < images; ++image) {
+        const Planes<const T> planes{input + (n + image) * in.n + group * C * in.c, in, g.stride_h, g.stride_w, g.R, g.S};
+        for (int64_t panel = 0; panel < panels; ++panel)
+          pack_taps(planes, y_begin + panel * nr<T>, std::min(nr<T>, taps - panel * nr<T>), i_begin, i_count, g.Q, line,
+                    packed + panel * panel_step + image * image_positions * nr<T>);
+        for (int64_t j = 0; j < image_positions; ++j) position[x++] = image * out.n + j;
+      }
+      const T* left = grad_output + n * out.n + (group * K + k_begin) * out.c + i_begin * g.Q;
+      const int64_t depths = ceil_div(positions, gradient_depth);
+      for (int64_t d = 0; d < depths; ++d, add = true) {
+        const int64_t x = d * positions / depths;
+        gemm::Run runs[gradient_depth / gemm::max_run + 1];
+        const int64_t run_count = gemm::cut_into_runs(x, (d + 1) * positions / depths - x, runs);
+        // Computes a tile and returns how many rows it has.
+        const auto multiply = [&](int64_t panel, int64_t m) {
+          const bool narrow = taps - panel * nr<T> <= kLanes<T>;
+          const int64_t tile_rows = gemm::tile_rows(rows - m, narrow ? gemm::narrow_mr : mr);
+          T* const c = straight ? to + m * terms + panel * nr<T> : sums + (panel * rows + m) * nr<T>;
+          const auto tile = [&]<int count, int vectors>() {
+            gemm::IndirectA<T, count> a{{}, position};
+            for (int i = 0; i < count; ++i) a.row[i] = left + (m + i) * out.c;
+            gemm::tile_product<T, count, vectors>(runs, run_count, a, packed + panel * panel_step, c, straight ? terms : nr<T>,
+                                                  {nullptr, add, false});
+          };
+          if (narrow)
+            gemm::with_rows<gemm::narrow_mr>(tile_rows, [&](auto count) { tile.template operator()<count, 1>(); });
+          else
+            gemm::with_rows<mr>(tile_rows, [&](auto count) { tile.template operator()<count, 2>(); });
+          return tile_rows;
+        };
+        if (straight) {
+          for (int64_t m = 0, tile_rows = 0; m < rows; m += tile_rows)
+            for (int64_t panel = 0; panel < panels; ++panel) tile_rows = multiply(panel, m);
+        } else {
+          for (int64_t panel = 0; panel < panels; ++panel)
+            for (int64_t m = 0; m < rows;) m += multiply(panel, m);
+        }
+      }
+    }
+    for (int64_t m = 0; m < (straight ? 0 : rows); ++m)
+      for (int64_t panel = 0; panel < panels; ++panel)
+        copy(sums + (panel * rows + m) * nr<T>, std::min(nr<T>, taps - panel * nr<T>), to + m * terms + panel * nr<T>);
+  });
+  if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::pointwise

@@ -221,8 +221,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t blocks_of_image = ceil_div(g.P, source.rows_in(g, buffer_elements / 2)), blocks = g.N * blocks_of_image;
   const int64_t rows_together = std::max<int64_t>(1, gradient_pixels / g.Q), pieces = ceil_div(g.Q, gradient_pixels);
 
-  // As in the other kernels of grad_weight: slices that the geometry alone decides.
-  const int64_t slices = g.G >= 8 ? 1 : std::min<int64_t>(8, blocks);
+  const int64_t slices = gemm::slices_of(g.G, blocks);
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
   parallel_for(g.G * slices, depth * panels * 2 * g.N * g.P * g.Q / slices, [&](int64_t task) {
     const int64_t slice = task % slices, group = task / slices;

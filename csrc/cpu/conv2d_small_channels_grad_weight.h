@@ -172,9 +172,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     return place;
   };
 
-  // The sum over blocks is cut into slices, added in order at the end: how many is decided by the geometry alone, or the bits
-  // would depend on the number of threads.
-  const int64_t slices = g.G >= 8 ? 1 : std::min<int64_t>(8, blocks), weights = g.K * patch_size;
+  const int64_t slices = gemm::slices_of(g.G, blocks), weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
   parallel_for(g.G * slices, K * patch_size * vectors * g.P * g.N / slices, [&](int64_t task) {
     const int64_t slice = task % slices, group = task / slices;

@@ -141,6 +141,8 @@ std::vector<Conv2dGeometry> named_conv2d(Layout layout) {
   return {
       layer(2, 24, 15, 19, 40, 1, 1, {2, 2, 0, 0, 1, 1, 1}),  // 1x1 of stride 2, where rows end between two steps
       layer(3, 20, 17, 14, 28, 1, 1, {2, 3, 0, 0, 1, 1, 1}),
+      layer(2, 160, 7, 7, 300, 1, 1, {1, 1, 0, 0, 1, 1, 1}),   // one piece of positions, several chunks of filters and of taps
+      layer(3, 20, 23, 24, 100, 1, 1, {1, 1, 0, 0, 1, 1, 1}),  // several pieces
       layer(2, 24, 12, 12, 40, 1, 1, {2, 2, 1, 1, 1, 1, 1}),   // with padding it is not pointwise
       layer(3, 20, 27, 38, 28, 2, 2, {2, 2, 0, 0, 1, 1, 1}),   // patches, in pairs of taps
       layer(2, 24, 17, 41, 36, 3, 4, {3, 4, 0, 0, 1, 1, 2}),   // and not
