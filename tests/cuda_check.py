@@ -33,9 +33,9 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = ["8.0+PTX", "9.0"]  # --full: all of setup.py's
 # Besides those of setup.py, whose warnings they turn into errors. The same machine code comes out.
 STRICT = "-Werror=all-warnings -Xptxas=-Werror"
-# What the emulator runs, a process for each: in its fast build every operator test, and those of 16-bit numbers as GPUs without
-# tensor-core steps and with the steps of Hopper; in the build that checks memory, those with exact results, which have the
-# geometries at the borders of tiles, with the threads of a block in three orders; some of these once more under the address
+# What the emulator runs, a process for each entry: in its fast build every operator test, and those of 16-bit numbers as GPUs
+# without tensor-core steps and with the steps of Hopper; in the build that checks memory, those with exact results, which have
+# the geometries at the borders of tiles, with the threads of a block in three orders; some of these once more under the address
 # sanitizer, for the arrays of a kernel's own.
 OPERATOR_TESTS = ["test_conv2d test_depthwise test_cuda", "test_conv_transpose test_pool2d test_pool_backward"]
 CHECKED_TESTS = ["test_conv2d", "test_pool2d"]

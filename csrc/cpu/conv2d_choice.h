@@ -181,7 +181,6 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
     return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
   if (const Choice winograd = choose_winograd(g, direction); winograd.reason != nullptr) return winograd;
-  // Planes of nothing but pixels that windows share with no other.
   const bool few = suits_small_channels(g, direction);
   if (g.layout == Layout::nchw && g.pad_h == 0 && g.pad_w == 0 && g.C_per_group() * g.R * g.S >= 8 && g.K_per_group() >= 8) {
     if (g.R * g.S == 1 && !(few && direction == Direction::grad_weight))

@@ -152,8 +152,9 @@ struct Ends {
   bool add, relu;
 };
 
-// Terms are added in runs of at most 48, then the runs: rounding errors grow with the longer of the two instead of the depth.
-inline constexpr int64_t max_run = 48;
+// Terms are added in runs of at most 49, then the runs: rounding errors grow with the longer of the two instead of the depth. The
+// sums of grad_weight run over planes, and those of 7 x 7 and 14 x 14 pixels make whole runs.
+inline constexpr int64_t max_run = 49;
 struct Run {
   int64_t first, length;
 };

@@ -16,13 +16,8 @@
 
 namespace torchcnn::TORCHCNN_ISA::implicit_gemm {
 
-// grad_weight is cut into tasks of chunk_rows rows (c,t) by some filters: 288 x 128 sums are 144 KiB, which stay in L2. Where
-// windows are gathered (window_of), once for each chunk of filters, that is much beside the arithmetic of one tap: there chunks
-// are larger.
-inline constexpr int64_t chunk_rows = 288;
-inline int64_t chunk_of_filters(const Conv2dGeometry& g) {
-  return g.layout == Layout::nchw && g.R * g.S == 1 && g.stride_w > 1 ? 512 : 128;
-}
+// grad_weight is cut into tasks of chunk_rows rows (c,t) by most_chunk_filters filters: 144 KiB of sums, which stay in L2.
+inline constexpr int64_t chunk_rows = 288, most_chunk_filters = 128;
 // Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
 inline constexpr int64_t gradient_depth = 256;
 
@@ -60,7 +55,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   Tap* taps = workspace<Tap>(Slot::tables, taps_count);
   input_taps(g, taps);
   const int64_t c_chunks = ceil_div(C, std::clamp<int64_t>(chunk_rows / taps_count, 1, C)),
-                k_chunks = ceil_div(K, chunk_of_filters(g));
+                k_chunks = ceil_div(K, most_chunk_filters);
   const int64_t chunk_channels = ceil_div(C, c_chunks), chunk_filters = ceil_div(ceil_div(K, k_chunks), nr<T>) * nr<T>;
   // The fewer the filters, the more positions of grad_output fit into 128 KiB of L2, which saves halo and short reads.
   const int64_t packed_filters = ceil_div(std::min(K, chunk_filters), nr<T>) * nr<T>;

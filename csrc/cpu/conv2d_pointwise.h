@@ -277,7 +277,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     const int64_t most_positions = blocks.images * blocks.rows * g.Q;
     const int64_t panel_step = most_positions * nr<T> + 64 / sizeof(T);  // not all panels in the same sets of L1
     T* packed = workspace<T>(Slot::patches, panels * panel_step);
-    T* line = workspace<T>(Slot::gradient, blocks.rows * g.Q * nr<T>);
+    const bool gathers = g.R * g.S > 1 || g.stride_h > 1 || g.stride_w > 1;
+    T* line = gathers ? workspace<T>(Slot::gradient, blocks.rows * g.Q * nr<T>) : nullptr;
     T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
     int64_t* position = workspace<int64_t>(Slot::offsets, most_positions);
     T* const to = partial + slice * weights + (group * K + k_begin) * terms + y_begin;

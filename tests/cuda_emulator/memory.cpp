@@ -1,11 +1,11 @@
 // Which memory a kernel may touch, and in which order.
 //
 // In the build `check` the compiler calls the functions named __tsan_... before each access of a kernel (-fsanitize=thread,
-// without its own runtime), and the ones named __ubsan_... where an index or an alignment is wrong. Bytes that were always accessed
-// together share a cell: who wrote them last and who read them since. An earlier access by another thread has happened before this one if a barrier lies between
-// them, or, within a warp, a __syncwarp of both (order_memory keeps for each lane what it has seen of the others, a vector
-// clock). Two accesses, one of them a write, of which neither has happened before the other are a race, whatever order the fibers
-// ran in.
+// without its own runtime), and the ones named __ubsan_... where an index or an alignment is wrong. Bytes that were always
+// accessed together share a cell: who wrote them last and who read them since. An earlier access by another thread has happened
+// before this one if a barrier lies between them, or, within a warp, a __syncwarp of both (order_memory keeps for each lane what
+// it has seen of the others, a vector clock). Two accesses, one of them a write, of which neither has happened before the other
+// are a race, whatever order the fibers ran in.
 #include "memory.h"
 
 #include <dlfcn.h>
@@ -205,8 +205,7 @@ void access_range(Range& range, uintptr_t at, size_t bytes, Access kind, uint32_
   const unsigned thread = thread_number();
   const Event now = {interval, by, clocks[thread][thread % kWarp], thread};
   const std::span<Cell> cells = range.cells_at(at, bytes);
-  for (size_t i = 0; i < cells.size(); ++i)
-    access_cell(range, at - range.first + (i << range.cell_bits), cells[i], kind, now);
+  for (size_t i = 0; i < cells.size(); ++i) access_cell(range, at - range.first + (i << range.cell_bits), cells[i], kind, now);
 }
 
 bool is_launch_variable(uintptr_t at, size_t bytes) {
@@ -254,6 +253,7 @@ void begin_launch(const Kernel& kernel, size_t dynamic_shared_bytes) {
   for (Range* range : {&static_shared, &dynamic_shared}) {
     range->shared = true;
     range->cells.reset();
+    range->cell_bits = 4;
   }
   parameters = bytes_of(kernel.parameters, kernel.parameter_bytes);
   first_of_launch = interval + 1;
