@@ -113,6 +113,9 @@ CONV = {
         Conv(1, 64, 56, 64, 3, 1, 1),
         Conv(1, 512, 7, 512, 3, 1, 1),
         Conv(1, 256, 14, 1024, 1),
+        Conv(2, 1024, 7, 2048, 1),  # ResNet-50, two images: large weights, few positions
+        Conv(2, 512, 28, 1024, 1, 2),  # the shortcut of its reduction
+        Conv(2, 256, 56, 256, 3, 2, 1, groups=32),  # ResNeXt-50, at a reduction
         depthwise(1, 512, 14, 3),  # MobileNet, one image
     ],
     "one image": [Conv(1, 1, 28, 6, 5, 1, 2), Conv(1, 6, 14, 16, 5)],  # LeNet, where the call costs as much as the arithmetic
