@@ -165,15 +165,26 @@ def check_docs(args):
     return f"as nvcc {release} compiles them"
 
 
-def emulate(mode, runs):
-    """Builds the emulator and makes runs of pytest in it, each (test files, options, environment); how many tests passed."""
-    if not (HERE / "cuda_emulator" / "build.py").exists():
-        raise SkippedError("there is no tests/cuda_emulator/build.py")
+def check_emulator_build(args):
+    """emulator: compile"""
+    build_emulator()
+    return "kernels and emulator in the builds fast, check and asan"
+
+
+@functools.cache
+def build_emulator():
     import build
 
     if reason := build.obstacle():
         raise SkippedError(reason)
-    run(sys.executable, "tests/cuda_emulator/build.py", mode)
+    run(sys.executable, "tests/cuda_emulator/build.py", "fast", "check", "asan")
+
+
+def emulate(mode, runs):
+    """Makes runs of pytest in a build of the emulator, each (test files, options, environment); how many tests passed."""
+    build_emulator()
+    import build
+
     folder = ROOT / "build" / "cuda-emulator" / mode
     library = build.asan_environment() if mode == "asan" else {}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
@@ -234,7 +245,14 @@ def check_emulator_selftest(args):
 
 
 STEPS = [check_build, check_import, check_model, check_sass, check_docs]
-STEPS += [check_emulator_selftest, check_emulator_fast, check_emulator_others, check_emulator_memory, check_emulator_asan]
+STEPS += [
+    check_emulator_build,
+    check_emulator_selftest,
+    check_emulator_fast,
+    check_emulator_others,
+    check_emulator_memory,
+    check_emulator_asan,
+]
 
 
 def main(argv):

@@ -1,6 +1,6 @@
 """Builds torchcnn with its CUDA kernels compiled for the processor, as a package of its own: build/cuda-emulator/MODE/torchcnn.
 
-    python tests/cuda_emulator/build.py fast|check|asan
+    python tests/cuda_emulator/build.py [fast] [check] [asan]
 
 fast    numbers
 check   every access of a kernel is checked: races, bounds, uninitialised memory (memory.cpp)
@@ -116,9 +116,9 @@ def link(library, objects, flags):
         run([compiler(), "-shared", *objects, "-o", library, *flags, *shlex.split(os.environ.get("LDFLAGS", ""))])
 
 
-def build_kernels(mode, sources, library):
-    """A shared library of .cu files and the emulator. Nothing else may be in it: its thread-local memory is the shared memory."""
-    shared_objects, objects = BUILD / mode / "objects", library.parent / "kernels"
+def kernel_jobs(mode, sources, folder):
+    """What compile_all has to compile for a library of .cu files and the emulator, of which all libraries of a mode have one."""
+    shared_objects, objects = BUILD / mode / "objects", folder / "kernels"
     includes = ["-I", str(HERE), "-I", str(ROOT / "csrc"), "-isystem", str(find_headers())]
     # The emulator comes first: of the functions of std that both use, the linker then takes the copies without checks.
     jobs = []
@@ -127,6 +127,12 @@ def build_kernels(mode, sources, library):
     for source in map(Path, sources):
         flags = [compiler(), *FLAGS, *KERNEL_FLAGS[mode], *includes, "-x", "c++"]
         jobs.append((source, objects / f"{source.stem}.o", flags))
+    return jobs
+
+
+def build_kernels(mode, sources, library):
+    """A shared library of .cu files and the emulator. Nothing else may be in it: its thread-local memory is the shared memory."""
+    jobs = kernel_jobs(mode, sources, library.parent)
     compile_all(jobs)
     link(library, [target for _, target, _ in jobs], [*LINK_FLAGS[mode], "-Wl,-Bsymbolic", "-Wl,-z,defs", "-ldl"])
 
@@ -142,6 +148,19 @@ def ordinary_build():
     return path, [word for value in values for word in shlex.split(value)], objects
 
 
+def product_kernels():
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+CALLERS = ["csrc/conv2d.cpp", "csrc/pool2d.cpp"]  # what asks the kernels for something; the rest is that of the ordinary build
+
+
+def caller_jobs():
+    _, command, _ = ordinary_build()
+    flags = [*command, "-O1", "-DTORCHCNN_CUDA", "-DTORCHCNN_CUDA_EMULATOR", "-I", str(HERE)]
+    return [(source, BUILD / "callers" / f"{Path(source).stem}.o", flags) for source in CALLERS]
+
+
 def build_package(mode, kernels=None, folder=None):
     """Builds the package for a mode; `kernels` may replace csrc/cuda/*.cu. Returns the folder for PYTHONPATH."""
     folder = folder or BUILD / mode
@@ -151,15 +170,12 @@ def build_package(mode, kernels=None, folder=None):
         if not (package / source.name).exists():
             (package / source.name).symlink_to(os.path.relpath(source, package))
     library = package / "libtorchcnn_kernels.so"
-    build_kernels(mode, kernels or sorted((ROOT / "csrc" / "cuda").glob("*.cu")), library)
+    build_kernels(mode, kernels or product_kernels(), library)
 
-    ninja_file, command, objects = ordinary_build()
-    # What asks the kernels for something is compiled anew, the rest is taken from there.
-    flags = [*command, "-O1", "-DTORCHCNN_CUDA", "-DTORCHCNN_CUDA_EMULATOR", "-I", str(HERE)]
-    callers = ["csrc/conv2d.cpp", "csrc/pool2d.cpp"]
-    jobs = [(source, BUILD / "callers" / f"{Path(source).stem}.o", flags) for source in callers]
+    ninja_file, _, objects = ordinary_build()
+    jobs = caller_jobs()
     compile_all(jobs)
-    rest = [target for source, target in objects.items() if source not in callers]
+    rest = [target for source, target in objects.items() if source not in CALLERS]
     run([sys.executable, "-m", "ninja", "--quiet", "-f", ninja_file, *rest])
     rest = [ROOT / target for target in rest]
     import torch
@@ -173,10 +189,15 @@ def build_package(mode, kernels=None, folder=None):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=KERNEL_FLAGS)
-    mode = parser.parse_args().mode
+    parser.add_argument("modes", choices=KERNEL_FLAGS, nargs="+", metavar="mode")
+    modes = parser.parse_args().modes
     if obstacle():
         raise SystemExit(f"{obstacle()}.")
-    folder = os.path.relpath(build_package(mode))
-    settings = {**(asan_environment() if mode == "asan" else {}), "PYTHONPATH": folder}
-    print(*(f"{name}='{value}'" for name, value in settings.items()), "pytest tests/test_conv2d.py")
+    # All at once: with the long ones first no processor waits at the end of a mode.
+    compile_all(
+        caller_jobs() + [job for mode in modes for job in kernel_jobs(mode, product_kernels(), BUILD / mode / "torchcnn")]
+    )
+    for mode in modes:
+        folder = os.path.relpath(build_package(mode))
+        settings = {**(asan_environment() if mode == "asan" else {}), "PYTHONPATH": folder}
+        print(*(f"{name}='{value}'" for name, value in settings.items()), "pytest tests/test_conv2d.py")
