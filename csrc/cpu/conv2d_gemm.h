@@ -198,6 +198,10 @@ inline int64_t tile_rows(int64_t rest, int64_t most = mr) {
   return rest >= most + most / 2 || rest <= most ? std::min(rest, most) : (rest + 1) / 2;
 }
 
+// Positions that grad_weight sums before it adds them to the rest: sums over a batch are long, and short pieces keep their
+// rounding small.
+inline constexpr int64_t gradient_depth = 256;
+
 // Sums of few tasks are cut into slices, so that there are eight tasks for threads to share. The geometry alone decides how many,
 // or the bits would depend on the number of threads.
 inline int64_t slices_of(int64_t tasks, int64_t blocks) {

@@ -18,8 +18,6 @@ namespace torchcnn::TORCHCNN_ISA::implicit_gemm {
 
 // grad_weight is cut into tasks of chunk_rows rows (c,t) by most_chunk_filters filters: 144 KiB of sums, which stay in L2.
 inline constexpr int64_t chunk_rows = 288, most_chunk_filters = 128;
-// Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
-inline constexpr int64_t gradient_depth = 256;
 
 // channels_last: the channels of some pixels, step apart, to[c / width][pixel][c % width], and zeros after the last channel.
 template <int64_t width, class T>
@@ -129,10 +127,10 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           gemm::pack_transposed(from + panel * nr<T> * out.c, out.c, std::min(nr<T>, filters - panel * nr<T>), image_positions,
                                 to + panel * gradient_panel, [](int64_t x) { return x; });
       }
-      const int64_t depths = ceil_div(positions, gradient_depth);
+      const int64_t depths = ceil_div(positions, gemm::gradient_depth);
       for (int64_t d = 0; d < depths; ++d) {
         const int64_t x = d * positions / depths;
-        gemm::Run runs[gradient_depth / gemm::max_run + 1];
+        gemm::Run runs[gemm::gradient_depth / gemm::max_run + 1];
         const int64_t run_count = gemm::cut_into_runs(x, (d + 1) * positions / depths - x, runs);
         for (int64_t panel = 0; panel < panels; ++panel) {
           const T* b = gradient + panel * gradient_panel;

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
@@ -237,8 +238,6 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 
 // grad_weight is cut into tasks of some filters by some taps, whose sums, 288 x 128 of them or 144 KiB, stay in L2.
 inline constexpr int64_t chunk_filters = 288, chunk_taps = 128;
-// Positions summed before they are added to the rest: sums over a batch are long, and short pieces keep their rounding small.
-inline constexpr int64_t gradient_depth = 256;
 
 // to[(x, lane)] = the pixels that taps y ... y + lanes - 1 see at the positions of rows i_begin ... i_begin + rows - 1 of one
 // image, and zeros in the lanes after them. `line` is room for a panel.
@@ -284,7 +283,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     T* const to = partial + slice * weights + (group * K + k_begin) * terms + y_begin;
     // Sums of one piece go straight to grad_weight, a row of tiles at a time, if they are whole vectors.
     const int64_t first_block = slice * blocks.count() / slices, end_block = (slice + 1) * blocks.count() / slices;
-    const bool straight = end_block - first_block == 1 && most_positions <= gradient_depth && taps % nr<T> == 0;
+    const bool straight = end_block - first_block == 1 && most_positions <= gemm::gradient_depth && taps % nr<T> == 0;
     bool add = false;
     for (int64_t block = first_block; block < end_block; ++block) {
       const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, g.N - n);
@@ -298,10 +297,10 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         for (int64_t j = 0; j < image_positions; ++j) position[x++] = image * out.n + j;
       }
       const T* left = grad_output + n * out.n + (group * K + k_begin) * out.c + i_begin * g.Q;
-      const int64_t depths = ceil_div(positions, gradient_depth);
+      const int64_t depths = ceil_div(positions, gemm::gradient_depth);
       for (int64_t d = 0; d < depths; ++d, add = true) {
         const int64_t x = d * positions / depths;
-        gemm::Run runs[gradient_depth / gemm::max_run + 1];
+        gemm::Run runs[gemm::gradient_depth / gemm::max_run + 1];
         const int64_t run_count = gemm::cut_into_runs(x, (d + 1) * positions / depths - x, runs);
         // Computes a tile and returns how many rows it has.
         const auto multiply = [&](int64_t panel, int64_t m) {
