@@ -1,5 +1,6 @@
 """Convolution with few channels, vectorised over pixels or filters: geometries that cross tiles, bands, vectors and blocks."""
 
+import itertools
 import random
 
 import pytest
@@ -36,6 +37,10 @@ GEOMETRIES = {
     "few_filters": ((2, 70, 20, 33), (3, 70, 3, 3), 1, 1, 1, 1),
     "short_rows_in_blocks": ((2, 2, 200, 20), (5, 2, 4, 3), 1, 1, 1, 1),
     "short_rows_of_images": ((5, 3, 9, 11), (11, 3, 3, 3), 1, 1, (1, 2), 1),
+    "strung_rows_of_groups": ((5, 24, 27, 28), (24, 8, 3, 3), 2, 1, 1, 3),
+    "strung_rows_in_blocks": ((2, 8, 200, 27), (8, 8, 3, 3), (2, 1), 1, 1, 1),
+    "strung_rows_three_apart": ((3, 9, 40, 42), (5, 9, 5, 4), (3, 2), 2, (2, 1), 1),
+    "taps_beside_short_rows": ((2, 8, 14, 30), (8, 8, 3, 3), 1, (1, 6), (1, 7), 1),
     "filters": ((2, 3, 21, 40), (32, 3, 3, 3), 1, 1, 1, 1),
     "filters_beside_half_a_panel": ((2, 2, 17, 25), (48, 2, 5, 3), 2, (2, 1), 1, 1),
     "filters_of_groups": ((2, 12, 14, 13), (64, 3, 3, 3), 1, 1, 1, 4),
@@ -143,11 +148,11 @@ def test_random_sweep(seed, dtype, memory_format):
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_what_is_not_finite_stays_where_it_belongs(value, memory_format):
     """An input that no grad_output meets does not enter grad_weight, although vectors at the end of a row reach over it."""
-    for W in (10, 21, 37):
-        input, grad_output = torch.ones(1, 2, 6, W), torch.ones(1, 4, 4, W - 2)
+    for W, C in itertools.product((10, 21, 37), (2, 9)):
+        input, grad_output = torch.ones(1, C, 6, W), torch.ones(1, 4, 4, W - 2)
         input[:, :, 2, -1] = value  # tap column 2 alone sees the last column
         input, grad_output = (x.contiguous(memory_format=memory_format) for x in (input, grad_output))
-        weight = torch.ones(4, 2, 3, 3, requires_grad=True)
+        weight = torch.ones(4, C, 3, 3, requires_grad=True)
         (grad_weight,) = torch.autograd.grad(torchcnn.functional.conv2d(input, weight), weight, grad_output)
         assert (grad_weight[..., :2] == 4 * (W - 2)).all()
         assert not grad_weight[..., 2].isfinite().any()
@@ -164,7 +169,8 @@ def test_bias_and_relu(relu, dtype, memory_format):
 
 
 @pytest.mark.parametrize(
-    "name", ["lenet", "stem", "filters", "narrow_groups", "patchify_4", "many_source_channels", "few_filters"]
+    "name",
+    ["lenet", "stem", "filters", "narrow_groups", "patchify_4", "many_source_channels", "few_filters", "strung_rows_of_groups"],
 )
 def test_bits_do_not_depend_on_threads(name, memory_format):
     input_size, weight_size, *options = GEOMETRIES[name]

@@ -2,13 +2,14 @@
 // (conv2d_small_channels*.h). For a stride above 1 the columns of equal remainder lie side by side, so that the pixels under one
 // tap are a vector whatever the stride:
 //
-//   buffer[row row_stride + c channel_stride + (column mod step) pitch + column / step]    columns from first_column
+//   buffer[row row_stride + c channel_stride + (column mod step) remainder_stride + column / step]    columns from first_column
 //
 // A channels_last image is transposed on the way in, and results on the way out, in squares of a vector's lanes.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
@@ -30,9 +31,8 @@ template <class V>
 }
 
 struct Buffer {
-  int64_t first_column, columns, step;  // columns of the source, padded
-  int64_t pitch;                        // whole vectors
-  int64_t row_stride, channel_stride;
+  int64_t first_column, step, width;  // width: columns / step that are written, whole vectors or more
+  int64_t remainder_stride, row_stride, channel_stride;
 };
 
 // to[c channel_stride + x] = from[x pixel_stride + c]. Reads whole vectors where that stays below `limit`, the end of the tensor.
@@ -118,28 +118,70 @@ template <class T, int step>
 
 constexpr int reversed_bits(int x, int step) { return step == 1 ? 0 : x % 2 * (step / 2) + reversed_bits(x / 2, step / 2); }
 
-// to[remainder pitch + x] = from[x step + remainder] for x < count. There are `readable` elements at from, and `room` at to.
-template <class T, int step>
-void split_line(const T* from, int64_t count, int64_t readable, T* to, int64_t room, int64_t pitch) {
+// Lanes l for which column + l step is a column of the image.
+template <class T>
+[[gnu::always_inline]] inline Vec<IndexOf<T>> lanes_inside(int64_t column, int64_t step, int64_t columns) {
   constexpr int64_t L = kLanes<T>;
-  if (count < L && (readable < step * L || room < L)) {
-    for (int remainder = 0; remainder < step; ++remainder)
-      for (int64_t x = 0; x < count; ++x) to[remainder * pitch + x] = from[x * step + remainder];
-    return;
+  const int64_t begin = std::clamp<int64_t>(ceil_div(-column, step), 0, L);
+  const int64_t end = std::clamp<int64_t>(ceil_div(columns - column, step), 0, L);
+  Vec<IndexOf<T>> lane;
+  for (int l = 0; l < L; ++l) lane[l] = l;
+  return (lane >= IndexOf<T>(begin)) & (lane < IndexOf<T>(end));
+}
+
+// Some rows of a plane of NCHW, from the element `row` of a tensor of `size` elements on.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t size, row, row_stride, count, columns;
+};
+
+// One channel of `fill`, in NCHW, where step has a kernel.
+template <class T, int step>
+void split_rows(const Rows<T>& from, const Buffer& b, T* to) {
+  constexpr int64_t L = kLanes<T>, span = step * L;
+  const auto [data, size, row, from_row, count, columns] = from;  // copies: stores could change the originals
+  const int64_t first_column = b.first_column, remainder_stride = b.remainder_stride, to_row = b.row_stride;
+  // Vectors before `begin` and from `end` on lie beside the image; of the others the first and the last may reach beyond it.
+  const int64_t vectors = ceil_div(b.width, L), begin = first_column < 0 ? std::min(vectors, -first_column / span) : 0;
+  const int64_t end = std::clamp(ceil_div(columns - first_column, span), begin, vectors);
+  Vec<IndexOf<T>> in_first[step], in_last[step];
+  for (int remainder = 0; remainder < step; ++remainder) {
+    in_first[remainder] = lanes_inside<T>(first_column + begin * span + remainder, step, columns);
+    in_last[remainder] = lanes_inside<T>(first_column + (end - 1) * span + remainder, step, columns);
   }
-  Vec<IndexOf<T>> wanted;
-  for (int64_t l = 0; l < L; ++l) wanted[l] = l < count ? -1 : 0;
-  for (int64_t x = 0; x < count; x += L) {
-    x = std::max<int64_t>(0, std::min(x, count - L));  // the last block overlaps the one before
-    Vec<T> v[step];
-#pragma GCC unroll 16
-    for (int i = 0; i < step; ++i) v[i] = load(from + x * step + i * L);
-    split_remainders<T, step>(v);
-#pragma GCC unroll 16
-    for (int remainder = 0; remainder < step; ++remainder) {
-      const Vec<T> line = v[reversed_bits(remainder, step)];
-      store(to + remainder * pitch + x, wanted ? line : Vec<T>{});
+  for (int64_t r = 0; r < count; ++r, to += to_row) {
+    const int64_t at = row + r * from_row + first_column;
+    if (begin > 0 || end < vectors) {
+      for (int remainder = 0; remainder < step; ++remainder) {
+        implicit_gemm::zero_beyond(to + remainder * remainder_stride, begin * L);
+        implicit_gemm::zero_beyond(to + remainder * remainder_stride + end * L, (vectors - end) * L);
+      }
+      if (begin == end) continue;
     }
+    if (at + begin * span < 0 || at + end * span > size) {  // the first and last rows of the tensor
+      for (int remainder = 0; remainder < step; ++remainder) {
+        for (int64_t x = begin * L; x < end * L; ++x) {
+          const int64_t column = first_column + x * step + remainder;
+          to[remainder * remainder_stride + x] = column >= 0 && column < columns ? data[at + x * step + remainder] : T{};
+        }
+      }
+      continue;
+    }
+    const auto move = [&](int64_t vector, const Vec<IndexOf<T>>* inside) [[gnu::always_inline]] {
+      Vec<T> v[step];
+#pragma GCC unroll 16
+      for (int i = 0; i < step; ++i) v[i] = load(data + at + vector * span + i * L);
+      split_remainders<T, step>(v);
+#pragma GCC unroll 16
+      for (int remainder = 0; remainder < step; ++remainder) {
+        const Vec<T> moved = v[reversed_bits(remainder, step)];
+        store(to + remainder * remainder_stride + vector * L, inside == nullptr ? moved : inside[remainder] ? moved : Vec<T>{});
+      }
+    };
+    move(begin, in_first);
+    for (int64_t vector = begin + 1; vector < end - 1; ++vector) move(vector, nullptr);
+    if (end - begin > 1) move(end - 1, in_last);
   }
 }
 
@@ -198,88 +240,66 @@ void merge_phases(const T* from, int64_t phase_stride, int64_t phases, int64_t c
   }
 }
 
-// Rows of NCHW planes: the columns of a row are adjacent. step is 0 where it is none of those that have a kernel.
-template <class T, int known_step>
-void fill_lines(const T* from, const T* limit, const Strides& s, int64_t source_columns, int64_t channels, int64_t count,
-                const Buffer& b, T* buffer) {
-  const int64_t step = known_step > 0 ? known_step : b.step;
-  // Elements whole ... whole_end - 1 exist for every remainder; those beside them, for some.
-  const int64_t whole = std::min(b.pitch, b.first_column < 0 ? ceil_div(-b.first_column, step) : 0);
-  const int64_t rest = source_columns - b.first_column;
-  const int64_t whole_end = std::clamp(rest < 0 ? 0 : rest / step, whole, b.pitch);
-  const int64_t tail = whole_end / kLanes<T> * kLanes<T>;
-  const bool ragged = b.first_column % step != 0 || rest % step != 0;
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    const T* row = from + channel * s.c;
-    T* line = buffer + channel * b.channel_stride;
-    for (int64_t r = 0; r < count; ++r, row += s.h, line += b.row_stride) {
-      for (int64_t remainder = 0; remainder < step; ++remainder) {
-        implicit_gemm::zero_beyond(line + remainder * b.pitch, whole);
-        implicit_gemm::zero_beyond(line + remainder * b.pitch + tail, b.pitch - tail);
-      }
-      const T* first = row + b.first_column + whole * step;
-      if (whole_end > whole) {
-        if constexpr (known_step == 1)
-          implicit_gemm::copy_row(first, whole_end - whole, line + whole);
-        else if constexpr (known_step > 1)
-          split_line<T, known_step>(first, whole_end - whole, limit - first, line + whole, b.pitch - whole, b.pitch);
-        else
-          for (int64_t remainder = 0; remainder < step; ++remainder)
-            gather_strided(first + remainder, step, whole_end - whole, line + remainder * b.pitch + whole);
-      }
-      if (!ragged) continue;
-      for (const int64_t x : {whole - 1, whole_end}) {
-        if (x < 0 || x >= b.pitch) continue;
-        for (int64_t remainder = 0; remainder < step; ++remainder) {
-          const int64_t column = b.first_column + x * step + remainder;
-          if (column >= 0 && column < source_columns) line[remainder * b.pitch + x] = row[column];
-        }
-      }
-    }
-  }
-}
-
-// Rows row ... row + count - 1 of channels c ... c + channels - 1 of image n, all of which exist, to buffer row 0 and on.
+// Rows row, row + row_step, ... of channels c, c + 1, ... of image n, all of which exist, to buffer row 0 and on. Writes whole
+// vectors: what is too much of a row, the next one replaces.
 template <class T>
-void fill(const View<const T>& source, int64_t N, int64_t n, int64_t c, int64_t channels, int64_t row, int64_t count,
-          const Buffer& b, T* buffer) {
+void fill(const View<const T>& source, int64_t N, int64_t n, int64_t c, int64_t channels, int64_t row, int64_t row_step,
+          int64_t count, const Buffer& b, T* buffer) {
   const Strides& s = source.strides;
-  const T *from = source.data + n * s.n + c * s.c + row * s.h, *const limit = source.data + N * s.n;
+  const int64_t size = N * s.n, at = n * s.n + c * s.c + row * s.h, to_next = row_step * s.h;
+  const auto split = [&]<int step>(std::integral_constant<int, step>) {
+    for (int64_t channel = 0; channel < channels; ++channel)
+      split_rows<T, step>({source.data, size, at + channel * s.c, to_next, count, source.columns}, b,
+                          buffer + channel * b.channel_stride);
+  };
   if (s.w == 1) {
     switch (b.step) {
-      case 1: return fill_lines<T, 1>(from, limit, s, source.columns, channels, count, b, buffer);
-      case 2: return fill_lines<T, 2>(from, limit, s, source.columns, channels, count, b, buffer);
-      case 4: return fill_lines<T, 4>(from, limit, s, source.columns, channels, count, b, buffer);
-      case 8: return fill_lines<T, 8>(from, limit, s, source.columns, channels, count, b, buffer);
-      case 16: return fill_lines<T, 16>(from, limit, s, source.columns, channels, count, b, buffer);
-      default: return fill_lines<T, 0>(from, limit, s, source.columns, channels, count, b, buffer);
+      case 1: return split(std::integral_constant<int, 1>{});
+      case 2: return split(std::integral_constant<int, 2>{});
+      case 4: return split(std::integral_constant<int, 4>{});
+      case 8: return split(std::integral_constant<int, 8>{});
+      case 16: return split(std::integral_constant<int, 16>{});
     }
   }
   for (int64_t remainder = 0; remainder < b.step; ++remainder) {
     // Element x is source column first_column + remainder + x step; left ... end - 1 exist.
     const int64_t first = b.first_column + remainder;
-    const int64_t left = std::min(b.pitch, first < 0 ? ceil_div(-first, b.step) : 0);
-    const int64_t end = first >= source.columns ? left : std::clamp(ceil_div(source.columns - first, b.step), left, b.pitch);
+    const int64_t left = std::min(b.width, first < 0 ? ceil_div(-first, b.step) : 0);
+    const int64_t end = first >= source.columns ? left : std::clamp(ceil_div(source.columns - first, b.step), left, b.width);
     const int64_t tail = end / kLanes<T> * kLanes<T>;
     for (int64_t r = 0; r < count; ++r) {
-      T* to = buffer + r * b.row_stride + remainder * b.pitch;
+      T* to = buffer + r * b.row_stride + remainder * b.remainder_stride;
       for (int64_t channel = 0; channel < channels; ++channel) {
         implicit_gemm::zero_beyond(to + channel * b.channel_stride, left);
-        implicit_gemm::zero_beyond(to + channel * b.channel_stride + tail, b.pitch - tail);
+        implicit_gemm::zero_beyond(to + channel * b.channel_stride + tail, b.width - tail);
       }
-      if (left < end)
-        split_pixels(from + r * s.h + (first + left * b.step) * s.w, b.step * s.w, channels, end - left, limit, to + left,
-                     b.channel_stride);
+      if (left == end) continue;
+      const T* start = source.data + at + r * to_next + (first + left * b.step) * s.w;
+      if (s.w == 1)
+        for (int64_t channel = 0; channel < channels; ++channel)
+          gather_strided(start + channel * s.c, b.step, end - left, to + channel * b.channel_stride + left);
+      else
+        split_pixels(start, b.step * s.w, channels, end - left, source.data + size, to + left, b.channel_stride);
     }
   }
 }
 
-// Rows that do not exist.
+// The same, with zeros for rows that do not exist.
 template <class T>
-void clear(int64_t channels, int64_t count, const Buffer& b, T* buffer) {
-  for (int64_t channel = 0; channel < channels; ++channel)
-    for (int64_t r = 0; r < count; ++r)
-      implicit_gemm::zero_beyond(buffer + r * b.row_stride + channel * b.channel_stride, b.step * b.pitch);
+void fill_padded(const View<const T>& source, int64_t N, int64_t n, int64_t c, int64_t channels, int64_t row, int64_t row_step,
+                 int64_t count, const Buffer& b, T* buffer) {
+  const int64_t begin = std::clamp<int64_t>(ceil_div(-row, row_step), 0, count);
+  const int64_t end = std::clamp<int64_t>(ceil_div(source.rows - row, row_step), begin, count);
+  const auto clear = [&](int64_t first, int64_t last) {
+    for (int64_t channel = 0; channel < channels; ++channel)
+      for (int64_t r = first; r < last; ++r)
+        for (int64_t remainder = 0; remainder < b.step; ++remainder)
+          implicit_gemm::zero_beyond(buffer + r * b.row_stride + channel * b.channel_stride + remainder * b.remainder_stride,
+                                     b.width);
+  };
+  clear(0, begin);
+  fill(source, N, n, c, channels, row + begin * row_step, row_step, end - begin, b, buffer + begin * b.row_stride);
+  clear(end, count);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::planar_rows

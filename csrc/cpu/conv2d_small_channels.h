@@ -172,10 +172,10 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
     first_row = std::min(first_row, p.taps[t].row), last_row = std::max(last_row, p.taps[t].row);
     first_column = std::min(first_column, p.taps[t].column), last_column = std::max(last_column, p.taps[t].column);
   }
-  planar_rows::Buffer b{first_column, (largest.columns - 1) * p.step_w + last_column - first_column + 1, p.step_w, 0, 0, 0};
   // A tile may read up to a vector less one element beyond the last pixel.
-  b.pitch = ceil_div(ceil_div(b.columns, p.step_w) + L - 1, L) * L;
-  b.channel_stride = p.step_w * b.pitch;
+  const int64_t columns = (largest.columns - 1) * p.step_w + last_column - first_column + 1;
+  const int64_t width = ceil_div(ceil_div(columns, p.step_w) + L - 1, L) * L;
+  planar_rows::Buffer b{first_column, p.step_w, width, width, 0, p.step_w * width};
   // Few rows in a block would be copied again and again by the blocks around: take part of the channels at a time instead.
   const int64_t halo = last_row - first_row + 1;
   const int64_t wanted_rows = std::min<int64_t>(largest.rows, std::max<int64_t>(4, 2 * halo / p.step_h));
@@ -227,7 +227,7 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
               for (int64_t m = 0; m < rows; ++m) packed[at++] = from[m * k_stride + channel * c_stride + p.taps[t].weight];
               const int64_t shift = p.taps[t].column - first_column;
               offset[column] = (p.taps[t].row - first_row) * b.row_stride + (channel - c) * b.channel_stride +
-                               shift % p.step_w * b.pitch + shift / p.step_w;
+                               shift % p.step_w * b.remainder_stride + shift / p.step_w;
             }
           }
         }
@@ -257,8 +257,8 @@ void correlate(const Correlation<T>& p, const T* weight, int64_t group_stride, i
 
     for (int64_t c = 0; c < p.channels; c += chunk) {
       const int64_t channels = std::min(chunk, p.channels - c);
-      planar_rows::fill(p.source, p.N, n, first_group * p.channels + c, groups * channels, read_begin, read_end - read_begin, b,
-                        buffer + (read_begin - buffer_row) * b.row_stride);
+      planar_rows::fill(p.source, p.N, n, first_group * p.channels + c, groups * channels, read_begin, 1, read_end - read_begin,
+                        b, buffer + (read_begin - buffer_row) * b.row_stride);
       for (int64_t f = 0; f < phases; ++f) {
         const int64_t rows_of_phase = std::min(i_end, p.phases[f].rows) - i_begin;
         for (int64_t i = 0; i < rows_of_phase;) {

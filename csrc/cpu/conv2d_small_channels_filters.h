@@ -49,12 +49,10 @@ struct Input {
   planar_rows::Buffer buffer;
   int64_t pad, halo;
 
-  explicit Input(const Conv2dGeometry& g, const T* input)
-      : view{input, g.input_strides(), g.H, g.W}, buffer{-g.pad_w, 0, g.stride_w, 0, 0, 0}, pad(g.pad_h) {
-    buffer.columns = (g.Q - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
-    buffer.pitch = ceil_div(ceil_div(buffer.columns, g.stride_w), kLanes<T>) * kLanes<T>;
-    buffer.channel_stride = g.stride_w * buffer.pitch;
-    buffer.row_stride = g.C_per_group() * buffer.channel_stride;
+  explicit Input(const Conv2dGeometry& g, const T* input) : view{input, g.input_strides(), g.H, g.W}, pad(g.pad_h) {
+    const int64_t columns = (g.Q - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
+    const int64_t width = ceil_div(ceil_div(columns, g.stride_w), kLanes<T>) * kLanes<T>, channel = g.stride_w * width;
+    buffer = {-g.pad_w, g.stride_w, width, width, g.C_per_group() * channel, channel};
     halo = (g.R - 1) * g.dilation_h + 1;
   }
   int64_t input_rows(const Conv2dGeometry& g, int64_t rows) const { return (rows - 1) * g.stride_h + halo; }
@@ -66,19 +64,16 @@ struct Input {
       for (int64_t r = 0; r < g.R; ++r) {
         for (int64_t s = 0; s < g.S; ++s) {
           const int64_t shift = s * g.dilation_w;
-          *offset++ = r * g.dilation_h * buffer.row_stride + c * buffer.channel_stride + shift % g.stride_w * buffer.pitch +
-                      shift / g.stride_w;
+          *offset++ = r * g.dilation_h * buffer.row_stride + c * buffer.channel_stride +
+                      shift % g.stride_w * buffer.remainder_stride + shift / g.stride_w;
         }
       }
     }
   }
   const T* copy(const Conv2dGeometry& g, int64_t n, int64_t group, int64_t first_row, int64_t rows) const {
     const int64_t C = g.C_per_group(), count = input_rows(g, rows), row = first_row * g.stride_h - pad;
-    const int64_t begin = std::clamp<int64_t>(-row, 0, count), end = std::clamp(g.H - row, begin, count);
     T* to = workspace<T>(Slot::patches, count * buffer.row_stride + kLanes<T>);
-    planar_rows::clear(C, begin, buffer, to);
-    planar_rows::fill(view, g.N, n, group * C, C, row + begin, end - begin, buffer, to + begin * buffer.row_stride);
-    planar_rows::clear(C, count - end, buffer, to + end * buffer.row_stride);
+    planar_rows::fill_padded(view, g.N, n, group * C, C, row, 1, count, buffer, to);
     return to;
   }
 };

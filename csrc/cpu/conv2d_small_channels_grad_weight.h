@@ -7,10 +7,15 @@
 // (c, t); each of its elements is a vector of partial sums over the pixels of a block of rows, which is added to
 // sums[tile][element]. Lanes are added at the end. Sums within a block and over blocks are short, and so are their errors.
 //
-// Input rows come from a padded copy (conv2d_planar_rows.h). Where rows of grad_output would leave many lanes empty, they are
-// strung together to one for each image, and so is the input under each filter column s: flat[n][c][s][row][Q]. Where rows are
-// no whole vectors, lanes of zeros make up for it, and meet inputs that no tap pairs them with: a result that holds a NaN is
-// computed again by the general kernel.
+// Rows that nearly fill their vectors are read as they lie, and the input under them from a padded copy (conv2d_planar_rows.h).
+// Others are strung together, and so are the rows of input that a tap sees with them:
+//
+//   strung[n][c][line][row mod stride_h][row / stride_h][pitch]
+//
+// either with a line for each filter column s and the pitch of grad_output, Q, which stays where it is; or, where filters are
+// fewer than such lines, with one for each remainder of columns modulo stride_w and a pitch that has room for the taps beside
+// the row, and grad_output is copied to that pitch, with zeros between its rows. These meet inputs that no tap pairs them with: a
+// result that holds a NaN is computed again by the general kernel.
 #pragma once
 
 #include <algorithm>
@@ -48,8 +53,9 @@ template <class T, int block = int(kLanes<T> / 2)>
   }
 }
 
-// `rows` rows of `columns` pixels of grad_output: whole vectors and perhaps one that ends with the row and overlaps the one
-// before. gradient_filter: from one filter to the next; input_row: from the input under a row to that under the next.
+// `rows` rows, perhaps strung together, of `columns` pixels of grad_output: whole vectors and perhaps one that ends with the row
+// and overlaps the one before. gradient_filter: from one filter to the next; input_row: from the input under a row to that under
+// the next.
 template <class T>
 struct GradientBlock {
   int64_t rows, columns;
@@ -125,36 +131,36 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const planar_rows::View<const T> input_view{input, g.input_strides(), g.H, g.W},
       gradient_view{grad_output, g.output_strides(), g.P, g.Q};
 
-  // Rows that fill no more than seven eighths of their vectors are strung together, if enough products pay for the copies.
-  const int64_t vectors = ceil_div(g.Q, L);
-  const bool flat = g.stride_h == 1 && K * g.R >= 16 && 8 * g.Q <= 7 * vectors * L;
-  planar_rows::Buffer b{-g.pad_w, 0, g.stride_w, 0, 0, 0};
-  b.columns = (vectors * L - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
-  b.pitch = ceil_div(ceil_div(b.columns, g.stride_w), L) * L;
-  b.channel_stride = g.stride_w * b.pitch;
-  b.row_stride = C * b.channel_stride;
-  const int64_t halo = (g.R - 1) * g.dilation_h + 1, input_row = flat ? C * g.S * g.Q : b.row_stride;
+  const int64_t vectors = ceil_div(g.Q, L), halo = (g.R - 1) * g.dilation_h + 1;
+  const bool nchw = g.layout == Layout::nchw;
+  const int64_t beside = (g.S - 1) * g.dilation_w / g.stride_w;  // elements of a line that a row's taps see beyond its own
+  const bool ragged = g.Q < L || 8 * g.Q <= 7 * vectors * L;
+  const bool each_column = nchw && ragged && g.stride_w == 1 && C * g.S <= C + K && std::min<int64_t>(2, g.P) * g.Q >= L;
+  const bool strung = !nchw || each_column || (ragged && (4 * beside <= g.Q || g.Q < L));
+  const bool in_place = each_column || !strung;
+  const int64_t lines = each_column ? g.S : g.stride_w, overlap = each_column ? 0 : beside;
+  const int64_t pitch = strung ? g.Q + overlap : ceil_div(vectors * L + overlap, L) * L;
+  const int64_t input_row = C * lines * pitch;
   const int64_t wanted_rows = std::min(gradient_block_elements / (max_tile_filters * g.Q),
                                        (input_block_elements - halo * input_row) / (g.stride_h * input_row));
   const int64_t blocks_of_image = ceil_div(g.P, std::clamp<int64_t>(wanted_rows, std::min<int64_t>(4, g.P), 64));
-  const int64_t block_rows = ceil_div(g.P, blocks_of_image);
-  // grad_output is read where it lies, or from a copy with zeros up to a whole vector.
-  const bool in_place = g.layout == Layout::nchw && (flat ? g.P / blocks_of_image * g.Q : g.Q) >= L;
-  const int64_t block_input_rows = (block_rows - 1) * g.stride_h + halo;
-  const int64_t flat_stride = block_input_rows * g.Q + L;  // from one filter column to the next
+  const int64_t block_rows = ceil_div(g.P, blocks_of_image), block_input_rows = (block_rows - 1) * g.stride_h + halo;
   // Small planes are taken several images at a time.
-  const int64_t wanted_images = flat && in_place && blocks_of_image == 1 ? wanted_rows / g.P : 1;
-  const int64_t block_images = std::clamp<int64_t>(wanted_images, 1, g.N);
+  const int64_t block_images = strung && blocks_of_image == 1 ? std::clamp<int64_t>(wanted_rows / g.P, 1, g.N) : 1;
   const int64_t blocks = ceil_div(g.N, block_images) * blocks_of_image;
+  const int64_t line_size = ceil_div(block_input_rows, g.stride_h) * pitch + overlap + 2 * L;
+  const int64_t image_size = strung ? C * lines * g.stride_h * line_size : block_input_rows * input_row + L;
+  const int64_t gradient_image = ceil_div(block_rows * pitch, L) * L, gradient_filter = block_images * gradient_image + L;
 
   // Tiles of a group, in order: where their elements stand in sums, and the offset of each (c, t) into the buffer.
   int64_t* offset = workspace<int64_t>(Slot::offsets, patch_size);
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t t = 0; t < taps_count; ++t) {
       const int64_t row = taps[t].row + g.pad_h, shift = taps[t].column + g.pad_w;
-      offset[c * taps_count + t] =
-          flat ? row * g.Q + (c * g.S + t % g.S) * flat_stride
-               : row * b.row_stride + c * b.channel_stride + shift % g.stride_w * b.pitch + shift / g.stride_w;
+      const int64_t line = c * lines + (each_column ? t % g.S : shift % g.stride_w);
+      offset[c * taps_count + t] = (each_column ? 0 : shift / g.stride_w) +
+                                   (strung ? (line * g.stride_h + row % g.stride_h) * line_size + row / g.stride_h * pitch
+                                           : row * input_row + line * pitch);
     }
   }
   // Calls visit(k, filters, first (c, t), taps, place in sums) for every tile and returns the size of sums.
@@ -176,10 +182,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
   parallel_for(g.G * slices, K * patch_size * vectors * g.P * g.N / slices, [&](int64_t task) {
     const int64_t slice = task % slices, group = task / slices;
-    T* buffer =
-        workspace<T>(Slot::patches, block_input_rows * b.row_stride + L + (flat ? block_images * C * g.S * flat_stride : 0));
-    T* flat_input = buffer + block_input_rows * b.row_stride + L;
-    T* gradient_copy = in_place ? nullptr : workspace<T>(Slot::gradient, max_tile_filters * (block_rows * vectors + 1) * L);
+    T* buffer = workspace<T>(Slot::patches, block_images * image_size);
+    T* gradient_copy = in_place ? nullptr : workspace<T>(Slot::gradient, max_tile_filters * gradient_filter);
     const int64_t elements = ceil_div(K * patch_size, L) * L;  // add_lanes takes L of them at a time
     T* sums = workspace<T>(Slot::tile, elements * L);
     for (int64_t x = 0; x < elements; ++x) store(sums + x * L, Vec<T>{});
@@ -187,51 +191,51 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     for (int64_t block = slice * blocks / slices; block < (slice + 1) * blocks / slices; ++block) {
       const int64_t n = block / blocks_of_image * block_images, images = std::min(block_images, g.N - n);
       const int64_t part = block % blocks_of_image, i_begin = part * g.P / blocks_of_image;
-      const int64_t rows = (part + 1) * g.P / blocks_of_image - i_begin, input_rows = (rows - 1) * g.stride_h + halo;
-      const int64_t row = i_begin * g.stride_h - g.pad_h;
-      const int64_t begin = std::clamp<int64_t>(-row, 0, input_rows), end = std::clamp(g.H - row, begin, input_rows);
-      for (int64_t image = 0; image < images; ++image) {
-        planar_rows::clear(C, begin, b, buffer);
-        planar_rows::fill(input_view, g.N, n + image, group * C, C, row + begin, end - begin, b, buffer + begin * b.row_stride);
-        planar_rows::clear(C, input_rows - end, b, buffer + end * b.row_stride);
-        for (int64_t line = 0; flat && line < C * g.S; ++line) {
-          const int64_t shift = line % g.S * g.dilation_w;
-          const T* from = buffer + line / g.S * b.channel_stride + shift % g.stride_w * b.pitch + shift / g.stride_w;
-          T* to = flat_input + (image * C * g.S + line) * flat_stride;
-          for (int64_t i = 0; i < input_rows; ++i, from += b.row_stride, to += g.Q)
-            for (int64_t x = 0; x < g.Q; x += L) store(to + x, load(from + x));  // the next row replaces what is too much
-          store(to, Vec<T>{});
-        }
+      const int64_t rows = (part + 1) * g.P / blocks_of_image - i_begin, row = i_begin * g.stride_h - g.pad_h;
+      const int64_t input_rows = (rows - 1) * g.stride_h + halo;
+      if (!strung) {
+        const planar_rows::Buffer b{-g.pad_w, g.stride_w, pitch, pitch, input_row, lines * pitch};
+        planar_rows::fill_padded(input_view, g.N, n, group * C, C, row, 1, input_rows, b, buffer);
+      }
+      for (int64_t x = 0; strung && x < images * g.stride_h; ++x) {
+        const int64_t image = x / g.stride_h, remainder = x % g.stride_h;
+        const int64_t count = std::max<int64_t>(0, ceil_div(input_rows - remainder, g.stride_h));
+        planar_rows::Buffer b{-g.pad_w, g.stride_w, pitch, g.stride_h * line_size, pitch, lines * g.stride_h * line_size};
+        T* to = buffer + image * image_size + remainder * line_size;
+        for (int64_t s = 0; s < (each_column ? g.S : 1); ++s, b.first_column += g.dilation_w)
+          planar_rows::fill_padded(input_view, g.N, n + image, group * C, C, row + remainder, g.stride_h, count, b,
+                                   to + s * b.remainder_stride);
+        for (int64_t line = 0; line < C * lines; ++line)
+          implicit_gemm::zero_beyond(to + line * g.stride_h * line_size + count * pitch, overlap + L);
       }
 
       int64_t copied = -1, tile = 0;
-      const T* gradient = nullptr;
-      GradientBlock<T> shape{rows, in_place ? g.Q : vectors * L, 0, 0, g.stride_h * b.row_stride};
-      if (flat) shape.rows = images, shape.columns = rows * g.Q, shape.input_row = C * g.S * flat_stride;
+      const T *gradient = nullptr, *source = nullptr;
+      GradientBlock<T> shape{rows, g.Q, g.P * g.Q, g.Q, g.stride_h * input_row};
+      if (each_column) shape = {images, rows * g.Q, g.P * g.Q, gradient_view.strides.n, image_size};
+      if (!in_place) shape = {images, ceil_div(rows * pitch, L) * L, gradient_filter, gradient_image, image_size};
       each_tile([&](int64_t k, int64_t filters, int64_t first, int64_t count, int64_t place) {
         if (k != copied) {
           copied = k, tile = 0;
-          if (in_place) {
-            gradient = grad_output + n * gradient_view.strides.n + (group * K + k) * gradient_view.strides.c + i_begin * g.Q;
-            shape.gradient_filter = g.P * g.Q, shape.gradient_row = flat ? gradient_view.strides.n : g.Q;
-          } else {
-            const int64_t pitch = flat ? g.Q : vectors * L;
-            const planar_rows::Buffer of{0, g.Q, 1, pitch, pitch, (rows * vectors + 1) * L};
-            planar_rows::fill(gradient_view, g.N, n, group * K + k, filters, i_begin, rows, of, gradient_copy);
-            for (int64_t f = 0; f < filters; ++f) store(gradient_copy + f * of.channel_stride + rows * pitch, Vec<T>{});
-            if (flat) shape.columns = ceil_div(rows * g.Q, L) * L;
+          source = gradient = grad_output + n * gradient_view.strides.n + (group * K + k) * gradient_view.strides.c +
+                              i_begin * gradient_view.strides.h;
+          if (!in_place) {
             gradient = gradient_copy;
-            shape.gradient_filter = of.channel_stride, shape.gradient_row = of.row_stride;
+            const planar_rows::Buffer b{0, 1, pitch, 0, pitch, gradient_filter};
+            for (int64_t image = 0; image < images; ++image) {
+              T* to = gradient_copy + image * gradient_image;
+              planar_rows::fill(gradient_view, g.N, n + image, group * K + k, filters, i_begin, 1, rows, b, to);
+              for (int64_t f = 0; f < filters; ++f) store(to + f * gradient_filter + rows * pitch, Vec<T>{});
+            }
           }
         }
         // Each tile fetches one of the filters that come after these.
-        const T* next = gradient + (filters + tile++ % filters) * shape.gradient_filter;
-        const T* seen = flat ? flat_input : buffer;
+        const T* next = source + (filters + tile++ % filters) * gradient_view.strides.c;
         switch (filters) {
-          case 4: return gradient_tile_of<T, 4>(count, shape, gradient, next, seen, offset + first, sums + place * L);
-          case 3: return gradient_tile_of<T, 3>(count, shape, gradient, next, seen, offset + first, sums + place * L);
-          case 2: return gradient_tile_of<T, 2>(count, shape, gradient, next, seen, offset + first, sums + place * L);
-          default: return gradient_tile_of<T, 1>(count, shape, gradient, next, seen, offset + first, sums + place * L);
+          case 4: return gradient_tile_of<T, 4>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
+          case 3: return gradient_tile_of<T, 3>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
+          case 2: return gradient_tile_of<T, 2>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
+          default: return gradient_tile_of<T, 1>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
         }
       });
     }

@@ -99,6 +99,13 @@ inline Vec<T> every_second(Vec<T> a, Vec<T> b, int odd, std::index_sequence<lane
   return odd ? __builtin_shufflevector(a, b, (2 * lane + 1)...) : __builtin_shufflevector(a, b, (2 * lane)...);
 #else
   using Mask = Vec<IndexOf<T>>;
+  if constexpr (sizeof(Vec<T>) == 32) {  // first within halves of 16 bytes, then across: GCC finds only a way with three shuffles
+    constexpr size_t lanes = sizeof...(lane), half = lanes / 2, quarter = lanes / 4;
+    const auto within = [](size_t l) { return l / half * half + l % quarter * 2 + (l % half < quarter ? 0 : lanes); };
+    const Vec<T> v = odd ? __builtin_shuffle(a, b, Mask{IndexOf<T>(within(lane) + 1)...})
+                         : __builtin_shuffle(a, b, Mask{IndexOf<T>(within(lane))...});
+    return __builtin_shuffle(v, Mask{IndexOf<T>((lane / quarter == 1 || lane / quarter == 2 ? lane ^ (3 * quarter) : lane))...});
+  }
   return odd ? __builtin_shuffle(a, b, Mask{(2 * lane + 1)...}) : __builtin_shuffle(a, b, Mask{(2 * lane)...});
 #endif
 }
@@ -112,6 +119,15 @@ inline Vec<T> interleave(Vec<T> a, Vec<T> b, int half, std::index_sequence<lane.
               : __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * lanes)...);
 #else
   using Mask = Vec<IndexOf<T>>;
+  if constexpr (sizeof(Vec<T>) == 32) {  // the same
+    constexpr size_t half_lanes = lanes / 2, quarter = lanes / 4;
+    const auto within = [](size_t l) { return l / half_lanes * half_lanes + l % half_lanes / 2 + l % 2 * lanes; };
+    const Vec<T> low = __builtin_shuffle(a, b, Mask{IndexOf<T>(within(lane))...});
+    const Vec<T> high = __builtin_shuffle(a, b, Mask{IndexOf<T>(within(lane) + quarter)...});
+    const auto joined = [](size_t l) { return l % half_lanes + l / half_lanes * lanes; };
+    return half ? __builtin_shuffle(low, high, Mask{IndexOf<T>(joined(lane) + half_lanes)...})
+                : __builtin_shuffle(low, high, Mask{IndexOf<T>(joined(lane))...});
+  }
   return half ? __builtin_shuffle(a, b, Mask{(lanes / 2 + lane / 2 + lane % 2 * lanes)...})
               : __builtin_shuffle(a, b, Mask{(lane / 2 + lane % 2 * lanes)...});
 #endif
