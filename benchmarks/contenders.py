@@ -60,6 +60,11 @@ def check(results, truth, dtype, allowed):
     return (math.nan if any(map(math.isnan, errors)) else max(errors)), wrong
 
 
+def one_vector(gradients):
+    """Of a network's gradients some are zero but for rounding, such as those of a bias before a normalisation."""
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
 def tuples(value):
     return value if isinstance(value, tuple) else (value,)
 
@@ -258,12 +263,26 @@ class BasicBlock(nn.Module):
 
 
 def network(name):
+    if name in layers.MODELS:
+        return torchvision_model(name)
     if name == "ResNet-18 block":
         return BasicBlock(layers.NETWORKS[name][1])
     convolution = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(
         *convolution, nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)
     )
+
+
+def torchvision_model(name):
+    try:
+        import torchvision
+    except ImportError as error:
+        raise SystemExit(f"run.py: models are those of torchvision, which cannot be imported: {error}") from error
+    model = torchvision.models.get_model(name, weights=None)
+    for module in model.modules():  # what is dropped at random would differ from one call to the next
+        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+    return model
 
 
 def network_calls(model, input, grad_output, compiled):
@@ -287,8 +306,8 @@ def network_calls(model, input, grad_output, compiled):
     return calls
 
 
-def network_cases(group, name, layout):
-    model, input = network(name), torch.randn(layers.NETWORKS[name])
+def network_cases(group, name, size, layout):
+    model, input = network(name), torch.randn(size)
     grad_output = torch.randn_like(model(input))
 
     def calls(model, layout):
@@ -299,7 +318,7 @@ def network_cases(group, name, layout):
     contenders = {"torch_nchw": calls(model, "nchw"), "torch_channels_last": calls(model, "channels_last")}
     contenders["torchcnn"] = calls(torchcnn.convert(model), layout)
     exact = network_calls(copy.deepcopy(model).double(), input.double(), grad_output.double(), False)
-    for direction in floors.NETWORKS[group]:
+    for direction in (floors.INFERENCE, floors.STEP):
         each = {who: directions[direction] for who, directions in contenders.items()}
         yield Case(group, f"{name}, {len(input)} images", direction, "float32", each, exact[direction])
 
@@ -335,9 +354,15 @@ def networks_table(groups, layout, quick):
             for layer in layers.ONE_CALL:
                 yield from one_call_cases(group, layer, layout)
         else:
-            for name in layers.NETWORKS:
+            for name, size in layers.NETWORKS.items():
                 if not (quick and name != "LeNet-5"):
-                    yield from network_cases(group, name, layout)
+                    yield from network_cases(group, name, size, layout)
+
+
+def models_table(groups, layout, quick):
+    for name, size in layers.MODELS.items():
+        if not (quick and name != "resnet18"):
+            yield from network_cases("models", name, size, layout)
 
 
 TABLES = {
@@ -345,4 +370,5 @@ TABLES = {
     "pool": (pool_table, floors.POOL, torch.enable_grad),
     "dtypes": (dtypes_table, floors.DTYPES, torch.inference_mode),
     "networks": (networks_table, floors.NETWORKS, torch.enable_grad),
+    "models": (models_table, floors.MODELS, torch.enable_grad),
 }

@@ -17,12 +17,13 @@ import floors
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GPU_BEGIN, GPU_END = "<!-- benchmarks on a GPU: begin -->", "<!-- benchmarks on a GPU: end -->"
-TABLES = {"conv": floors.CONV, "pool": floors.POOL, "dtypes": floors.DTYPES, "networks": floors.NETWORKS}
+TABLES = {"conv": floors.CONV, "pool": floors.POOL, "dtypes": floors.DTYPES, "networks": floors.NETWORKS, "models": floors.MODELS}
 TITLES = {
     "conv": "Convolution, float32",
     "pool": "Pooling, float32",
     "dtypes": "Convolution in other dtypes",
     "networks": "Calls and networks, float32",
+    "models": "Models of torchvision, float32",
 }
 TENSORS = {"nchw": "NCHW tensors", "channels_last": "channels_last tensors"}
 COLORS = {

@@ -1,7 +1,7 @@
 """Correctness, then speed, of torchcnn beside torch on one machine: python benchmarks/run.py TABLE [options]
 
 conv, pool: layers in float32; dtypes: convolution in others; networks: a call that computes next to nothing, and LeNet-5 and a
-block of ResNet-18, eager and compiled.
+block of ResNet-18, eager and compiled; models: some of torchvision (pip install torchvision) through torchcnn.convert, untrained.
 
 Every case is one kind of layer in one direction. First its result and torch's are compared with float64: the error is the
 largest difference, relative to the largest value. Then torch on NCHW tensors, torch on channels_last tensors and torchcnn take
@@ -42,7 +42,7 @@ ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")  # of GPUs
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["conv", "pool", "dtypes", "networks"])
+    parser.add_argument("table", choices=["conv", "pool", "dtypes", "networks", "models"])
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: beside cuDNN, as gpu.py says; conv and pool"
     )
@@ -102,11 +102,13 @@ def measure(case, args):
     use_threads(args.threads)
     row = {"class": case.group, "layer": case.layer, "direction": case.direction, "dtype": case.dtype}
     if args.allocator == "warm":
-        truth = case.truth()
-        allowed = floors.NETWORK_GRADIENT_ERROR if case.direction == floors.STEP else floors.ERROR[case.dtype]
+        allowed, as_checked = floors.ERROR[case.dtype], contenders.tuples
+        if case.direction == floors.STEP:
+            allowed, as_checked = floors.NETWORK_GRADIENT_ERROR, contenders.one_vector
+        truth = as_checked(case.truth())
         dtype = getattr(torch, case.dtype)
-        row["error"], row["wrong"] = contenders.check(case.contenders["torchcnn"](), truth, dtype, allowed)
-        row["torch_error"], _ = contenders.check(case.contenders["torch_nchw"](), truth, dtype, allowed)
+        row["error"], row["wrong"] = contenders.check(as_checked(case.contenders["torchcnn"]()), truth, dtype, allowed)
+        row["torch_error"], _ = contenders.check(as_checked(case.contenders["torch_nchw"]()), truth, dtype, allowed)
         del truth
 
     scaling = args.table == "conv" and args.threads > 1 and args.allocator == "warm"
@@ -191,7 +193,8 @@ def floors_of(group, direction, args):
         return (floors.CONV if args.layout == "nchw" else floors.CONV_CHANNELS_LAST)[group][direction]
     if args.layout != "nchw" or (group.split()[0] in ("bfloat16", "float16") and torch_is_fast_with_halves(args)):
         return None, None
-    return {"pool": floors.POOL, "dtypes": floors.DTYPES, "networks": floors.NETWORKS}[args.table][group][direction]
+    tables = {"pool": floors.POOL, "dtypes": floors.DTYPES, "networks": floors.NETWORKS, "models": floors.MODELS}
+    return tables[args.table][group][direction]
 
 
 def verdict(group, direction, rows, args):

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import torchcnn
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MODULES = "contenders", "floors", "layers", "plot", "run", "timing"
 MET, MISSED = (1e-9, 1e-9), (1e9, 1e9)  # whatever is measured
@@ -33,7 +35,7 @@ def harness(monkeypatch):
     monkeypatch.setattr(layers, "POOL", [layers.Pool(1, 2, 7, 3, 2, 1)])
     monkeypatch.setattr(layers, "GLOBAL_POOL", [layers.Pool(1, 3, 5, output=1)])
     monkeypatch.setattr(layers, "ADAPTIVE_POOL", [layers.Pool(1, 2, 7, output=3)])
-    for table in (floors.CONV, floors.CONV_CHANNELS_LAST, floors.POOL, floors.DTYPES, floors.NETWORKS):
+    for table in (floors.CONV, floors.CONV_CHANNELS_LAST, floors.POOL, floors.DTYPES, floors.NETWORKS, floors.MODELS):
         for group, directions in table.items():
             monkeypatch.setitem(table, group, dict.fromkeys(directions, MET))
     monkeypatch.setattr(floors, "TWO_THREADS_RATIO", 1e-9)
@@ -90,6 +92,48 @@ def test_networks(harness, groups, tmp_path):
     ]
     assert harness.run.main([*command[:-2], "--quick"]) == 0
     assert all(row["wrong"] == "False" for row in rows_of(path))
+
+
+def test_models(harness, monkeypatch, tmp_path):
+    """A stand-in for a model of torchvision, which is not needed here."""
+
+    def block_with_a_bias_of_no_effect(name):
+        model = harness.contenders.BasicBlock(3)
+        model.conv1.bias = torch.nn.Parameter(torch.ones(3))  # its gradient is zero but for rounding
+        return model
+
+    monkeypatch.setattr(harness.contenders, "torchvision_model", block_with_a_bias_of_no_effect)
+    for name in harness.layers.MODELS:
+        monkeypatch.setitem(harness.layers.MODELS, name, (2, 3, 6, 6))
+    path = tmp_path / "rows.csv"
+    assert harness.run.main(["models", "--csv", str(path), "--allocator", "warm", "--quick"]) == 0
+    rows = rows_of(path)
+    assert [row["layer"] for row in rows] == ["resnet18, 2 images"] * 2
+    assert all(row["wrong"] == "False" for row in rows)
+    assert harness.run.main(["models", "--csv", str(path), "--allocator", "default"]) == 0
+    assert len(rows_of(path)) == 2 * len(harness.layers.MODELS)
+
+
+def test_a_wrong_gradient_of_a_model_fails(harness, monkeypatch, tmp_path):
+    convert = torchcnn.convert
+
+    def wrong(model):
+        converted = convert(model)
+        converted.bn2.register_full_backward_hook(lambda module, grads, _: (1.2 * grads[0],))
+        return converted
+
+    monkeypatch.setattr(harness.contenders, "torchvision_model", lambda name: harness.contenders.BasicBlock(3))
+    monkeypatch.setattr(torchcnn, "convert", wrong)
+    monkeypatch.setitem(harness.layers.MODELS, "resnet18", (2, 3, 6, 6))
+    path = tmp_path / "rows.csv"
+    assert harness.run.main(["models", "--csv", str(path), "--quick"]) == 1
+    assert {row["direction"] for row in rows_of(path) if row["wrong"] == "True"} == {"training step"}
+
+
+def test_models_without_torchvision_say_so(harness, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(SystemExit, match="models are those of torchvision"):
+        harness.run.main(["models", "--quick", "--csv", str(tmp_path / "rows.csv")])
 
 
 def test_a_call_that_takes_too_long_fails(harness, monkeypatch, tmp_path, capsys):
