@@ -281,9 +281,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
     int64_t* position = workspace<int64_t>(Slot::offsets, most_positions);
     T* const to = partial + slice * weights + (group * K + k_begin) * terms + y_begin;
-    // Sums of one piece go straight to grad_weight, a row of tiles at a time, if they are whole vectors.
+    // Sums of one or two pieces go straight to grad_weight, a row of tiles at a time, if they are whole vectors.
     const int64_t first_block = slice * blocks.count() / slices, end_block = (slice + 1) * blocks.count() / slices;
-    const bool straight = end_block - first_block == 1 && most_positions <= gemm::gradient_depth && taps % nr<T> == 0;
+    const bool straight = end_block - first_block <= 2 && most_positions <= gemm::gradient_depth && taps % nr<T> == 0;
     bool add = false;
     for (int64_t block = first_block; block < end_block; ++block) {
       const int64_t n = block / blocks.along_rows * blocks.images, images = std::min(blocks.images, g.N - n);
