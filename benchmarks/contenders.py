@@ -263,7 +263,7 @@ class BasicBlock(nn.Module):
 
 
 def network(name):
-    if name in layers.MODELS:
+    if name in floors.MODELS:
         return torchvision_model(name)
     if name == "ResNet-18 block":
         return BasicBlock(layers.NETWORKS[name][1])
@@ -360,9 +360,9 @@ def networks_table(groups, layout, quick):
 
 
 def models_table(groups, layout, quick):
-    for name, size in layers.MODELS.items():
+    for name in groups:
         if not (quick and name != "resnet18"):
-            yield from network_cases("models", name, size, layout)
+            yield from network_cases(name, name, layers.MODEL_INPUT, layout)
 
 
 TABLES = {

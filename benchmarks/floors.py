@@ -60,7 +60,20 @@ NETWORKS = {
     "eager": {INFERENCE: (None, None), STEP: (None, None)},
     "compiled": {INFERENCE: (None, 1.0), STEP: (None, 1.0)},
 }
-MODELS = {"models": {INFERENCE: (None, 1.0), STEP: (None, 1.0)}}
+# Of torchvision.models.
+MODELS = {
+    name: {INFERENCE: (None, 1.0), STEP: (None, 1.0)}
+    for name in (
+        "resnet18",
+        "resnet50",
+        "resnext50_32x4d",
+        "densenet121",
+        "mobilenet_v2",
+        "mobilenet_v3_large",
+        "efficientnet_b0",
+        "regnet_y_400mf",
+    )
+}
 CALL_SAVES_US = -6.0  # a call without gradients takes at most 6 us longer than torch's
 
 # The largest error that a correct kernel makes on these layers, relative to the largest value of the result; bfloat16 and

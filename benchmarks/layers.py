@@ -146,20 +146,7 @@ ONE_CALL = [Conv(1, 1, 8, 1, 3, 1, 1)]  # no arithmetic to speak of
 # Size of the input of each network of contenders.py.
 NETWORKS = {"LeNet-5": (64, 1, 28, 28), "ResNet-18 block": (8, 64, 56, 56)}
 
-# Of torchvision.models, and the size of their input.
-MODELS = dict.fromkeys(
-    [
-        "resnet18",
-        "resnet50",
-        "resnext50_32x4d",
-        "densenet121",
-        "mobilenet_v2",
-        "mobilenet_v3_large",
-        "efficientnet_b0",
-        "regnet_y_400mf",
-    ],
-    (2, 3, 224, 224),
-)
+MODEL_INPUT = (2, 3, 224, 224)
 
 DTYPES = {
     "bfloat16 3x3": RESNET_AND_VGG,

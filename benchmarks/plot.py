@@ -173,7 +173,7 @@ def draw_setting(axes, setting, members):
     axes.set_ylim(2 ** (low - 0.8), 2 ** (high + 0.6))  # the means are written below the bars
     exponents = range(low, high + 1)
     axes.set_yticks([2.0**e for e in exponents], [f"{2**e}x" if e >= 0 else f"1/{2**-e}" for e in exponents])
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), [group.replace("_", "\n") for group in groups])
     axes.set_ylabel("times faster than torch")
     axes.set_title(title(setting), loc="left", fontsize=11)
     axes.grid(axis="y", alpha=0.3)

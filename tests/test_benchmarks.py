@@ -103,15 +103,14 @@ def test_models(harness, monkeypatch, tmp_path):
         return model
 
     monkeypatch.setattr(harness.contenders, "torchvision_model", block_with_a_bias_of_no_effect)
-    for name in harness.layers.MODELS:
-        monkeypatch.setitem(harness.layers.MODELS, name, (2, 3, 6, 6))
+    monkeypatch.setattr(harness.layers, "MODEL_INPUT", (2, 3, 6, 6))
     path = tmp_path / "rows.csv"
     assert harness.run.main(["models", "--csv", str(path), "--allocator", "warm", "--quick"]) == 0
     rows = rows_of(path)
     assert [row["layer"] for row in rows] == ["resnet18, 2 images"] * 2
     assert all(row["wrong"] == "False" for row in rows)
     assert harness.run.main(["models", "--csv", str(path), "--allocator", "default"]) == 0
-    assert len(rows_of(path)) == 2 * len(harness.layers.MODELS)
+    assert len(rows_of(path)) == 2 * len(harness.floors.MODELS)
 
 
 def test_a_wrong_gradient_of_a_model_fails(harness, monkeypatch, tmp_path):
@@ -124,7 +123,7 @@ def test_a_wrong_gradient_of_a_model_fails(harness, monkeypatch, tmp_path):
 
     monkeypatch.setattr(harness.contenders, "torchvision_model", lambda name: harness.contenders.BasicBlock(3))
     monkeypatch.setattr(torchcnn, "convert", wrong)
-    monkeypatch.setitem(harness.layers.MODELS, "resnet18", (2, 3, 6, 6))
+    monkeypatch.setattr(harness.layers, "MODEL_INPUT", (2, 3, 6, 6))
     path = tmp_path / "rows.csv"
     assert harness.run.main(["models", "--csv", str(path), "--quick"]) == 1
     assert {row["direction"] for row in rows_of(path) if row["wrong"] == "True"} == {"training step"}
