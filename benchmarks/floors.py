@@ -80,8 +80,7 @@ CALL_SAVES_US = -6.0  # a call without gradients takes at most 6 us longer than 
 # float16 compute in float32, and may lose one rounding to the dtype on top.
 ERROR = {"float32": 2e-5, "float64": 5e-14, "bfloat16": 2e-5, "float16": 2e-5}
 # A network's gradients jump where a rounding moves the input of a rectifier across zero: of the 25,000 terms of a random sum that
-# is one, about 1/sqrt(25,000) of the result; of the deep models up to 0.04, and as much for torch. tests/test_models.py compares
-# them more strictly.
+# is one, about 1/sqrt(25,000) of the result; of the deep models up to 0.04. tests/test_models.py compares them more strictly.
 NETWORK_GRADIENT_ERROR = 0.05
 
 # On a GPU (run.py --device cuda), of cuDNN's speed: where the tensor cores compute, and where memory or the call sets the pace.

@@ -85,6 +85,10 @@ def title(setting):
     return f"{TITLES[table]}, {TENSORS[layout]}, {'one thread' if threads == 1 else f'{threads} threads'}, {isa}"
 
 
+def torch_versions(members):
+    return "torch " + ", ".join(sorted({row["torch_version"] for rows in members.values() for row in rows}))
+
+
 def markdown(settings):
     """Every setting as a table, a row a class, a column a direction: geometric mean, worst layer."""
     lines = ["Times faster than torch: geometric mean of the class, and in parentheses its slowest layer."]
@@ -94,7 +98,7 @@ def markdown(settings):
         directions = list(dict.fromkeys(direction for _, direction in members))
         lines += [
             "",
-            f"**{title(setting)}**",
+            f"**{title(setting)}, {torch_versions(members)}**",
             "",
             f"| class | {' | '.join(directions)} |",
             "| --- |" + " ---: |" * len(directions),

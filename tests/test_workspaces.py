@@ -109,3 +109,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         for name in ("torch", "torchcnn")
     ]
     assert kilobytes[1] <= kilobytes[0] + 3 * (64 << 10), kilobytes  # two threads and autograd's own
+
+
+@needs_workspaces
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [((1, 2, 3, 3), (3, 3), (4120, 1025), (0, 4100)), ((8, 16, 5, 28), (5, 3), (1000, 1), (0, 1))],
+)
+def test_large_strides_need_no_more_memory_than_small_ones(size, kernel, stride, padding, memory_format):
+    """Rows that grad_weight sorts by their remainder modulo the stride: most of the remainders have no row at all."""
+    backends.release_workspaces()
+    backends.workspace_limit = 1 << 40
+    others = backends.workspace_size()
+    x, w = torch.randint(-3, 4, size).float(), torch.randint(-3, 4, (2, size[1], *kernel)).float().requires_grad_()
+    output = torchcnn.functional.conv2d(x.contiguous(memory_format=memory_format), w, None, stride, padding)
+    (actual,) = torch.autograd.grad(output.sum(), w)
+    assert backends.workspace_size() - others < 2 << 20
+    (expected,) = torch.autograd.grad(F.conv2d(x, w, None, stride, padding).sum(), w)
+    assert torch.equal(actual, expected)

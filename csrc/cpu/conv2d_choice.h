@@ -155,11 +155,16 @@ inline bool suits_small_channels(const Conv2dGeometry& g, Direction direction) {
   const int64_t C = g.C_per_group(), K = g.K_per_group();
   const bool nchw = g.layout == Layout::nchw;
   switch (direction) {
-    case Direction::forward:
+    case Direction::forward:  // a block's rows are copied, those between the windows too
+      if (g.stride_h > 256 / g.stride_w) return false;
       return (g.Q >= 8 && K <= 12) || (g.Q >= 16 && C <= 16 && C * g.R * g.S <= 160 && (nchw || (K <= 32 && g.stride_w == 1)));
     case Direction::grad_input:  // of 16 channels, panels are full, which pays where each phase has few taps
       return g.W / g.stride_w >= 8 && (g.stride_w == 1 ? C <= 20 || K <= 4 : C <= 20 && C != 16);
-    default: return (g.Q >= 8 && K <= 12 && C <= 256) || (g.Q >= 16 && C <= 16 && g.stride_w == 1 && nchw);
+    default: {
+      // Rows may be sorted by their remainder modulo the stride, and get room for the taps beside them.
+      const bool compact = g.stride_h <= 16 / g.stride_w && ((nchw && g.Q >= 16) || (g.S - 1) * g.dilation_w <= g.Q * g.stride_w);
+      return compact && ((g.Q >= 8 && K <= 12 && C <= 256) || (g.Q >= 16 && C <= 16 && g.stride_w == 1 && nchw));
+    }
   }
 }
 

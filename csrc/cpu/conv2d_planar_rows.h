@@ -31,7 +31,7 @@ template <class V>
 }
 
 struct Buffer {
-  int64_t first_column, step, width;  // width: columns / step that are written, whole vectors or more
+  int64_t first_column, step, width;  // width: elements of each remainder
   int64_t remainder_stride, row_stride, channel_stride;
 };
 
@@ -241,7 +241,7 @@ void merge_phases(const T* from, int64_t phase_stride, int64_t phases, int64_t c
 }
 
 // Rows row, row + row_step, ... of channels c, c + 1, ... of image n, all of which exist, to buffer row 0 and on. Writes whole
-// vectors: what is too much of a row, the next one replaces.
+// vectors: what is too much of a row, the next one replaces, and after the last there must be room for it.
 template <class T>
 void fill(const View<const T>& source, int64_t N, int64_t n, int64_t c, int64_t channels, int64_t row, int64_t row_step,
           int64_t count, const Buffer& b, T* buffer) {

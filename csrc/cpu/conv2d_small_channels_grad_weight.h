@@ -7,15 +7,15 @@
 // (c, t); each of its elements is a vector of partial sums over the pixels of a block of rows, which is added to
 // sums[tile][element]. Lanes are added at the end. Sums within a block and over blocks are short, and so are their errors.
 //
-// Rows that nearly fill their vectors are read as they lie, and the input under them from a padded copy (conv2d_planar_rows.h).
-// Others are strung together, and so are the rows of input that a tap sees with them:
+// In NCHW, rows that nearly fill their vectors, and those with wide taps beside them, are read as they lie, and the input under
+// them from a padded copy (conv2d_planar_rows.h). Others are strung together, and so are the rows of input that a tap sees:
 //
 //   strung[n][c][line][row mod stride_h][row / stride_h][pitch]
 //
-// either with a line for each filter column s and the pitch of grad_output, Q, which stays where it is; or, where filters are
-// fewer than such lines, with one for each remainder of columns modulo stride_w and a pitch that has room for the taps beside
-// the row, and grad_output is copied to that pitch, with zeros between its rows. These meet inputs that no tap pairs them with: a
-// result that holds a NaN is computed again by the general kernel.
+// If that takes few copies, there is a line for each filter column s with the pitch of grad_output, Q, which stays where it is.
+// Else there is one for each remainder of columns modulo stride_w, with a pitch that has room for the taps beside the row, and
+// grad_output is copied to that pitch, with zeros between its rows. These meet inputs that no tap pairs them with: a result that
+// holds a NaN is computed again by the general kernel.
 #pragma once
 
 #include <algorithm>
@@ -139,17 +139,18 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const bool strung = !nchw || each_column || (ragged && (4 * beside <= g.Q || g.Q < L));
   const bool in_place = each_column || !strung;
   const int64_t lines = each_column ? g.S : g.stride_w, overlap = each_column ? 0 : beside;
-  const int64_t pitch = strung ? g.Q + overlap : ceil_div(vectors * L + overlap, L) * L;
+  const int64_t pitch = strung ? g.Q + overlap : ceil_div(g.Q + overlap, L) * L;
   const int64_t input_row = C * lines * pitch;
-  const int64_t wanted_rows = std::min(gradient_block_elements / (max_tile_filters * g.Q),
+  const int64_t wanted_rows = std::min(gradient_block_elements / (max_tile_filters * (strung ? pitch : g.Q)),
                                        (input_block_elements - halo * input_row) / (g.stride_h * input_row));
   const int64_t blocks_of_image = ceil_div(g.P, std::clamp<int64_t>(wanted_rows, std::min<int64_t>(4, g.P), 64));
   const int64_t block_rows = ceil_div(g.P, blocks_of_image), block_input_rows = (block_rows - 1) * g.stride_h + halo;
-  // Small planes are taken several images at a time.
-  const int64_t block_images = strung && blocks_of_image == 1 ? std::clamp<int64_t>(wanted_rows / g.P, 1, g.N) : 1;
-  const int64_t blocks = ceil_div(g.N, block_images) * blocks_of_image;
   const int64_t line_size = ceil_div(block_input_rows, g.stride_h) * pitch + overlap + 2 * L;
-  const int64_t image_size = strung ? C * lines * g.stride_h * line_size : block_input_rows * input_row + L;
+  const int64_t image_size = strung ? C * lines * g.stride_h * line_size : block_input_rows * input_row;
+  // Small planes are taken several images at a time.
+  const int64_t wanted_images = std::min(wanted_rows / g.P, input_block_elements / image_size);
+  const int64_t block_images = strung && blocks_of_image == 1 ? std::clamp<int64_t>(wanted_images, 1, g.N) : 1;
+  const int64_t blocks = ceil_div(g.N, block_images) * blocks_of_image;
   const int64_t gradient_image = ceil_div(block_rows * pitch, L) * L, gradient_filter = block_images * gradient_image + L;
 
   // Tiles of a group, in order: where their elements stand in sums, and the offset of each (c, t) into the buffer.
@@ -229,8 +230,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
             }
           }
         }
-        // Each tile fetches one of the filters that come after these.
-        const T* next = source + (filters + tile++ % filters) * gradient_view.strides.c;
+        // Each tile fetches one of the filters that come after these, if they lie in memory as the tile takes them.
+        const bool fetches = in_place || (nchw && images == 1);
+        const T* next = fetches ? source + (filters + tile++ % filters) * gradient_view.strides.c : gradient;
         switch (filters) {
           case 4: return gradient_tile_of<T, 4>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
           case 3: return gradient_tile_of<T, 3>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
