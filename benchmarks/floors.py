@@ -74,6 +74,7 @@ MODELS = {
         "regnet_y_400mf",
     )
 }
+TABLES = {"conv": CONV, "pool": POOL, "dtypes": DTYPES, "networks": NETWORKS, "models": MODELS}
 CALL_SAVES_US = -6.0  # a call without gradients takes at most 6 us longer than torch's
 
 # The largest error that a correct kernel makes on these layers, relative to the largest value of the result; bfloat16 and

@@ -17,7 +17,6 @@ import floors
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GPU_BEGIN, GPU_END = "<!-- benchmarks on a GPU: begin -->", "<!-- benchmarks on a GPU: end -->"
-TABLES = {"conv": floors.CONV, "pool": floors.POOL, "dtypes": floors.DTYPES, "networks": floors.NETWORKS, "models": floors.MODELS}
 TITLES = {
     "conv": "Convolution, float32",
     "pool": "Pooling, float32",
@@ -47,15 +46,15 @@ def read(folder):
     """Rows by (table, layout, threads, instruction sets) and then (class, direction); of two for a case the later counts."""
     cases = {}
     for row in rows_in(folder, of_gpus=False):
-        table = next(name for name, classes in TABLES.items() if row["class"] in classes)
+        table = next(name for name, classes in floors.TABLES.items() if row["class"] in classes)
         setting = table, row["layout"], int(row["threads"]), f"{row['isa']} beside torch's {row['torch_isa']}"
         cases[(*setting, row["class"], row["direction"], row["layer"])] = row
-    tables, layouts = list(TABLES), ["nchw", "channels_last"]
+    tables, layouts = list(floors.TABLES), ["nchw", "channels_last"]
     settings = {}
 
     def place(key):
         table, layout, threads, isa, group, *_ = key
-        return isa, tables.index(table), threads, layouts.index(layout), list(TABLES[table]).index(group)
+        return isa, tables.index(table), threads, layouts.index(layout), list(floors.TABLES[table]).index(group)
 
     for key in sorted(cases, key=place):
         settings.setdefault(key[:4], {}).setdefault(key[4:6], []).append(cases[key])
@@ -66,7 +65,7 @@ def read_gpu(folder):
     """Rows by (table, layout, GPU, torch, cuDNN) and then (class, direction) and arithmetic."""
     settings = {}
     for row in rows_in(folder, of_gpus=True):
-        table = "conv" if row["class"] in TABLES["conv"] else "pool"
+        table = "conv" if row["class"] in floors.TABLES["conv"] else "pool"
         setting = table, row["layout"], row["gpu"], row["torch_version"], row["cudnn_version"]
         cells = settings.setdefault(setting, {}).setdefault((row["class"], row["direction"]), {})
         cells.setdefault(row["arithmetic"], []).append(row)
@@ -190,6 +189,8 @@ def draw(settings, folder):
     """The settings on NCHW tensors and one thread, or all if there is none such."""
     os.environ.setdefault("MPLBACKEND", "agg")
     import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "speedup"  # the same names in the file each time
 
     shown = {s: members for s, members in settings.items() if s[1:3] == ("nchw", 1)} or settings
     figure, axes = plt.subplots(len(shown), figsize=(11, 3.4 * len(shown)), squeeze=False, layout="constrained")

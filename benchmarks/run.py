@@ -1,19 +1,18 @@
 """Correctness, then speed, of torchcnn beside torch on one machine: python benchmarks/run.py TABLE [options]
 
 conv, pool: layers in float32; dtypes: convolution in others; networks: a call that computes next to nothing, and LeNet-5 and a
-block of ResNet-18, eager and compiled; models: some of torchvision (pip install torchvision) through
-torchcnn.convert, untrained.
+block of ResNet-18, eager and compiled; models: some of torchvision (pip install torchvision), untrained,
+through torchcnn.convert.
 
 Every case is one kind of layer in one direction. First its result and torch's are compared with float64: the error is the
 largest difference, relative to the largest value (of all of a model's gradients, for its training step). Then torch on NCHW
 tensors, torch on channels_last tensors and torchcnn take turns, in random order, in this one process, until 5 rounds and 0.3 s
 are over. What counts is processor time on one thread, where other programs disturb it least, and elapsed time on more.
-Milliseconds are the least of the rounds. The
-ratio is torch's time over torchcnn's, the median over the rounds, against torch's better layout (pools without autograd:
-NCHW alone, as their floors are meant); a ~ marks one that the ratio of the least times puts more than 10% elsewhere. On more
-threads it is the ratio of the least times. In parentheses the ratio in a second process, where the allocator is in its default
-state. At the end each class has a line: geometric mean and worst ratio, with their floors; exit status 1 if one is missed or a
-result is wrong.
+Milliseconds are the least of the rounds. The ratio is torch's time over torchcnn's, the median over the rounds, against torch's
+better layout (pools without autograd: NCHW alone, as their floors are meant); a ~ marks one that the ratio of the least times
+puts more than 10% elsewhere. On more threads it is the ratio of the least times. In parentheses the ratio in a second process,
+where the allocator is in its default state. At the end each class has a line: geometric mean and worst ratio, with their floors;
+exit status 1 if one is missed or a result is wrong.
 """
 
 import argparse
@@ -197,8 +196,7 @@ def floors_of(group, direction, args):
         return (floors.CONV if args.layout == "nchw" else floors.CONV_CHANNELS_LAST)[group][direction]
     if args.layout != "nchw" or (group.split()[0] in ("bfloat16", "float16") and torch_is_fast_with_halves(args)):
         return None, None
-    tables = {"pool": floors.POOL, "dtypes": floors.DTYPES, "networks": floors.NETWORKS, "models": floors.MODELS}
-    return tables[args.table][group][direction]
+    return floors.TABLES[args.table][group][direction]
 
 
 def verdict(group, direction, rows, args):

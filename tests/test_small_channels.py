@@ -158,6 +158,27 @@ def test_what_is_not_finite_stays_where_it_belongs(value, memory_format):
         assert not grad_weight[..., 2].isfinite().any()
 
 
+@pytest.mark.parametrize("name", [name for name in GEOMETRIES if name.startswith(("strung", "short_rows", "lenet"))])
+def test_what_scratch_memory_held_does_not_matter(name, memory_format):
+    """Lanes of zeros meet what lies between rows: a NaN left there would send grad_weight to the general kernel, other bits."""
+    input_size, weight_size, *options = GEOMETRIES[name]
+    tensors = move(make_tensors(input_size, weight_size, options, torch.randn), torch.float32, memory_format)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # so that the same scratch memory is used again
+        input, weight, bias, grad_output = tensors
+        weight.requires_grad_()
+        output = torchcnn.functional.conv2d(input, weight, bias, *options)
+        (expected,) = torch.autograd.grad(output, weight, grad_output, retain_graph=True)
+        N, C, H, W = input_size
+        nans = make_tensors((N, C, 2 * H, 2 * W), weight_size, options, lambda size: torch.full(size, torch.nan))
+        results(torchcnn.functional.conv2d, move(nans, torch.float32, memory_format), options)
+        (actual,) = torch.autograd.grad(output, weight, grad_output)
+        assert torch.equal(actual, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_bias_and_relu(relu, dtype, memory_format):
     """Also where the result passes through a tile: rows shorter than a vector, channels_last; and with vectors of filters."""
