@@ -224,16 +224,20 @@ Pair output_size(const std::string& op, Pair size, Pair kernel, Pair stride, Pai
           along("width", size.second, kernel.second, stride.second, padding.second, dilation.second)};
 }
 
-// (A, G, B^T) of one Winograd algorithm, as lists of rows.
+// (A, G, B^T) of one Winograd algorithm for tiles with 1, 2, ... outputs, as lists of rows.
 template <class F>
-py::tuple winograd_matrices() {
+py::list winograd_matrices() {
   const auto rows = []<size_t count, size_t length>(const double (&matrix)[count][length]) {
     std::vector<std::vector<double>> list;
     for (const auto& row : matrix) list.emplace_back(row, row + length);
     return list;
   };
-  const scalar::winograd::Matrices<F> matrices;
-  return py::make_tuple(rows(matrices.A), rows(matrices.G), rows(matrices.B_T));
+  py::list all;
+  for (int wanted = 1; wanted <= F::out; ++wanted) {
+    const scalar::winograd::Matrices<F> matrices(wanted);
+    all.append(py::make_tuple(rows(matrices.A), rows(matrices.G), rows(matrices.B_T)));
+  }
+  return all;
 }
 
 py::dict all_winograd_matrices() {

@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from math import prod
 from typing import NamedTuple
 
 import pytest
@@ -79,6 +80,8 @@ CASES = [
     Case(3, 17, 9, 11, 35, 3, (0, 0)),
     Case(2, 36, 5, 6, 20, 3, (2, 2)),
     Case(2, 24, 4, 4, 19, 3, (1, 2)),
+    Case(3, 36, 2, 2, 20, 3, (1, 1)),
+    Case(2, 20, 4, 3, 24, 3, (2, 2), dilation=(2, 2)),
     Case(1, 270, 10, 6, 40, 3, (1, 0)),
     Case(2, 34, 10, 10, 48, 3, (1, 1), groups=2),
     Case(1, 16, 2, 40, 16, 3, (1, 1)),
@@ -185,13 +188,18 @@ def assert_within_bounds(actual, true, x, w, dy, case):
         tiers.assert_bound(result, expected, c * magnitude, length)
 
 
-def toom_cook(m, r):
-    """A and G evaluate at the points, B^T interpolates; a pair of rows of G and B^T may change its sign."""
+def toom_cook(m, r, wanted):
+    """A and G evaluate at the points, B^T interpolates; a pair of rows of G and B^T may change its sign.
+
+    Of a tile cut to `wanted` outputs B^T interpolates at the first points alone, and its other rows are zero; rows of G are not
+    divided by what these points contribute, so that B^T is multiplied by it.
+    """
     points = [Fraction(p) for p in POINTS[m + r - 1]]
+    kept = len(points) if wanted == m else wanted + r - 1
 
     def product_without(skipped):
         coefficients = [Fraction(1)]
-        for i, q in enumerate(points):
+        for i, q in enumerate(points[:kept]):
             if i != skipped:
                 shifted = [Fraction(0), *coefficients]
                 coefficients = [high - q * low for high, low in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
@@ -199,22 +207,29 @@ def toom_cook(m, r):
 
     A, G, B_T = [], [], []
     for i, p in enumerate(points):
-        others = product_without(i)
-        scale = sum(c * p**j for j, c in enumerate(others))
+        scale = prod(p - q for q in points if q != p)
+        left_out = prod(p - q for q in points[kept:])
         A.append([p**j for j in range(m)])
         G.append([p**j / scale for j in range(r)])
-        B_T.append([*others, Fraction(0)])
+        row = [c * left_out for c in product_without(i)] if i < kept else []
+        B_T.append(row + [Fraction(0)] * (m + r - 1 - len(row)))
     A.append([Fraction(int(j == m - 1)) for j in range(m)])
     G.append([Fraction(int(j == r - 1)) for j in range(r)])
-    B_T.append(product_without(None))
+    B_T.append(product_without(None) if wanted == m else [Fraction(0)] * (m + r - 1))
     if m + r <= 5:  # the textbook's signs
         G[0], B_T[0] = [-g for g in G[0]], [-b for b in B_T[0]]
     return A, G, B_T
 
 
-def exact_matrices(axis, of_grad_input=False):
-    """A, G, B^T along an axis, and which input meets which tap in an output: taken[output][tap] is its number, or None."""
+def outputs(axis, of_grad_input=False):
+    """Of a whole tile."""
+    return 2 * axis.m if of_grad_input and axis.stride == 2 else axis.m
+
+
+def exact_matrices(axis, of_grad_input=False, wanted=None):
+    """A, G, B^T of tiles with `wanted` outputs, and which input meets which tap in an output: taken[output][tap], or None."""
     m, r, stride = axis
+    wanted = wanted or outputs(axis, of_grad_input)
 
     def spread(row, length, first, step=1):
         wide = [Fraction(0)] * length
@@ -224,25 +239,32 @@ def exact_matrices(axis, of_grad_input=False):
     def unit(length, place):
         return spread([Fraction(1)], length, place)
 
+    def unit_if(needed, length, place):
+        return unit(length, place) if needed else [Fraction(0)] * length
+
     if r == 1:
         one = [[Fraction(1)]]
         return one, one, one, [[0]]
     if r == 7:  # two filters of four taps, the second, of which the last tap is missing, on the input from x_4 on
-        A, G, B_T = toom_cook(m, 4)
+        A, G, B_T = toom_cook(m, 4, max(wanted, m - 1))  # which share inputs
         G = [spread(g, 7, 0) for g in G] + [spread(g[:3], 7, 4) for g in G]
         B_T = [spread(row, m + 6, 0) for row in B_T] + [spread(row[: m + 2], m + 6, 4) for row in B_T]
-        return A + A, G, B_T, [[p + s for s in range(7)] for p in range(m)]
+        return A + A, G, B_T, [[p + s for s in range(7)] for p in range(wanted)]
     if stride == 1:
-        return *toom_cook(m, r), [[p + s for s in range(r)] for p in range(m)]
-    A, G, B_T = toom_cook(m, 2)  # taps 0 and 2; tap 1 is a plain product
-    G = [[g[0], Fraction(0), g[1]] for g in G] + [unit(3, 1)] * m
+        return *toom_cook(m, r, wanted), [[p + s for s in range(r)] for p in range(wanted)]
     if of_grad_input:
+        A, G, B_T = toom_cook(m, 2, max(1, wanted // 2))  # taps 0 and 2; tap 1 is a plain product
+        if wanted == 1:
+            B_T = [[Fraction(0)] * (m + 1) for _ in B_T]
         A = [spread(row, 2 * m, 1, 2) for row in A] + [unit(2 * m, 2 * j) for j in range(m)]
-        B_T = B_T + [unit(m + 1, j) for j in range(m)]
-        return A, G, B_T, [[None if (h + s) % 2 == 0 else (h + s - 1) // 2 for s in range(3)] for h in range(2 * m)]
-    A = A + [unit(m, j) for j in range(m)]
-    B_T = [spread(row, 2 * m + 1, 0, 2) for row in B_T] + [unit(2 * m + 1, 2 * j + 1) for j in range(m)]
-    return A, G, B_T, [[2 * p + s for s in range(3)] for p in range(m)]
+        B_T = B_T + [unit_if(2 * j < wanted, m + 1, j) for j in range(m)]
+        taken = [[None if (h + s) % 2 == 0 else (h + s - 1) // 2 for s in range(3)] for h in range(wanted)]
+    else:
+        A, G, B_T = toom_cook(m, 2, wanted)
+        A = A + [unit(m, j) for j in range(m)]
+        B_T = [spread(row, 2 * m + 1, 0, 2) for row in B_T] + [unit_if(j < wanted, 2 * m + 1, 2 * j + 1) for j in range(m)]
+        taken = [[2 * p + s for s in range(3)] for p in range(wanted)]
+    return A, [[g[0], Fraction(0), g[1]] for g in G] + [unit(3, 1)] * m, B_T, taken
 
 
 # The axes of all algorithms, once each, by the names of algorithms that have them.
@@ -260,16 +282,32 @@ needs_winograd = pytest.mark.skipif(torchcnn.isa() == "reference", reason="the r
 
 @pytest.mark.parametrize("name", AXES)
 def test_matrices(name):
-    A, G, B_T, taken = exact_matrices(AXES[name], name.endswith("grad_input"))
-    points, inputs = range(len(B_T)), range(len(B_T[0]))
-    for p, taps in enumerate(taken):  # output p takes tap s at one input, and nothing else
-        for s, place in enumerate(taps):
-            assert [sum(A[i][p] * G[i][s] * B_T[i][j] for i in points) for j in inputs] == [int(j == place) for j in inputs]
-    compiled = _C.winograd_matrices()[name]
-    assert [[Fraction(v) for v in row] for row in compiled[0]] == A
-    assert [[Fraction(v) for v in row] for row in compiled[2]] == B_T
-    for row, exact_row in zip(compiled[1], G, strict=True):
-        assert all(abs(Fraction(v) - g) <= abs(g) * Fraction(1, 2**51) for v, g in zip(row, exact_row, strict=True))
+    axis, of_grad_input = AXES[name], name.endswith("grad_input")
+    tiles = _C.winograd_matrices()[name]
+    assert len(tiles) == outputs(axis, of_grad_input)
+    for wanted, compiled in enumerate(tiles, 1):
+        A, G, B_T, taken = exact_matrices(axis, of_grad_input, wanted)
+        points, inputs = range(len(B_T)), range(len(B_T[0]))
+        for p, taps in enumerate(taken):  # output p takes tap s at one input, and nothing else
+            for s, place in enumerate(taps):
+                assert [sum(A[i][p] * G[i][s] * B_T[i][j] for i in points) for j in inputs] == [int(j == place) for j in inputs]
+        assert [[Fraction(v) for v in row] for row in compiled[0]] == A
+        assert [[Fraction(v) for v in row] for row in compiled[2]] == B_T
+        for row, exact_row in zip(compiled[1], G, strict=True):
+            assert all(abs(Fraction(v) - g) <= abs(g) * Fraction(1, 2**51) for v, g in zip(row, exact_row, strict=True))
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_products_of_cut_tiles(name):
+    """An output less is a product less, two where the stride has two plain ones; a half of seven taps spares infinity alone."""
+    axis, of_grad_input = AXES[name], name.endswith("grad_input")
+    products = [sum(any(row) for row in B_T) for _, _, B_T in _C.winograd_matrices()[name]]
+    if axis.r == 7:
+        assert products == [10, 10, 12]
+    elif of_grad_input:
+        assert products == [1, *range(3, 2 * axis.m + 2)]
+    else:
+        assert products == [axis.stride * wanted + axis.r - axis.stride for wanted in range(1, axis.m + 1)]
 
 
 def test_axes_are_those_of_all_algorithms():
@@ -284,13 +322,19 @@ def test_bounds_follow_from_matrices(name):
         per_row = [[abs(v) * sum(map(abs, b)) * max(map(abs, inner_row)) for v in row] for row, b, inner_row in rows]
         return max(map(sum, zip(*per_row, strict=True)))
 
+    def largest(axis, of_grad_input, of_grad_weight=False):
+        amplifications = []
+        for wanted in range(1, outputs(axis, of_grad_input) + 1):
+            A, G, B_T, _ = exact_matrices(axis, of_grad_input, wanted)
+            A = [row[:wanted] for row in A]
+            amplifications.append(amplification(G, A, B_T) if of_grad_weight else amplification(A, G, B_T))
+        return max(amplifications)
+
     exact = [1, 1, 1]
     for axis in ALGORITHMS[name]:
-        A, G, B_T, _ = exact_matrices(axis)
-        back_A, back_G, back_B_T, _ = exact_matrices(axis, of_grad_input=True)
-        exact[0] *= amplification(A, G, B_T)
-        exact[1] *= amplification(back_A, back_G, back_B_T)
-        exact[2] *= amplification(G, A, B_T)
+        exact[0] *= largest(axis, False)
+        exact[1] *= largest(axis, True)
+        exact[2] *= largest(axis, False, of_grad_weight=True)
     assert all(c - 1 < value <= c for c, value in zip(BOUNDS[name], exact, strict=True)), [float(value) for value in exact]
 
 
@@ -312,6 +356,25 @@ def test_small_integers(case, dtype, layout):
     for result, exact in zip(actual, expected, strict=True):
         assert (result - exact).abs().max() < 0.25
         tiers.assert_exact(result.round(), exact)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (1, 3), (5, 1), (7, 1)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tiles_cut_to_every_size(kernel, stride, layout):
+    """Small integers again, where the last tiles have 1, 2, ... rows and columns: neither memory nor neighbours show through."""
+    taken = set()
+    for H in range(2, 20):
+        for W in {H, 7 * H % 18 + 2}:
+            padding = tuple(k // 2 for k in kernel)
+            case = Case(2, 50, H, W, 49, kernel[0], padding, stride=stride, S=kernel[1])
+            x, w, b, dy = tensors(case, torch.float64, lambda *shape: tiers.small_integers(shape))
+            expected = truth(x, w, b, dy, case)
+            x, w, b, dy = (t.float() for t in (x, w, b, dy))
+            for result, exact in zip(ours(layout(x), w, b, layout(dy), case), expected, strict=True):
+                tiers.assert_exact(result.round(), exact)
+            taken |= set(algorithms(case))
+    if stride == 1 or kernel == (3, 3):
+        assert any(name.startswith("winograd") for name in taken) or torchcnn.isa() == "reference"
 
 
 @needs_winograd

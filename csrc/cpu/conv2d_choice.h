@@ -68,16 +68,12 @@ struct Choice {
 bool allow_winograd();
 void set_allow_winograd(bool allow);
 
-// Tiles of `out` results along an axis, of each phase of the dilation; those at the edge are computed whole. `extra`: what is
-// computed before the first result.
-inline int64_t winograd_tiles(int64_t size, int64_t dilation, int64_t out, int64_t extra = 0) {
-  return std::min(size, dilation) * ceil_div(ceil_div(size, dilation) + extra, out);
-}
-// Products by Winograd's algorithm for rows x columns results of one channel and filter, from tiles of out x out results and
-// points x points products.
-inline int64_t winograd_products(int64_t rows, int64_t columns, const Conv2dGeometry& g, int64_t out, int64_t points,
-                                 int64_t extra_h = 0, int64_t extra_w = 0) {
-  return winograd_tiles(rows, g.dilation_h, out, extra_h) * winograd_tiles(columns, g.dilation_w, out, extra_w) * points * points;
+// Products along an axis by Winograd's algorithm, from tiles of `out` results and `points` products for each phase of the
+// dilation; the last tile spares `each` products for every result that it does not have. `extra`: results before the first.
+inline int64_t winograd_products(int64_t size, int64_t dilation, int64_t out, int64_t points, int64_t each = 1,
+                                 int64_t extra = 0) {
+  const int64_t results = ceil_div(size, dilation) + extra, tiles = ceil_div(results, out);
+  return std::min(size, dilation) * (tiles * points - (tiles * out - results) * each);
 }
 
 // Filters of one row or one column: tiles of results along it alone.
@@ -89,7 +85,7 @@ inline Choice choose_winograd_of_one_axis(const Conv2dGeometry& g, int64_t rows,
   const int64_t C = g.C_per_group(), K = g.K_per_group();
   if (C * K < 24 * (C + K)) return none;  // products cost as much as C K, transforms as C + K
   const auto pays = [&](int64_t out, int64_t points) {
-    return winograd_tiles(size, dilation, out) * points * 4 <= size * taps * 3;
+    return winograd_products(size, dilation, out, points) * 4 <= size * taps * 3;
   };
   if (taps == 3 && pays(4, 6))
     return {across ? Algorithm::winograd_1x4_1x3 : Algorithm::winograd_4x1_3x1,
@@ -112,27 +108,33 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   const int64_t rows = back ? g.H : g.P, columns = back ? g.W : g.Q;
   if ((g.R == 1) != (g.S == 1)) return choose_winograd_of_one_axis(g, rows, columns);
   if (g.R != g.S || (g.R != 3 && g.R != 5) || g.stride_h != g.stride_w) return none;
+  if (rows <= g.dilation_h || columns <= g.dilation_w)
+    return none;  // tiles of one row or column spare nothing along the other axis
   const int64_t direct = rows * columns * g.R * g.S / (back ? g.stride_h * g.stride_w : 1);
   if (g.R == 3 && g.stride_h == 2 && !dilated) {
     if (std::min(g.C_per_group(), g.K_per_group()) < 32) return none;  // the transforms would cost more than they save
     const auto products = [&](int64_t m, int64_t points) {
-      return back ? winograd_products(rows, columns, g, 2 * m, points, 1 - g.pad_h % 2, 1 - g.pad_w % 2)
-                  : winograd_products(rows, columns, g, m, points);
+      return back ? winograd_products(rows, 1, 2 * m, points, 1, 1 - g.pad_h % 2) *
+                        winograd_products(columns, 1, 2 * m, points, 1, 1 - g.pad_w % 2)
+                  : winograd_products(rows, 1, m, points, 2) * winograd_products(columns, 1, m, points, 2);
     };
     const int64_t two = products(2, 5), four = products(4, 9);
-    // The 81 numbers of every filter and channel pay only while all of them stay in the caches.
+    // The 81 numbers of every filter and channel pay only while all of them stay in the caches, and where few tiles are cut off.
     const bool fits = g.C_per_group() <= (int64_t(8) << 20) / (81 * int64_t(sizeof(float))) / g.K_per_group();
-    if (fits && four < two && four * 4 <= direct * 3)
+    if (fits && four * 6 < two * 5 && four * 4 <= direct * 3)
       return {Algorithm::winograd_4x4_stride_2, "3x3, stride 2: 81 products for 4x4 outputs instead of 144"};
     if (two * 16 > direct * 13) return none;  // these transforms only add
     return {Algorithm::winograd_2x2_stride_2, "3x3, stride 2: 25 products for 2x2 outputs instead of 36"};
   }
   if (g.stride_h != 1) return none;
+  const auto products = [&](int64_t out, int64_t points) {
+    return winograd_products(rows, g.dilation_h, out, points) * winograd_products(columns, g.dilation_w, out, points);
+  };
   if (g.R == 5) {
-    if (winograd_products(rows, columns, g, 2, 6) * 4 > direct * 3) return none;
+    if (products(2, 6) * 4 > direct * 3) return none;
     return {Algorithm::winograd_2x2_5x5, "5x5, stride 1: 36 products for 2x2 outputs instead of 100"};
   }
-  const int64_t large = winograd_products(rows, columns, g, 4, 6), small = winograd_products(rows, columns, g, 2, 4);
+  const int64_t large = products(4, 6), small = products(2, 4);
   if (std::min(large, small) * 4 > direct * 3) return none;
   if (large < small) return {Algorithm::winograd_4x4_3x3, "3x3, stride 1: 36 products for 4x4 outputs instead of 144"};
   return {Algorithm::winograd_2x2_3x3, "3x3, stride 1, few outputs: 16 products for 2x2 outputs instead of 36"};

@@ -8,7 +8,8 @@
 //   V[xi][tile][C + pad]    M[xi][tile][K + pad]    U[xi][k / nr][c][k % nr]
 //
 // The strides of tiles and positions are kept off the powers of two, which would fall into few cache sets. A dilated convolution
-// is one of stride 1 for each phase (p mod dilation_h, q mod dilation_w), whose tiles have their elements so far apart.
+// is one of stride 1 for each phase (p mod dilation_h, q mod dilation_w), whose tiles have their elements so far apart. Tiles
+// that the right or the bottom edge cuts off take part in the products that the rest of them needs.
 //
 // Tiles do not cross images and every element is summed over c in one order, so results depend neither on the number of threads
 // nor, for an image, on the others. Intermediate values mix all elements of a tile, so that one Inf or NaN would spread over it:
@@ -120,13 +121,17 @@ void for_each_vector(int64_t channels, Visit visit) {
 }
 
 // Along an axis, tile i of phase a computes elements a + (first + i out) dilation, + dilation, ... of the result, from those of
-// the source at a - pad + i step dilation, + dilation, ....
+// the source at a - pad + i step dilation, + dilation, .... `wanted`: outputs of the last tile, in the
+// longest phase.
 struct Axis {
-  int64_t phases, dilation, first, pad, tiles;
+  int64_t phases, dilation, first, pad, tiles, wanted;
+  bool cut;  // wanted < out
 };
 template <class Along>
 Axis axis_of(int64_t size, int64_t dilation, int64_t first, int64_t pad) {
-  return {std::min(size, dilation), dilation, first, pad, ceil_div(ceil_div(size, dilation) - first, Along::out)};
+  const int64_t results = ceil_div(size, dilation) - first, tiles = ceil_div(results, Along::out);
+  const int64_t wanted = results - (tiles - 1) * Along::out;
+  return {std::min(size, dilation), dilation, first, pad, tiles, wanted, wanted < Along::out};
 }
 
 // The axes of the outputs: of forward and grad_weight.
@@ -146,6 +151,60 @@ Axis input_axis(int64_t size, int64_t dilation, int64_t pad) {
 struct Tiling {
   Axis h, w;
   int64_t per_image() const { return h.phases * w.phases * h.tiles * w.tiles; }
+  bool is_right(int64_t tile) const { return w.cut && tile % w.tiles == w.tiles - 1; }
+  bool is_bottom(int64_t tile) const { return h.cut && tile / w.tiles % h.tiles == h.tiles - 1; }
+};
+
+// Where tiles begin ... end - 1 have their rows in V, D and M. Those cut off by the right or the bottom edge do not need all
+// positions; sorted so that the tiles of every position follow each other:
+//
+//   cut at the right | whole | cut at the bottom | cut at both
+struct Places {
+  int64_t start[5], shift[4];  // of each kind: its first place, and from a tile's number in its kind to its place
+  Tiling tiling;
+
+  Places(const Tiling& tiling, int64_t begin, int64_t end) : start{}, tiling(tiling) {
+    int64_t before[4], until[4];
+    count(begin, before), count(end, until);
+    for (int kind = 0; kind < 4; ++kind) {
+      start[kind + 1] = start[kind] + until[kind] - before[kind];
+      shift[kind] = start[kind] - before[kind];
+    }
+  }
+  int64_t operator()(int64_t tile) const {
+    int64_t before[4];
+    count(tile, before);
+    const int kind = tiling.is_bottom(tile) ? (tiling.is_right(tile) ? 3 : 2) : (tiling.is_right(tile) ? 0 : 1);
+    return before[kind] + shift[kind];
+  }
+  int64_t size() const { return start[4]; }
+
+  // Those of tile, tile + 1, ... of a run, of which only the last can be cut at the right.
+  auto of_run(int64_t tile, int64_t count) const {
+    return
+        [first = (*this)(tile), last = (*this)(tile + count - 1), count](int64_t t) { return t < count - 1 ? first + t : last; };
+  }
+
+  // The places of the tiles that need position xi.
+  struct Range {
+    int64_t begin, end;
+  };
+  template <class F>
+  Range needing(int64_t xi) const {
+    const bool bottom = F::H::needs(int(xi / F::W::points), int(tiling.h.wanted)),
+               right = F::W::needs(int(xi % F::W::points), int(tiling.w.wanted));
+    return {right ? 0 : start[1], !bottom ? start[2] : right ? start[4] : start[3]};
+  }
+
+ private:
+  // Of the tiles before `tile`, how many are of each kind.
+  void count(int64_t tile, int64_t (&of)[4]) const {
+    const int64_t columns = tiling.w.tiles, rows = tile / columns, rest = tile % columns;
+    const int64_t bottom_rows = tiling.h.cut ? rows / tiling.h.tiles : 0, right = tiling.w.cut;
+    of[0] = (rows - bottom_rows) * right, of[1] = (rows - bottom_rows) * (columns - right);
+    of[2] = bottom_rows * (columns - right), of[3] = bottom_rows * right;
+    of[tiling.is_bottom(tile) ? 2 : 1] += rest;
+  }
 };
 
 // Neighbouring tiles in a row, and where the first has its first element in the source and in the result.
@@ -208,22 +267,28 @@ struct Correlation {
   unsigned char* not_finite;  // one for each tile
 };
 
-// to + tile row + xi position_stride = B^T x B of tiles begin ... end - 1, for all channels.
+// to + place row + xi position_stride = B^T x B of tiles begin ... end - 1, for all channels.
 template <class F, class T>
-void transform_inputs(const Images<const T>& images, const Tiling& tiling, int64_t channels, int64_t begin, int64_t end, T* to,
-                      int64_t row, int64_t position_stride) {
+void transform_inputs(const Images<const T>& images, const Tiling& tiling, int64_t channels, int64_t begin, int64_t end,
+                      const Places& places, T* to, int64_t row, int64_t position_stride) {
   constexpr int64_t L = kLanes<T>, beside = std::max<int64_t>(1, 64 / TORCHCNN_VECTOR_BYTES);  // vectors of a cache line
   alignas(64) T band[beside][band_in<F, T>];
   for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
     const int64_t columns = (run.count - 1) * F::W::step + F::W::in;
     const Patch patch(images, run.n, run.source_h, run.source_w, F::H::in, columns);
+    const auto place = places.of_run(tile, run.count);
+    const int64_t last = run.count - 1;
+    const bool bottom = tiling.is_bottom(tile), right = tiling.is_right(tile + last);
     for (int64_t c_line = 0; c_line < channels; c_line += beside * L) {
-      for (int64_t v = 0; v < beside && c_line + v * L < channels; ++v)
+      for (int64_t v = 0; v < beside && c_line + v * L < channels; ++v) {
         read_band(images, patch, std::min(c_line + v * L, channels - L), band[v]);
+        if (bottom) extend_tile<typename F::H>(band[v], columns * L, columns, L, tiling.h.wanted);
+        if (right) extend_tile<typename F::W>(band[v] + last * F::W::step * L, L, F::H::in, columns * L, tiling.w.wanted);
+      }
       for (int64_t t = 0; t < run.count; ++t)
         for (int64_t v = 0; v < beside && c_line + v * L < channels; ++v)
           transform_tile<F, true>(band[v] + t * F::W::step * L, columns * L,
-                                  to + (tile - begin + t) * row + std::min(c_line + v * L, channels - L), position_stride);
+                                  to + place(t) * row + std::min(c_line + v * L, channels - L), position_stride);
     }
   });
 }
@@ -266,33 +331,41 @@ void transform_weights(const Correlation<T>& x, const Panels& of, int64_t c_begi
 
 // M (+)= V U at every position, for channels c_begin ... c_end - 1 (V starts at the first of them, U too).
 template <class F, class T>
-void multiply(int64_t tiles, int64_t panels, int64_t channels, const T* V, int64_t V_row, int64_t V_position, const T* U,
+void multiply(const Places& places, int64_t panels, int64_t channels, const T* V, int64_t V_row, int64_t V_position, const T* U,
               int64_t U_row, int64_t U_position, bool accumulate, T* M, int64_t M_row, int64_t M_position) {
-  for (int64_t xi = 0; xi < F::positions; ++xi)
+  for (int64_t xi = 0; xi < F::positions; ++xi) {
+    const auto [begin, end] = places.needing<F>(xi);
+    if (!accumulate) {
+      T* to = M + xi * M_position;
+      std::fill(to, to + begin * M_row, T(0));
+      std::fill(to + end * M_row, to + places.size() * M_row, T(0));
+    }
     for (int64_t c = 0; c < channels; c += kc<T>)
       for (int64_t panel = 0; panel < panels; ++panel)
-        for (int64_t tile = 0, rows = 0; tile < tiles; tile += rows) {
-          rows = gemm::tile_rows(tiles - tile);
-          multiply_rows<true>(rows, std::min(kc<T>, channels - c), V + xi * V_position + tile * V_row + c, V_row,
+        for (int64_t place = begin, rows = 0; place < end; place += rows) {
+          rows = gemm::tile_rows(end - place);
+          multiply_rows<true>(rows, std::min(kc<T>, channels - c), V + xi * V_position + place * V_row + c, V_row,
                               U + xi * U_position + panel * U_row + c * nr<T>, nr<T>, accumulate || c > 0,
-                              M + xi * M_position + tile * M_row + panel * nr<T>, M_row);
+                              M + xi * M_position + place * M_row + panel * nr<T>, M_row);
         }
+  }
 }
 
 // The results of `filters` filters from k_begin on at tiles begin ... end - 1.
 template <class F, class T>
-void store_outputs(const Correlation<T>& x, int64_t begin, int64_t end, int64_t k_begin, int64_t filters, const T* M,
-                   int64_t M_row, int64_t M_position) {
+void store_outputs(const Correlation<T>& x, int64_t begin, int64_t end, const Places& places, int64_t k_begin, int64_t filters,
+                   const T* M, int64_t M_row, int64_t M_position) {
   constexpr int64_t L = kLanes<T>;
   alignas(64) T band[band_out<F, T>];
   for_each_run<F>(x.tiling, begin, end, [&](int64_t tile, const Run& run) {
     const int64_t columns = run.count * F::W::out;
     const Patch patch(x.result, run.n, run.result_h, run.result_w, F::H::out, columns);
+    const auto place = places.of_run(tile, run.count);
     Vec<T> zero[max_run<F>] = {};
     for_each_vector<T>(filters, [&](int64_t k) {
       const T* bias = x.epilogue.bias == nullptr ? nullptr : x.epilogue.bias + k_begin + k;
       for (int64_t t = 0; t < run.count; ++t)
-        transform_output_tile<F>(M + (tile - begin + t) * M_row + k, M_position, bias, x.epilogue.relu, band + t * F::W::out * L,
+        transform_output_tile<F>(M + place(t) * M_row + k, M_position, bias, x.epilogue.relu, band + t * F::W::out * L,
                                  columns * L, zero[t]);
       write_band(band, x.result, patch, k_begin + k);
     });
@@ -320,16 +393,18 @@ void correlate(const Correlation<T>& x) {
     const int64_t parts = parts_of(tiles, max_tiles<F>);
     parallel_for(parts, tiles / parts * x.C * x.K * positions / kLanes<T>, [&](int64_t part) {
       const int64_t begin = part * tiles / parts, end = (part + 1) * tiles / parts, V_position = (end - begin) * V_row + 16;
+      const Places places(x.tiling, begin, end);
       T* V = workspace<T>(Slot::patches, positions * V_position);
-      transform_inputs<F>(x.source, x.tiling, x.C, begin, end, V, V_row, V_position);
+      transform_inputs<F>(x.source, x.tiling, x.C, begin, end, places, V, V_row, V_position);
       const int64_t k_parts = ceil_div(full_panels<T>(x.K), max_filters<T> / nr<T>);
       for (int64_t k_part = 0; k_part < k_parts; ++k_part) {
         const Panels of = panels_of<T>(k_part, k_parts, x.K);
         const int64_t M_row = padded_stride<T>((of.end - of.begin) * nr<T>), M_position = (end - begin) * M_row + 16;
         T* M = workspace<T>(Slot::tile, positions * M_position);
-        multiply<F>(end - begin, of.end - of.begin, x.C, V, V_row, V_position, U + of.begin * panel_size, panel_size, U_position,
+        multiply<F>(places, of.end - of.begin, x.C, V, V_row, V_position, U + of.begin * panel_size, panel_size, U_position,
                     false, M, M_row, M_position);
-        store_outputs<F>(x, begin, end, of.begin * nr<T>, std::min(of.end * nr<T>, x.K) - of.begin * nr<T>, M, M_row, M_position);
+        store_outputs<F>(x, begin, end, places, of.begin * nr<T>, std::min(of.end * nr<T>, x.K) - of.begin * nr<T>, M, M_row,
+                         M_position);
       }
     });
     return;
@@ -342,11 +417,12 @@ void correlate(const Correlation<T>& x) {
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
     const int64_t chunk_end = std::min(tiles, chunk_begin + chunk), count = chunk_end - chunk_begin;
     const int64_t V_position = count * V_row + 16;
+    const Places places(x.tiling, chunk_begin, chunk_end);
     T* V = workspace<T>(Slot::patches, positions * V_position);
     const int64_t runs = ceil_div(count, max_run<F>);
     parallel_for(runs, max_run<F> * x.C * transform_cost / kLanes<T>, [&](int64_t index) {
-      const int64_t begin = index * max_run<F>, end = std::min(count, begin + max_run<F>);
-      transform_inputs<F>(x.source, x.tiling, x.C, chunk_begin + begin, chunk_begin + end, V + begin * V_row, V_row, V_position);
+      const int64_t begin = chunk_begin + index * max_run<F>, end = std::min(chunk_end, begin + max_run<F>);
+      transform_inputs<F>(x.source, x.tiling, x.C, begin, end, places, V, V_row, V_position);
     });
     const int64_t parts = parts_of(full_panels<T>(x.K), max_filters<T> / nr<T>);
     parallel_for(parts, ceil_div(panels, parts) * panel_size * positions, [&](int64_t part) {
@@ -363,11 +439,11 @@ void correlate(const Correlation<T>& x) {
       for (int64_t c = 0; c < x.C; c += channels) {
         const int64_t c_count = std::min(channels, x.C - c);
         transform_weights<F, flipped>(x, of, c, c + c_count, U, U_position);
-        multiply<F>(count, part_panels, c_count, V + c, V_row, V_position, U, c_count * nr<T>, U_position, c > 0, M, M_row,
+        multiply<F>(places, part_panels, c_count, V + c, V_row, V_position, U, c_count * nr<T>, U_position, c > 0, M, M_row,
                     M_position);
       }
-      store_outputs<F>(x, chunk_begin, chunk_end, of.begin * nr<T>, std::min(of.end * nr<T>, x.K) - of.begin * nr<T>, M, M_row,
-                       M_position);
+      store_outputs<F>(x, chunk_begin, chunk_end, places, of.begin * nr<T>, std::min(of.end * nr<T>, x.K) - of.begin * nr<T>, M,
+                       M_row, M_position);
     });
   }
 }

@@ -20,16 +20,17 @@ namespace torchcnn::TORCHCNN_ISA::winograd {
 // D of some tiles, as conv2d_winograd.h makes V of them.
 template <class F, class T>
 void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling, int64_t filters, int64_t begin, int64_t end,
-                            T* to, int64_t row, int64_t position_stride) {
+                            const Places& places, T* to, int64_t row, int64_t position_stride) {
   constexpr int64_t L = kLanes<T>;
   alignas(64) T band[band_out<F, T>];
   for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
     const int64_t columns = run.count * F::W::out;
     const Patch patch(images, run.n, run.result_h, run.result_w, F::H::out, columns);
+    const auto place = places.of_run(tile, run.count);
     for_each_vector<T>(filters, [&](int64_t k) {
       read_band(images, patch, k, band);
       for (int64_t t = 0; t < run.count; ++t)
-        transform_tile<F, false>(band + t * F::W::out * L, columns * L, to + (tile - begin + t) * row + k, position_stride);
+        transform_tile<F, false>(band + t * F::W::out * L, columns * L, to + place(t) * row + k, position_stride);
     });
   });
 }
@@ -61,7 +62,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
     int64_t c_begin, c_end, panel_begin, panel_end, rows, position;
   };
   const auto multiply = [&](const Part& part, int64_t xi_begin, int64_t xi_end, const T* V, int64_t V_position, const T* D,
-                            int64_t D_position, int64_t count, bool in_L2, bool accumulate, T* U) {
+                            int64_t D_position, const Places& places, bool in_L2, bool accumulate, T* U) {
     // V and D of one position and some tiles. Both are read in strips, which look like no stream: the sums that a strip goes on
     // with are asked for just before it and, where V and D are not in L2 anyway, the next block while one is multiplied.
     struct Block {
@@ -69,26 +70,36 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
       int64_t tiles;
     };
     const int64_t channels = part.c_end - part.c_begin, part_panels = part.panel_end - part.panel_begin;
-    const int64_t blocks = ceil_div(count, block), strips = ceil_div(channels, mr) * part_panels;
-    const auto block_at = [&](int64_t index) {
-      const int64_t xi = index / blocks, begin = index % blocks * count / blocks, end = (index % blocks + 1) * count / blocks;
+    const int64_t strips = ceil_div(channels, mr) * part_panels;
+    const auto blocks_of = [&](int64_t xi) {  // a position that no tile needs has one, of no tiles
+      const auto [begin, end] = places.needing<F>(xi);
+      return std::max<int64_t>(1, ceil_div(end - begin, block));
+    };
+    const auto block_at = [&](int64_t xi, int64_t index) {
+      const auto range = places.needing<F>(xi);
+      const int64_t count = range.end - range.begin, blocks = blocks_of(xi);
+      const int64_t begin = range.begin + index * count / blocks, end = range.begin + (index + 1) * count / blocks;
       return Block{V + xi * V_position + begin * V_row + part.c_begin,
                    D + xi * D_position + begin * D_row + part.panel_begin * nr<T>, end - begin};
     };
-    for (int64_t index = xi_begin * blocks; index < xi_end * blocks; ++index) {
-      const Block now = block_at(index), next = block_at(std::min(index + 1, positions * blocks - 1));
-      const bool goes_on = accumulate || index % blocks > 0;
-      int64_t strip = 0, asked_for = 0;
-      for (int64_t panel = 0; panel < part_panels; ++panel) {
-        for (int64_t c = 0; c < channels; c += mr) {
-          for (++strip; !in_L2 && asked_for * strips < strip * next.tiles; ++asked_for) {
-            gemm::prefetch(next.V + asked_for * V_row, channels);
-            gemm::prefetch(next.D + asked_for * D_row, part_panels * nr<T>);
+    for (int64_t xi = xi_begin; xi < xi_end; ++xi) {
+      const int64_t blocks = blocks_of(xi);
+      for (int64_t index = 0; index < blocks; ++index) {
+        const Block now = block_at(xi, index),
+                    next = index + 1 < blocks ? block_at(xi, index + 1) : block_at(std::min(xi + 1, positions - 1), 0);
+        const bool goes_on = accumulate || index > 0;
+        int64_t strip = 0, asked_for = 0;
+        for (int64_t panel = 0; panel < part_panels; ++panel) {
+          for (int64_t c = 0; c < channels; c += mr) {
+            for (++strip; !in_L2 && asked_for * strips < strip * next.tiles; ++asked_for) {
+              gemm::prefetch(next.V + asked_for * V_row, channels);
+              gemm::prefetch(next.D + asked_for * D_row, part_panels * nr<T>);
+            }
+            T* to = U + xi * part.position + (panel * part.rows + c) * nr<T>;
+            for (int64_t e = 0; goes_on && e < mr * nr<T>; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(to + e, 1);
+            multiply_rows<false>(std::min(mr, channels - c), now.tiles, now.V + c, V_row, now.D + panel * nr<T>, D_row, goes_on,
+                                 to, nr<T>);
           }
-          T* to = U + index / blocks * part.position + (panel * part.rows + c) * nr<T>;
-          for (int64_t e = 0; goes_on && e < mr * nr<T>; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(to + e, 1);
-          multiply_rows<false>(std::min(mr, channels - c), now.tiles, now.V + c, V_row, now.D + panel * nr<T>, D_row, goes_on, to,
-                               nr<T>);
         }
       }
     }
@@ -145,11 +156,12 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
       const int64_t begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
       for (int64_t tile = begin; tile < end; tile += slice_block) {
         const int64_t count = std::min(slice_block, end - tile), V_position = count * V_row + 16, D_position = count * D_row + 16;
+        const Places places(tiling, tile, tile + count);
         T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
         T* D = V + positions * V_position;
-        transform_inputs<F>(x, tiling, C, tile, tile + count, V, V_row, V_position);
-        transform_grad_outputs<F>(dy, tiling, K, tile, tile + count, D, D_row, D_position);
-        multiply(whole, 0, positions, V, V_position, D, D_position, count, true, tile > begin, partial + slice * U_size);
+        transform_inputs<F>(x, tiling, C, tile, tile + count, places, V, V_row, V_position);
+        transform_grad_outputs<F>(dy, tiling, K, tile, tile + count, places, D, D_row, D_position);
+        multiply(whole, 0, positions, V, V_position, D, D_position, places, true, tile > begin, partial + slice * U_size);
       }
     });
     finish_all(partial, slices);
@@ -164,13 +176,14 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   T* U = chunks > 1 ? workspace<T>(Slot::partial_sums, U_size) : nullptr;
   for (int64_t chunk_begin = 0; chunk_begin < tiles; chunk_begin += chunk) {
     const int64_t count = std::min(tiles - chunk_begin, chunk), V_position = count * V_row + 16, D_position = count * D_row + 16;
+    const Places places(tiling, chunk_begin, chunk_begin + count);
     T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
     T* D = V + positions * V_position;
     const int64_t runs = ceil_div(count, max_run<F>);
     parallel_for(runs, max_run<F> * (C + K) / kLanes<T> * positions * 8, [&](int64_t index) {
-      const int64_t begin = index * max_run<F>, end = std::min(count, begin + max_run<F>);
-      transform_inputs<F>(x, tiling, C, chunk_begin + begin, chunk_begin + end, V + begin * V_row, V_row, V_position);
-      transform_grad_outputs<F>(dy, tiling, K, chunk_begin + begin, chunk_begin + end, D + begin * D_row, D_row, D_position);
+      const int64_t begin = chunk_begin + index * max_run<F>, end = std::min(chunk_begin + count, begin + max_run<F>);
+      transform_inputs<F>(x, tiling, C, begin, end, places, V, V_row, V_position);
+      transform_grad_outputs<F>(dy, tiling, K, begin, end, places, D, D_row, D_position);
     });
 
     if (chunks > 1) {  // each thread takes some of the positions, of which nothing is needed for the others
@@ -179,7 +192,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
         const int64_t xi = task / groups, group_of_panels = task % groups;
         Part part = whole;
         part.panel_begin = group_of_panels * panels / groups, part.panel_end = (group_of_panels + 1) * panels / groups;
-        multiply(part, xi, xi + 1, V, V_position, D, D_position, count, false, chunk_begin > 0,
+        multiply(part, xi, xi + 1, V, V_position, D, D_position, places, false, chunk_begin > 0,
                  U + part.panel_begin * all_rows * nr<T>);
       });
       continue;
@@ -192,7 +205,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
       const Part part{c, std::min(C, c + c_part), panel, std::min(panels, panel + k_part), c_part, position};
       if (part.c_begin >= part.c_end || part.panel_begin >= part.panel_end) return;
       T* part_of_U = workspace<T>(Slot::packed_weight, positions * position);
-      multiply(part, 0, positions, V, V_position, D, D_position, count, false, false, part_of_U);
+      multiply(part, 0, positions, V, V_position, D, D_position, places, false, false, part_of_U);
       finish(part, part_of_U);
     });
   }

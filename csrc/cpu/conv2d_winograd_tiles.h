@@ -235,6 +235,20 @@ void write_band(const T* band, const Images<T>& images, const Patch& patch, int6
   }
 }
 
+// Chooses what the first `wanted` outputs of a tile do not meet, in `lines` lines of its band: of elements `step` apart.
+template <class Along, class T>
+[[gnu::noinline]] void extend_tile(T* band, int64_t step, int64_t lines, int64_t line_step, int64_t wanted) {
+  if (wanted + 1 >= Along::out) return;  // infinity alone is left out, at which nothing has to vanish
+  for (int64_t line = 0; line < lines; ++line, band += line_step) {
+    Vec<T> x[Along::in];
+    TORCHCNN_UNROLL
+    for (int i = 0; i < Along::in; ++i) x[i] = load(band + i * step);
+    Along::template extend<T>(x, int(wanted));
+    TORCHCNN_UNROLL
+    for (int i = 0; i < Along::in; ++i) store(band + i * step, x[i]);
+  }
+}
+
 // Along one axis: B^T of a tile of the input, or A of a tile of grad_output.
 template <class Along, bool is_input, class T, int in>
 [[gnu::always_inline]] inline void transform_along(const Vec<T> (&x)[in], Vec<T> (&value)[Along::points]) {

@@ -50,8 +50,13 @@ template <class V>
 //   points           of the transforms, and so products
 //   out              outputs of a tile; the next tile's follow
 //   r, stride        of the convolution
+//   needs, extend    of a tile whose first `wanted` outputs alone count, at the edge of the result: which products it needs, and
+//                    how the inputs that these outputs do not meet, which may be anything, are chosen to make the others zero
 //
 // T is the element, V what is computed with: T itself or a vector of it.
+//
+// F(m, r) cut to n outputs is F(n, r) at the first n + r - 2 points. Without the last output infinity is not needed, as the other
+// rows of A^T have a zero there. Without the last two, x_4 is free, and set to where the product at the last point vanishes.
 template <int m_, int r_>
 struct Transform {
   static constexpr int m = m_, r = r_, points = m + r - 1, pairs = (points - 2) / 2;
@@ -77,6 +82,15 @@ struct Transform {
     }
   };
   static constexpr Constants constant{};
+
+  static constexpr bool needs(int point, int wanted) { return point < wanted + r - 1; }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void extend(V (&x)[in], int wanted) {
+    constexpr T p2 = T(constant.power[0][2]), q = T(constant.power[1][1]);
+    if (points == 4 || wanted + r > 5) return;
+    if (wanted + r == 4) x[3] = x[1] * p2;
+    x[points - 2] = (x[3] - x[1] * p2) * q + rounded(x[2] * p2);
+  }
 
   // The polynomial of n coefficients at every point: A. Its even part is shared by p and -p, its odd part up to the sign.
   template <class T, class V, int n>
@@ -185,6 +199,10 @@ template <>
 struct Transform<2, 2> {
   static constexpr int m = 2, r = 2, points = 3, in = points, out = m, step = m, stride = 1;
 
+  static constexpr bool needs(int point, int wanted) { return point < wanted + 1; }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void extend(V (&)[in], int) {}
+
   // B^T
   template <class T, class V>
   [[gnu::always_inline]] static inline void input(const V (&x)[3], V (&value)[3]) {
@@ -228,6 +246,13 @@ template <>
 struct Transform<4, 2> {
   static constexpr int m = 4, r = 2, points = 5, in = points, out = m, step = m, stride = 1;
   static constexpr double p = 0.75, h = 2, p2 = p * p;
+
+  static constexpr bool needs(int point, int wanted) { return point < wanted + 1; }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void extend(V (&x)[in], int wanted) {
+    if (wanted < 2) x[2] = x[1] * T(p);
+    if (wanted < 3) x[3] = x[1] * T(p2);
+  }
 
   // B^T: M_i = f_2 - p^2 f_0, f_2 +- p f_1, ..., where f_j are the coefficients of x^j (x - h).
   template <class T, class V>
@@ -287,6 +312,17 @@ struct Stride2 {
   using Even = Transform<m, 2>;
   static constexpr int r = 3, even = Even::points, in = 2 * m + 1, points = even + m, out = m, step = 2 * m, stride = 2;
 
+  static constexpr bool needs(int point, int wanted) { return point < even ? Even::needs(point, wanted) : point - even < wanted; }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void extend(V (&x)[in], int wanted) {
+    V sample[even];
+    TORCHCNN_UNROLL
+    for (int i = 0; i < even; ++i) sample[i] = x[2 * i];
+    Even::template extend<T>(sample, wanted);
+    TORCHCNN_UNROLL
+    for (int i = 0; i < even; ++i) x[2 * i] = sample[i];
+  }
+
   template <class T, class V>
   [[gnu::always_inline]] static inline void input(const V (&x)[in], V (&value)[points]) {
     V sample[even], product[even];
@@ -340,6 +376,14 @@ struct Stride2GradInput {
   using Odd = Transform<m, 2>;
   static constexpr int r = 3, odd = Odd::points, in = m + 1, points = odd + m, out = 2 * m, step = m, stride = 2;
 
+  static constexpr bool needs(int point, int wanted) {
+    return point < odd ? wanted > 1 && Odd::needs(point, wanted / 2) : 2 * (point - odd) < wanted;
+  }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void extend(V (&x)[in], int wanted) {
+    Odd::template extend<T>(x, wanted / 2);
+  }
+
   template <class T, class V>
   [[gnu::always_inline]] static inline void input(const V (&x)[in], V (&value)[points]) {
     V product[odd];
@@ -371,6 +415,11 @@ struct Halves {
   using Half = Transform<m_, h>;
   static constexpr int m = m_, r = 2 * h - 1, half = Half::points, points = 2 * half;
   static constexpr int in = m + r - 1, out = m, step = m, stride = 1;
+
+  // The halves share inputs: none is free for both, and infinity alone is left out.
+  static constexpr bool needs(int point, int wanted) { return Half::needs(point % half, wanted < m ? m - 1 : m); }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void extend(V (&)[in], int) {}
 
   template <class T, class V>
   [[gnu::always_inline]] static inline void input(const V (&x)[in], V (&value)[points]) {
@@ -429,6 +478,10 @@ struct Halves {
 struct OneTap {
   static constexpr int r = 1, points = 1, in = 1, out = 1, step = 1, stride = 1;
 
+  static constexpr bool needs(int, int) { return true; }
+  template <class T, class V>
+  [[gnu::always_inline]] static inline void extend(V (&)[in], int) {}
+
   template <class T, class V>
   [[gnu::always_inline]] static inline void input(const V (&x)[1], V (&value)[1]) {
     value[0] = x[0];
@@ -459,17 +512,18 @@ struct Tile {
   static constexpr int positions = H::points * W::points, taps = H::r * W::r;
 };
 
-// The matrices, row by row, from the transforms of unit vectors: for the error bound and the tests.
+// The matrices of tiles with `wanted` outputs, row by row, from transforms of unit vectors: for the error bound and the tests.
 template <class F>
 struct Matrices {
   double A[F::points][F::out] = {}, G[F::points][F::r] = {}, B_T[F::points][F::in] = {};
-  Matrices() {
+  explicit Matrices(int wanted) {
     double column[F::points], y[F::out];
     for (int j = 0; j < F::in; ++j) {
       double unit[F::in] = {};
       unit[j] = 1;
+      if (wanted + 1 < F::out) F::template extend<double>(unit, wanted);
       F::template input<double>(unit, column);
-      for (int i = 0; i < F::points; ++i) B_T[i][j] = column[i];
+      for (int i = 0; i < F::points; ++i) B_T[i][j] = F::needs(i, wanted) ? column[i] : 0;
     }
     for (int i = 0; i < F::points; ++i) {
       double unit[F::points] = {};
