@@ -78,6 +78,10 @@ struct Input {
   }
 };
 
+// How far before their tile pixels of the output are fetched, and vectors to a cache line.
+inline constexpr int64_t pixels_ahead = 12;
+inline constexpr int line_vectors = 64 / TORCHCNN_VECTOR_BYTES;
+
 // to[p][...] = bias + sum_d pixel[offset[d] + p] weight[d][...], rectified if need be.
 template <class T, int pixels, int vectors>
 [[gnu::noinline]] void output_tile(int64_t depth, const T* pixel, const int64_t* offset, const T* weight, const T* bias,
@@ -92,6 +96,12 @@ template <class T, int pixels, int vectors>
     for (int p = 0; p < pixels; ++p)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[p][v] = first == 0 && bias != nullptr ? load(bias + v * L) : Vec<T>{};
+    if (first == 0) {  // what is written soon: lines of a few filters each, which look like no stream
+#pragma GCC unroll 12
+      for (int p = 0; p < pixels; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v += line_vectors) __builtin_prefetch(to + (p + pixels_ahead) * to_row + v * L, 1);
+    }
     for (int64_t d = first; d < end; ++d) {
       const T *at = pixel + offset[d], *w = weight + d * nr<T>;
       Vec<T> right[vectors];
