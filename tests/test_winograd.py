@@ -358,23 +358,35 @@ def test_small_integers(case, dtype, layout):
         tiers.assert_exact(result.round(), exact)
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (1, 3), (5, 1), (7, 1)], ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_tiles_cut_to_every_size(kernel, stride, layout):
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"),
+    [
+        ((3, 3), 1, (1, 1)),
+        ((3, 3), 1, (2, 3)),  # phases shorter than the longest
+        ((3, 3), 2, (1, 1)),
+        ((5, 5), 1, (1, 1)),
+        ((1, 3), 1, (1, 1)),
+        ((5, 1), 1, (1, 1)),
+        ((7, 1), 1, (2, 1)),
+    ],
+    ids=str,
+)
+def test_tiles_cut_to_every_size(kernel, stride, dilation, layout):
     """Small integers again, where the last tiles have 1, 2, ... rows and columns: neither memory nor neighbours show through."""
     taken = set()
+    large = Case(2, 64, 30, 30, 64, 3, (1, 1))
+    ours(*(torch.full_like(t, torch.nan) for t in tensors(large, torch.float32)), large)  # leaves NaN in scratch memory
     for H in range(2, 20):
         for W in {H, 7 * H % 18 + 2}:
-            padding = tuple(k // 2 for k in kernel)
-            case = Case(2, 50, H, W, 49, kernel[0], padding, stride=stride, S=kernel[1])
+            padding = tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True))
+            case = Case(2, 50, H, W, 49, kernel[0], padding, stride=stride, dilation=dilation, S=kernel[1])
             x, w, b, dy = tensors(case, torch.float64, lambda *shape: tiers.small_integers(shape))
             expected = truth(x, w, b, dy, case)
             x, w, b, dy = (t.float() for t in (x, w, b, dy))
             for result, exact in zip(ours(layout(x), w, b, layout(dy), case), expected, strict=True):
                 tiers.assert_exact(result.round(), exact)
-            taken |= set(algorithms(case))
-    if stride == 1 or kernel == (3, 3):
-        assert any(name.startswith("winograd") for name in taken) or torchcnn.isa() == "reference"
+            taken |= {(direction, name) for direction, name in enumerate(algorithms(case)) if name.startswith("winograd")}
+    assert {direction for direction, _ in taken} == (set() if torchcnn.isa() == "reference" else {0, 1, 2})
 
 
 @needs_winograd
@@ -430,7 +442,11 @@ def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e38])
-@pytest.mark.parametrize("where", ["input", "weight", "grad_output"])
+@pytest.mark.parametrize(  # in a whole tile, and in some that an edge cuts off
+    ("where", "place"),
+    [("weight", (2, 1)), *((where, place) for where in ("input", "grad_output") for place in ((2, 1), (-1, -1), (-2, 0)))],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "case",
     [
@@ -444,12 +460,12 @@ def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
     ],
     ids=str,
 )
-def test_not_finite(case, where, value, layout):
+def test_not_finite(case, where, place, value, layout):
     """Inf and NaN, and overflow of intermediate values, stay where the direct kernel has them."""
     x, w, b, dy = tensors(case, torch.float32)
     clean = ours(layout(x), w, b, layout(dy), case)
     hit = {"input": x[1, 3], "weight": w[5, 2], "grad_output": dy[1, 4]}[where]
-    hit[min(2, len(hit) - 1), min(1, len(hit[0]) - 1)] = value
+    hit[min(place[0], len(hit) - 1) % len(hit), min(place[1], len(hit[0]) - 1) % len(hit[0])] = value
     actual = ours(layout(x), w, b, layout(dy), case)
     with backends.flags(allow_winograd=False):
         direct = ours(layout(x), w, b, layout(dy), case)
@@ -460,8 +476,8 @@ def test_not_finite(case, where, value, layout):
         if value != 1e38 and not result.isfinite().all():
             assert result.isfinite().any()
         if where != "weight" and len(result) == case.N:
-            far = result[:, :, 12:, 12:], before[:, :, 12:, 12:]  # other images and tiles keep their bits
-            assert torch.equal(result[0], before[0]) and torch.equal(*far)
+            far = slice(12, None) if place[0] > 0 else slice(None, -12)  # other images and tiles keep their bits
+            assert torch.equal(result[0], before[0]) and torch.equal(result[:, :, far, far], before[:, :, far, far])
     if value != 1e38:
         reached = {"input": (0, 2), "weight": (0, 1), "grad_output": (1, 2)}[where]
         assert all(not actual[direction].isfinite().all() for direction in reached)

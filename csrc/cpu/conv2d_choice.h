@@ -69,7 +69,8 @@ bool allow_winograd();
 void set_allow_winograd(bool allow);
 
 // Products along an axis by Winograd's algorithm, from tiles of `out` results and `points` products for each phase of the
-// dilation; the last tile spares `each` products for every result that it does not have. `extra`: results before the first.
+// dilation; the last tile spares `each` products for every result that it does not have (or one more: 7 taps, and a single result
+// of grad_input at stride 2). `extra`: results before the first.
 inline int64_t winograd_products(int64_t size, int64_t dilation, int64_t out, int64_t points, int64_t each = 1,
                                  int64_t extra = 0) {
   const int64_t results = ceil_div(size, dilation) + extra, tiles = ceil_div(results, out);
@@ -108,8 +109,8 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   const int64_t rows = back ? g.H : g.P, columns = back ? g.W : g.Q;
   if ((g.R == 1) != (g.S == 1)) return choose_winograd_of_one_axis(g, rows, columns);
   if (g.R != g.S || (g.R != 3 && g.R != 5) || g.stride_h != g.stride_w) return none;
-  if (rows <= g.dilation_h || columns <= g.dilation_w)
-    return none;  // tiles of one row or column spare nothing along the other axis
+  // A single row or column spares no products along its short axis, and often meets taps in the padding, left out elsewhere.
+  if (rows <= g.dilation_h || columns <= g.dilation_w) return none;
   const int64_t direct = rows * columns * g.R * g.S / (back ? g.stride_h * g.stride_w : 1);
   if (g.R == 3 && g.stride_h == 2 && !dilated) {
     if (std::min(g.C_per_group(), g.K_per_group()) < 32) return none;  // the transforms would cost more than they save
@@ -119,7 +120,8 @@ inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
                   : winograd_products(rows, 1, m, points, 2) * winograd_products(columns, 1, m, points, 2);
     };
     const int64_t two = products(2, 5), four = products(4, 9);
-    // The 81 numbers of every filter and channel pay only while all of them stay in the caches, and where few tiles are cut off.
+    // The 81 numbers of every filter and channel pay only while all of them stay in the caches, and, with transforms of whole
+    // tiles, for a sixth of the products: as many as are spared where no tile or hardly any of one is cut off.
     const bool fits = g.C_per_group() <= (int64_t(8) << 20) / (81 * int64_t(sizeof(float))) / g.K_per_group();
     if (fits && four * 6 < two * 5 && four * 4 <= direct * 3)
       return {Algorithm::winograd_4x4_stride_2, "3x3, stride 2: 81 products for 4x4 outputs instead of 144"};

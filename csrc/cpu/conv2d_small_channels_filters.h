@@ -80,7 +80,7 @@ struct Input {
 
 // How far before their tile pixels of the output are fetched, and vectors to a cache line.
 inline constexpr int64_t pixels_ahead = 12;
-inline constexpr int line_vectors = 64 / TORCHCNN_VECTOR_BYTES;
+inline constexpr int line_vectors = std::max(1, 64 / TORCHCNN_VECTOR_BYTES);
 
 // to[p][...] = bias + sum_d pixel[offset[d] + p] weight[d][...], rectified if need be.
 template <class T, int pixels, int vectors>

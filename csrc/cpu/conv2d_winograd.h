@@ -121,8 +121,7 @@ void for_each_vector(int64_t channels, Visit visit) {
 }
 
 // Along an axis, tile i of phase a computes elements a + (first + i out) dilation, + dilation, ... of the result, from those of
-// the source at a - pad + i step dilation, + dilation, .... `wanted`: outputs of the last tile, in the
-// longest phase.
+// the source at a - pad + i step dilation, + dilation, .... `wanted`: outputs of the last tile, in the longest phase.
 struct Axis {
   int64_t phases, dilation, first, pad, tiles, wanted;
   bool cut;  // wanted < out

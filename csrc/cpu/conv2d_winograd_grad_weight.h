@@ -71,22 +71,21 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
     };
     const int64_t channels = part.c_end - part.c_begin, part_panels = part.panel_end - part.panel_begin;
     const int64_t strips = ceil_div(channels, mr) * part_panels;
-    const auto blocks_of = [&](int64_t xi) {  // a position that no tile needs has one, of no tiles
-      const auto [begin, end] = places.needing<F>(xi);
-      return std::max<int64_t>(1, ceil_div(end - begin, block));
+    const auto blocks_of = [&](const Places::Range& range) {  // where no tile needs the position, one of no tiles
+      return std::max<int64_t>(1, ceil_div(range.end - range.begin, block));
     };
     const auto block_at = [&](int64_t xi, int64_t index) {
-      const auto range = places.needing<F>(xi);
-      const int64_t count = range.end - range.begin, blocks = blocks_of(xi);
+      if (xi == positions) return Block{V, D, 0};
+      const Places::Range range = places.needing<F>(xi);
+      const int64_t count = range.end - range.begin, blocks = blocks_of(range);
       const int64_t begin = range.begin + index * count / blocks, end = range.begin + (index + 1) * count / blocks;
       return Block{V + xi * V_position + begin * V_row + part.c_begin,
                    D + xi * D_position + begin * D_row + part.panel_begin * nr<T>, end - begin};
     };
     for (int64_t xi = xi_begin; xi < xi_end; ++xi) {
-      const int64_t blocks = blocks_of(xi);
+      const int64_t blocks = blocks_of(places.needing<F>(xi));
       for (int64_t index = 0; index < blocks; ++index) {
-        const Block now = block_at(xi, index),
-                    next = index + 1 < blocks ? block_at(xi, index + 1) : block_at(std::min(xi + 1, positions - 1), 0);
+        const Block now = block_at(xi, index), next = index + 1 < blocks ? block_at(xi, index + 1) : block_at(xi + 1, 0);
         const bool goes_on = accumulate || index > 0;
         int64_t strip = 0, asked_for = 0;
         for (int64_t panel = 0; panel < part_panels; ++panel) {

@@ -238,7 +238,7 @@ void write_band(const T* band, const Images<T>& images, const Patch& patch, int6
 // Chooses what the first `wanted` outputs of a tile do not meet, in `lines` lines of its band: of elements `step` apart.
 template <class Along, class T>
 [[gnu::noinline]] void extend_tile(T* band, int64_t step, int64_t lines, int64_t line_step, int64_t wanted) {
-  if (wanted + 1 >= Along::out) return;  // infinity alone is left out, at which nothing has to vanish
+  if (wanted + 1 >= Along::out) return;  // infinity alone is left out, where no input has to be chosen
   for (int64_t line = 0; line < lines; ++line, band += line_step) {
     Vec<T> x[Along::in];
     TORCHCNN_UNROLL

@@ -19,7 +19,8 @@
 //                                        b_i = sum_j |B^T_ij|
 //
 // because X b_i b_j, and the like for G and A, bound every intermediate value, and about L / taps + 24 roundings follow each
-// other. grad_weight has A and G exchanged. tests/test_winograd.py derives the matrices and c, and has its values.
+// other. It is that of whole tiles: of those cut off at an edge (extend, below) c is smaller, by more than their first steps add.
+// grad_weight has A and G exchanged. tests/test_winograd.py derives the matrices and c, and has its values.
 #pragma once
 
 #include <cstdint>
@@ -55,8 +56,9 @@ template <class V>
 //
 // T is the element, V what is computed with: T itself or a vector of it.
 //
-// F(m, r) cut to n outputs is F(n, r) at the first n + r - 2 points. Without the last output infinity is not needed, as the other
-// rows of A^T have a zero there. Without the last two, x_4 is free, and set to where the product at the last point vanishes.
+// F(m, r) cut to n outputs is F(n, r) at the first n + r - 1 points. Without the last output infinity is not needed, as the other
+// rows of A^T have a zero there. Without the last two, x_4 is free: with it the product at the last point, -q, vanishes, where
+// (x_4 - p^2 x_2) - q (x_3 - p^2 x_1) = 0. Without the last three, so is x_3, and both parentheses are zero.
 template <int m_, int r_>
 struct Transform {
   static constexpr int m = m_, r = r_, points = m + r - 1, pairs = (points - 2) / 2;
