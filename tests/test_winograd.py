@@ -450,12 +450,12 @@ def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(3, 24, 9, 10, 22, 3, (1, 1)),
-        Case(2, 32, 8, 8, 32, 5, (2, 2), groups=2),
+        Case(3, 24, 17, 18, 22, 3, (1, 1)),
+        Case(2, 32, 15, 17, 32, 5, (2, 2), groups=2),
         Case(2, 40, 24, 16, 33, 3, (1, 1), stride=2),
         Case(2, 161, 24, 16, 161, 3, (1, 1), stride=2),
         Case(2, 24, 20, 18, 21, 3, (2, 2), dilation=(2, 2)),
-        Case(2, 48, 9, 21, 49, 1, (0, 1), S=3),
+        Case(2, 48, 14, 21, 49, 1, (0, 1), S=3),
         Case(2, 48, 22, 19, 49, 7, (3, 0), S=1),
     ],
     ids=str,
@@ -478,6 +478,7 @@ def test_not_finite(case, where, place, value, layout):
         if where != "weight" and len(result) == case.N:
             far = slice(12, None) if place[0] > 0 else slice(None, -12)  # other images and tiles keep their bits
             assert torch.equal(result[0], before[0]) and torch.equal(result[:, :, far, far], before[:, :, far, far])
+            assert result[:, :, far, far].numel() > 0 or min(result.shape[2:]) <= 12
     if value != 1e38:
         reached = {"input": (0, 2), "weight": (0, 1), "grad_output": (1, 2)}[where]
         assert all(not actual[direction].isfinite().all() for direction in reached)
