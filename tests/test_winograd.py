@@ -441,6 +441,7 @@ def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
         assert torch.equal(alone[1][0], one[1][n])
 
 
+@needs_winograd  # of the reference row both sides would be the same kernel, slow on these sizes
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e38])
 @pytest.mark.parametrize(  # in a whole tile, and in some that an edge cuts off
     ("where", "place"),
