@@ -41,7 +41,7 @@ GPUS = [
 # The numbers of csrc/cuda. tile_assertions() has the compiler compare them with the headers (make cuda-check).
 BLOCKS_THAT_FILL_A_GPU = 132  # conv2d_host.cuh
 TILE_DEPTH_BYTES, VECTOR_BYTES = 128, 16  # conv2d_tile.cuh
-LEAST_PART_TILES, FILLINGS = 8, 3  # conv2d_grad_weight.cu
+BEGIN_AND_END, WEIGHTS_IN_A_TILES_TIME, OF_A_TILE = 6, {2: 1 << 17, 4: 1 << 19, 8: 1 << 19}, 16  # conv2d_grad_weight.cu
 STRIP_THREADS, ENOUGH_BLOCKS = 128, 528  # conv2d_depthwise.cu, conv2d_parts.cuh
 BYTES = {"float32": 4, "tf32": 4, "float16": 2, "float64": 8}
 
@@ -53,6 +53,7 @@ class Tile(NamedTuple):
     block_m: int
     block_n: int
     storage: str  # by_index: forward and grad_input; by_k: grad_weight
+    many_threads: bool = False  # of small tiles on tensor cores
 
     @property
     def block_k(self):
@@ -60,11 +61,13 @@ class Tile(NamedTuple):
 
     @property
     def threads(self):
-        return 2 * self.block_m
+        return 256 if self.many_threads else 2 * self.block_m
 
     @property
     def stages(self):
-        return 3 if self.block_m * self.block_n == 128 * 128 else 4
+        if self.block_m * self.block_n == 128 * 128:
+            return 3
+        return 6 if self.many_threads else 4
 
     @property
     def shared_bytes(self):
@@ -73,6 +76,7 @@ class Tile(NamedTuple):
 
 BLOCKS = {"by_index": [(128, 128), (128, 64), (64, 64)], "by_k": [(128, 128), (64, 64)]}
 TILES = [Tile(bytes, *block, storage) for bytes in (2, 4, 8) for storage, blocks in BLOCKS.items() for block in blocks]
+TILES += [Tile(bytes, 64, 64, "by_index", True) for bytes in (2, 4)]
 
 
 def tile_assertions():
@@ -81,7 +85,7 @@ def tile_assertions():
     lines.append(f"static_assert(kBlocksThatFillAGpu == {BLOCKS_THAT_FILL_A_GPU});")
     names = {2: "__half", 4: "float", 8: "double"}
     for tile in TILES:
-        shape = f"TileShape<{names[tile.bytes]}, {tile.block_m}, {tile.block_n}, Storage::{tile.storage}>"
+        shape = f"TileShape<{names[tile.bytes]}, {tile.block_m}, {tile.block_n}, Storage::{tile.storage}, {tile.threads}>"
         for member, value in (
             ("block_k", tile.block_k),
             ("threads", tile.threads),
@@ -172,8 +176,17 @@ def conv_work(layer, direction, arithmetic):
         tile = Tile(size, *BLOCKS["by_k"][0 if large else 1], "by_k")
         tiles_m, tiles_n = ceil_div(K // G, tile.block_m), ceil_div(columns, tile.block_n)
         tiles_k = ceil_div(N * P * Q, tile.block_k)
-        wanted = ceil_div(FILLINGS * BLOCKS_THAT_FILL_A_GPU, tiles_m * tiles_n * G)
-        parts = ceil_div(tiles_k, max(LEAST_PART_TILES, ceil_div(tiles_k, wanted)))
+        at_once = (2 if large else 3) * BLOCKS_THAT_FILL_A_GPU
+        tiles, part_time = tiles_m * tiles_n * G, ceil_div(weight, WEIGHTS_IN_A_TILES_TIME[size] // OF_A_TILE)
+
+        def time(parts):
+            part_tiles = ceil_div(tiles_k, parts) + BEGIN_AND_END
+            return ceil_div(tiles * parts, at_once) * part_tiles * OF_A_TILE + parts * part_time
+
+        candidates = [rounds * at_once // tiles for rounds in (1, 2, 3, 4)]
+        candidates += [at_once // tiles >> shift for shift in range(1, 10)]
+        parts = min((min(max(candidate, 1), tiles_k) for candidate in candidates), key=time)
+        parts = ceil_div(tiles_k, ceil_div(tiles_k, parts))
         scratch = 2 * parts * weight * (8 if arithmetic == "float64" else 4)
         asked = N * P * Q * G * (whole(K // G) * tiles_n + columns * tiles_m) * size + scratch + weight * size
         done = 2 * tiles_m * tiles_n * G * tile.block_m * tile.block_n * tiles_k * tile.block_k
@@ -193,7 +206,7 @@ def conv_work(layer, direction, arithmetic):
         fitting = [BLOCKS["by_index"][2]]
     tile = Tile(size, *fitting[0], "by_index")
     tiles_n = ceil_div(written, tile.block_n)
-    packed = 2 * weight // read * whole(read) * size  # written and read
+    packed = 2 * weight // read * whole(read) * size  # written and read, of a weight in NCHW
     asked, done, blocks = (input if transposed else output) * size + weight * size + packed / 2, 0, 0
     for rows, taps_h in phases(P, H, R, layer.stride, layer.padding[0], layer.dilation, transposed):
         for columns, taps_w in phases(Q, W, S, layer.stride, layer.padding[1], layer.dilation, transposed):

@@ -125,6 +125,11 @@ struct Run<S> {
   }
 };
 
+// The CPU kernels read weights in NCHW, the CUDA kernels in both layouts.
+Tensor in_weight_layout(const Tensor& weight) {
+  return in_layout(weight, kHasCuda && runs_on_cuda(weight) ? layout_of(weight) : Layout::nchw);
+}
+
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h,
               int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, bool relu) {
   const char* op = "conv2d";
@@ -137,13 +142,14 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
   for_float_type(op, input.scalar_type(), [&]<class T>(T) {
     output = empty_activation(input, g.N, g.K, g.P, g.Q, layout);
     if (g.N == 0) return;
-    const Tensor in = in_layout(input, layout), w = in_layout(weight, Layout::nchw);
+    const Tensor in = in_layout(input, layout), w = in_weight_layout(weight);
     const Tensor b = bias ? torch::stable::contiguous(*bias) : w;
     const T* bias_data = bias ? data_of<T>(b) : nullptr;
     on_device_of(input, [&] { Run<T>::forward(g, data_of<T>(in), data_of<T>(w), bias_data, relu, mutable_data_of<T>(output)); },
                  [&](cuda::Stream stream) {
-      const Tensor workspace = empty_bytes(input, cuda::conv2d_forward_workspace<T>(g, data_of<T>(in)));
-      cuda::conv2d_forward<T>(g, data_of<T>(in), data_of<T>(w), {bias_data, relu}, mutable_data_of<T>(output),
+      const Layout w_layout = layout_of(w);
+      const Tensor workspace = empty_bytes(input, cuda::conv2d_forward_workspace<T>(g, data_of<T>(in), data_of<T>(w), w_layout));
+      cuda::conv2d_forward<T>(g, data_of<T>(in), data_of<T>(w), w_layout, {bias_data, relu}, mutable_data_of<T>(output),
                               float32_precision<T>(), mutable_data_of<void>(workspace), stream);
     });
   });
@@ -153,9 +159,11 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
 template <class T>
 void grad_input_on_cuda(const Conv2dGeometry& g, const Tensor& grad_output, const Tensor& weight, const T* bias,
                         const Tensor& grad_input, cuda::Stream stream) {
-  const Tensor workspace = empty_bytes(grad_output, cuda::conv2d_grad_input_workspace<T>(g, data_of<T>(grad_output)));
-  cuda::conv2d_grad_input<T>(g, data_of<T>(grad_output), data_of<T>(weight), {bias, false}, mutable_data_of<T>(grad_input),
-                             float32_precision<T>(), mutable_data_of<void>(workspace), stream);
+  const Layout layout = layout_of(weight);
+  const Tensor workspace =
+      empty_bytes(grad_output, cuda::conv2d_grad_input_workspace<T>(g, data_of<T>(grad_output), data_of<T>(weight), layout));
+  cuda::conv2d_grad_input<T>(g, data_of<T>(grad_output), data_of<T>(weight), layout, {bias, false},
+                             mutable_data_of<T>(grad_input), float32_precision<T>(), mutable_data_of<void>(workspace), stream);
 }
 
 Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W, int64_t stride_h, int64_t stride_w,
@@ -175,7 +183,7 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
     grad_input = empty_activation(grad_output, g.N, g.C, g.H, g.W, layout);
     if (g.N == 0 || g.C == 0) return;
-    const Tensor gradient = in_layout(grad_output, layout), w = in_layout(weight, Layout::nchw);
+    const Tensor gradient = in_layout(grad_output, layout), w = in_weight_layout(weight);
     on_device_of(grad_output, [&] { Run<T>::grad_input(g, data_of<T>(gradient), data_of<T>(w), mutable_data_of<T>(grad_input)); },
                  [&](cuda::Stream stream) { grad_input_on_cuda<T>(g, gradient, w, nullptr, grad_input, stream); });
   });
@@ -222,7 +230,7 @@ Tensor conv_transpose2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
     for_float_type(op, input.scalar_type(), [&]<class T>(T) {
       output = empty_activation(input, g.N, g.C, g.H, g.W, layout);
       if (output.numel() == 0) return;
-      const Tensor in = in_layout(input, layout), w = in_layout(weight, Layout::nchw), b = torch::stable::contiguous(*bias);
+      const Tensor in = in_layout(input, layout), w = in_weight_layout(weight), b = torch::stable::contiguous(*bias);
       on_device_of(input, [] {}, [&](cuda::Stream stream) { grad_input_on_cuda<T>(g, in, w, data_of<T>(b), output, stream); });
     });
     return output;
@@ -260,7 +268,9 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
   require_numel_fits(op, "number of weight bytes", g.K, g.C_per_group(), g.R, g.S);
   Tensor grad_weight;
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    grad_weight = empty_activation(grad_output, g.K, g.C_per_group(), g.R, g.S, Layout::nchw);
+    // The CUDA kernels write either layout.
+    const Layout written = kHasCuda && runs_on_cuda(input) ? layout_from(channels_last) : Layout::nchw;
+    grad_weight = empty_activation(grad_output, g.K, g.C_per_group(), g.R, g.S, written);
     if (g.C == 0) return;
     T* to = mutable_data_of<T>(grad_weight);
     if (g.N == 0) {
@@ -270,7 +280,7 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
     const Tensor gradient = in_layout(grad_output, layout), in = in_layout(input, layout);
     on_device_of(input, [&] { Run<T>::grad_weight(g, data_of<T>(gradient), data_of<T>(in), to); }, [&](cuda::Stream stream) {
       const Tensor workspace = empty_bytes(input, cuda::conv2d_grad_weight_workspace<T>(g, data_of<T>(gradient), data_of<T>(in)));
-      cuda::conv2d_grad_weight<T>(g, data_of<T>(gradient), data_of<T>(in), to, float32_precision<T>(),
+      cuda::conv2d_grad_weight<T>(g, data_of<T>(gradient), data_of<T>(in), to, written, float32_precision<T>(),
                                   mutable_data_of<void>(workspace), stream);
     });
   });

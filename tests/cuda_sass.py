@@ -60,11 +60,12 @@ class Kernel:
     @property
     def shared(self):
         """Bytes of a block, dynamic ones included: the tiles of conv2d_tile.cuh."""
-        shape = re.search(r"TileShape<(\w+), (\d+), (\d+), (\w+)>", self.name)
+        shape = re.search(r"TileShape<(\w+), (\d+), (\d+), (\w+), (\d+)>", self.name)
         if not shape:
             return self.static_shared
-        size = {"float": 4, "double": 8}.get(shape[1], 2)
-        return self.static_shared + gpu_model.Tile(size, int(shape[2]), int(shape[3]), shape[4]).shared_bytes
+        size, block_m, block_n = {"float": 4, "double": 8}.get(shape[1], 2), int(shape[2]), int(shape[3])
+        tile = gpu_model.Tile(size, block_m, block_n, shape[4], int(shape[5]) > 2 * block_m)
+        return self.static_shared + tile.shared_bytes
 
     @property
     def blocks(self):

@@ -68,12 +68,19 @@ def test_asked_bytes_are_those_of_a_loop_over_blocks(harness, arithmetic):
 
 
 def test_grad_weight_parts_cover_the_pixels(harness):
-    """One part for every 8 tiles of pixels where they are few; scratch memory is written and read once."""
+    """Few weights: many parts, but none so short that its beginning costs more. Scratch memory is written and read once."""
     layer = harness.layers.Conv(4, 32, 32, 32, 3, 1, 1)
     work = harness.gpu_model.conv_work(layer, "grad_weight", "float16")
-    tiles_n, parts = -(-32 * 9 // 64), 4 * 32 * 32 // 64 // 8
-    assert work.blocks == tiles_n * parts
+    tiles_n, tiles_k = -(-32 * 9 // 64), 4 * 32 * 32 // 64
+    parts = work.blocks // tiles_n
+    assert 4 <= parts <= 16 and work.blocks == tiles_n * parts and tiles_k % parts < tiles_k / parts
     assert work.done_bytes - work.least_bytes == 2 * parts * 32 * 32 * 9 * 4
+
+
+def test_grad_weight_of_many_weights_has_few_parts(harness):
+    """512 x 512 filters fill the GPU more than half without being cut: another part would cost 19 MB written and read."""
+    work = harness.gpu_model.conv_work(harness.layers.Conv(4, 512, 14, 512, 3, 1, 1), "grad_weight", "float16")
+    assert work.blocks == 4 * 36
 
 
 def test_floor_is_the_slower_of_arithmetic_and_memory(harness):

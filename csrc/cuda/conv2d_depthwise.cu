@@ -532,7 +532,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
            block_count(op, checked_mul(cut.parts * blocks, g.R * g.S, op, "thread blocks")), dim3(32, 8), 0, stream, problem,
            gradient, in, blocks, cut.size, to);
   }
-  if (cut.parts > 1) add_parts(to.parts, cut.parts, 1, int(g.R * g.S), to.count, to.result, stream);
+  if (cut.parts > 1) add_parts(to.parts, cut.parts, 1, int(g.R * g.S), Layout::nchw, to.count, to.result, stream);
 }
 
 #define TORCHCNN_INSTANTIATE(T)                                                                               \

@@ -5,14 +5,16 @@
 //                                         where h = p stride - pad + r dilation
 //
 // Rows of the product are pixels of the result, columns its channels, the sum runs over taps and channels of the activation read
-// (conv2d_patches.cuh says which). Weights are packed first, in the order in which tiles read them, channels innermost, padded
-// with zeros to whole tiles:
+// (conv2d_patches.cuh says which). Weights are read as rows of one channel of the result, for each tap the channels of the sum,
+// in whole vectors:
 //
-//   packed[class of taps][group][channel of the result][(i taps_w + j) channels + c]
+//   weight[channel of the result, of all groups][r S + s][channel of the sum]
 //
-// so that one kernel serves every kernel size, stride, dilation and group. An activation whose channels are not whole vectors,
-// one in NCHW say, is copied into that form first. Tiles of the sum are on their way (cp.async) while one is multiplied. Method:
-// S. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, section 3.
+// which is how a weight in channels_last lies in memory if it is that of forward; another is packed first. An activation whose
+// channels are not whole vectors, one in NCHW say, is copied into that form too. Tiles of the sum are on their way (cp.async)
+// while one is multiplied. Where the channels are whole tiles of k, those of all taps follow each other for the same channels: the
+// taps read nearly the same pixels, which are in the L1 cache then. Method: S. Chetlur et al., "cuDNN: Efficient Primitives for
+// Deep Learning", 2014, section 3.
 #include "conv2d_host.cuh"
 #include "conv2d_patches.cuh"
 
@@ -23,59 +25,116 @@ struct GatherProblem {
   Axis h, w;
   int images, groups, channels_written;  // of a group
   Activation<T> from;
-  const T* packed_weight;
-  int packed_row;  // elements from channel to channel of the packed weight
+  const T* weight;
+  int weight_row;  // elements from channel to channel of the result: R S channels of the sum
   const T* bias;
   bool relu;
   T* to;
   Strides to_strides;
-  bool to_vectors;  // whether whole vectors of channels can be written
-  int64_t tiles_m;
-  int tiles_n;
+  bool to_vectors;  // whether whole vectors can be written, of channels in channels_last, of pixels in NCHW
+  int tiles_m, tiles_n;
 };
 
-constexpr int kPackThreads = 256, kPackColumns = 4 * kPackThreads;
+constexpr int kPackThreads = 256, kPackElements = 2048;
 
-// A block has kPackColumns columns of one row: blockIdx.x = row * blocks_per_row + part of the row.
+// How weight[k, c, r, s] becomes a row of packed weight. A block has a run of channels and taps of one output channel, `channels`
+// by `taps` of them.
 template <class T>
-__global__ void __launch_bounds__(kPackThreads)
-    conv2d_pack_weight(const GatherProblem<T> problem, bool transposed, int K_per_group, int C_per_group, unsigned blocks_per_row,
-                       const T* weight, T* packed) {
-  const Axis &h = problem.h, &w = problem.w;
-  const unsigned row = blockIdx.x / blocks_per_row;
-  const unsigned written = row % problem.channels_written, rest = row / problem.channels_written;
-  const unsigned group = rest % problem.groups, taps_class = rest / problem.groups;
-  const int first_h = taps_class / w.classes(), first_w = taps_class % w.classes();
-  const int taps_h = h.taps(first_h), taps_w = w.taps(first_w), channels = problem.from.channels;
-  const int read_channels = transposed ? K_per_group : C_per_group;
-  const int64_t tap_count = int64_t(h.kernel) * w.kernel, read_step = transposed ? C_per_group * tap_count : tap_count;
-  const T* from =
-      weight + (int64_t(group) * K_per_group * C_per_group + written * int64_t(transposed ? 1 : C_per_group)) * tap_count;
-  T* const to = packed + int64_t(row) * problem.packed_row;
-  int column = blockIdx.x % blocks_per_row * kPackColumns + threadIdx.x;
-  Counter at = Counter::of(column, taps_w, channels);  // tap and channel
-  const Counter step = Counter::of(kPackThreads, taps_w, channels);
+struct ForwardPacking {
+  const T* weight;
+  bool channels_last;
+  int C, taps;       // of a group
+  int row_channels;  // C with the zeros that fill a vector
+  int run_channels, run_taps, channel_runs, tap_runs;
+  T* to;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kPackThreads) conv2d_pack_weight(const ForwardPacking<T> packing) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  __shared__ Bits run[kPackElements];
+  int64_t block = blockIdx.x;
+  const int first_tap = int(block % packing.tap_runs) * packing.run_taps;
+  block /= packing.tap_runs;
+  const int first_channel = int(block % packing.channel_runs) * packing.run_channels;
+  const int64_t k = block / packing.channel_runs;
+  const Bits* const from = reinterpret_cast<const Bits*>(packing.weight) + k * packing.C * packing.taps;
+  Bits* const to = reinterpret_cast<Bits*>(packing.to) + k * packing.row_channels * packing.taps + first_channel;
+  const int taps = min(packing.run_taps, packing.taps - first_tap);
+  const int channels = min(packing.run_channels, packing.row_channels - first_channel);  // written
+  const int count = max(0, min(channels, packing.C - first_channel)) * taps;             // read, one channel or all taps
+  if (!packing.channels_last) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += kPackThreads) run[i] = from[int64_t(first_channel) * packing.taps + first_tap + i];
+    __syncthreads();
+  }
+  for (int tap = threadIdx.x / 32; tap < taps; tap += kPackThreads / 32)
+    for (int c = threadIdx.x % 32; c < channels; c += 32) {
+      Bits value = 0;  // all zero bits are zero
+      if (first_channel + c < packing.C)
+        value = packing.channels_last ? from[int64_t(first_tap + tap) * packing.C + first_channel + c] : run[c * taps + tap];
+      to[int64_t(first_tap + tap) * packing.row_channels + c] = value;
+    }
+}
+
+constexpr int kTurnedRows = 64, kTurnedColumns = 32;
+
+// For grad_input, packed[c, r, s][k]: a transposed matrix for each group, of which a block has a tile. `elements` are those of an
+// output channel, as they follow each other in memory.
+template <class T>
+struct TransposedPacking {
+  const T* weight;
+  bool channels_last;
+  int K, C, taps, elements;  // of a group
+  int row_channels;          // K with the zeros that fill a vector
+  int row_tiles, element_tiles;
+  T* to;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kPackThreads) conv2d_pack_transposed_weight(const TransposedPacking<T> packing) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  __shared__ Bits tile[kTurnedColumns][kTurnedRows + (sizeof(T) == 2 ? 2 : 1)];
+  int64_t block = blockIdx.x;
+  const int first_k = int(block % packing.row_tiles) * kTurnedRows;
+  block /= packing.row_tiles;
+  const int first = int(block % packing.element_tiles) * kTurnedColumns;
+  const int64_t group = block / packing.element_tiles;
+  const Bits* const from = reinterpret_cast<const Bits*>(packing.weight) + group * packing.K * packing.elements;
+  Bits* const to = reinterpret_cast<Bits*>(packing.to) + group * packing.elements * packing.row_channels;
+  const int own = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < kPackColumns / kPackThreads; ++i, column += kPackThreads, at.add(step, taps_w, channels)) {
-    if (column >= problem.packed_row) return;
-    T value = from_arithmetic<T>(SumOf<T>(0));  // where it fills a vector of channels or a tile
-    if (at.a < taps_h && at.c < read_channels)
-      value = from[at.c * read_step + int64_t(first_h + at.a * h.period) * w.kernel + first_w + at.b * w.period];
-    to[column] = value;
+  for (int k = threadIdx.x / 32; k < kTurnedRows; k += kPackThreads / 32) {
+    const bool exists = first_k + k < packing.K && first + own < packing.elements;
+    tile[own][k] = exists ? from[int64_t(first_k + k) * packing.elements + first + own] : Bits(0);  // all zero bits are zero
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = threadIdx.x / 32; i < kTurnedColumns; i += kPackThreads / 32) {
+    const int element = first + i;
+    if (element >= packing.elements) break;
+    int row = element;  // c taps + tap
+    if (packing.channels_last) row = element % packing.C * packing.taps + element / packing.C;
+#pragma unroll
+    for (int k = own; k < kTurnedRows; k += 32)
+      if (first_k + k < packing.row_channels) to[int64_t(row) * packing.row_channels + first_k + k] = tile[i][k];
   }
 }
 
 // Writes a tile of results: through shared memory, so that neighbouring threads write neighbours in memory, channels or pixels.
 template <class Math>
 __device__ __forceinline__ void write_tile(const GatherProblem<typename Math::T>& problem, const Math& math, const Phase& h,
-                                           const Phase& w, int64_t first_pixel, int64_t pixels, int64_t group_channel,
+                                           const Phase& w, int first_pixel, int pixels, int64_t group_channel,
                                            int first_channel) {
   using Shape = typename Math::Shape;
   using T = typename Math::T;
+  using Sum = typename Shape::Sum;
   constexpr int V = kVectorSize<T>, pitch_n = Shape::block_n + V, pitch_m = Shape::block_m + V;
+  constexpr int tile_size = Shape::block_m * pitch_n + Shape::block_n * V;
   T* const tile = reinterpret_cast<T*>(dynamic_shared_memory());
-  int64_t* const places = reinterpret_cast<int64_t*>(tile + Shape::block_m * pitch_n + Shape::block_n * V);
-  static_assert((Shape::block_m * pitch_n + Shape::block_n * V) * sizeof(T) + Shape::block_m * 8 <= Shape::shared_bytes);
+  int64_t* const places = reinterpret_cast<int64_t*>(tile + tile_size);
+  Sum* const bias = reinterpret_cast<Sum*>(places + Shape::block_m);
+  static_assert(tile_size * sizeof(T) + Shape::block_m * sizeof(int64_t) + Shape::block_n * sizeof(Sum) <= Shape::shared_bytes);
   const Strides& s = problem.to_strides;
   const bool channels_last = s.c == 1;
   __syncthreads();  // all have read the last tile of the sum
@@ -86,26 +145,43 @@ __device__ __forceinline__ void write_tile(const GatherProblem<typename Math::T>
                           (int64_t(at.c) * w.written_step + w.written_origin) * s.w + (group_channel + first_channel) * s.c
                     : -1;
   }
-  const auto finished = [&](auto sum, int n) {
-    if (problem.bias != nullptr && first_channel + n < problem.channels_written)
-      sum += to_arithmetic(problem.bias[group_channel + first_channel + n]);
-    return from_arithmetic<T>(problem.relu && sum < 0 ? decltype(sum)(0) : sum);
+  for (int n = threadIdx.x; n < Shape::block_n; n += Shape::threads) {
+    const bool exists = problem.bias != nullptr && first_channel + n < problem.channels_written;
+    bias[n] = exists ? to_arithmetic(problem.bias[group_channel + first_channel + n]) : Sum(0);
+  }
+  __syncthreads();
+  const bool relu = problem.relu;
+  const auto finished = [&](Sum sum, int n) {
+    sum += bias[n];
+    return from_arithmetic<T>(relu && sum < 0 ? Sum(0) : sum);
   };
-  math.for_each_pair([&](int m, int n, auto first, auto second) {
-    if (channels_last) {
+  if (channels_last) {
+    math.for_each_pair([&](int m, int n, Sum first, Sum second) {
       *reinterpret_cast<Run<T, 2>*>(tile + m * pitch_n + n) = {finished(first, n), finished(second, n + 1)};
-    } else {
+    });
+  } else {
+    math.for_each_pair([&](int m, int n, Sum first, Sum second) {
       tile[n * pitch_m + m] = finished(first, n);
       tile[(n + 1) * pitch_m + m] = finished(second, n + 1);
-    }
-  });
+    });
+  }
   __syncthreads();
-  if (channels_last && problem.to_vectors) {
+  if (problem.to_vectors && channels_last) {
     constexpr int vectors = Shape::block_n / V;
     for (int at = threadIdx.x; at < Shape::block_m * vectors; at += Shape::threads) {
       const int m = at / vectors, n = at % vectors * V;
       if (places[m] >= 0 && first_channel + n < problem.channels_written)
         *reinterpret_cast<Run<T, V>*>(problem.to + places[m] + n) = *reinterpret_cast<const Run<T, V>*>(tile + m * pitch_n + n);
+    }
+    return;
+  }
+  if (problem.to_vectors) {
+    constexpr int vectors = Shape::block_m / V;
+    for (int at = threadIdx.x; at < Shape::block_n * vectors; at += Shape::threads) {
+      const int n = at / vectors, m = at % vectors * V;
+      if (places[m] >= 0 && first_channel + n < problem.channels_written)
+        *reinterpret_cast<Run<T, V>*>(problem.to + places[m] + n * s.c) =
+            *reinterpret_cast<const Run<T, V>*>(tile + n * pitch_m + m);
     }
     return;
   }
@@ -129,52 +205,69 @@ __global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
     return;
   }
 
-  int64_t block = blockIdx.x;
-  const int tile_n = int(block % problem.tiles_n);
-  block /= problem.tiles_n;
-  const int64_t tile_m = block % problem.tiles_m;
-  block /= problem.tiles_m;
-  const int group = int(block % problem.groups), phase = int(block / problem.groups);
+  unsigned block = blockIdx.x;
+  const int tile_n = int(block % unsigned(problem.tiles_n));
+  block /= unsigned(problem.tiles_n);
+  const int tile_m = int(block % unsigned(problem.tiles_m));
+  block /= unsigned(problem.tiles_m);
+  const int group = int(block % unsigned(problem.groups)), phase = int(block / unsigned(problem.groups));
   const Phase h = phase_of(problem.h, phase / problem.w.phases()), w = phase_of(problem.w, phase % problem.w.phases());
-  const int64_t pixels = int64_t(problem.images) * h.outputs * w.outputs, first_pixel = tile_m * Shape::block_m;
+  const int pixels = problem.images * h.outputs * w.outputs, first_pixel = tile_m * Shape::block_m;
   if (first_pixel >= pixels) return;  // other phases have more
 
+  // The pixels of the activation that this thread copies to shared memory, for each tap in turn. Distances are counted in vectors.
+  constexpr int V = kVectorSize<T>;
   const Activation<T>& from = problem.from;
-  Corner<T> corner[A::copies];
+  const int stride_n = int(from.stride_n / V), stride_h = int(from.stride_h / V), stride_w = int(from.stride_w / V);
+  struct {
+    int vector, y, x;  // where the patch of a pixel begins; y is kNowhere if there is no such pixel
+  } corner[A::copies];
+  Counter at = Counter::of(first_pixel + A::own_row(0), h.outputs, w.outputs);
+  const Counter row_step = Counter::of(A::rows_at_once, h.outputs, w.outputs);
 #pragma unroll
-  for (int copy = 0; copy < A::copies; ++copy) {
-    const int64_t pixel = first_pixel + A::own_row(copy);
-    const Counter at = Counter::of(pixel, h.outputs, w.outputs);
+  for (int copy = 0; copy < A::copies; ++copy, at.add(row_step, h.outputs, w.outputs)) {
     const int y = at.b * h.step + h.origin, x = at.c * w.step + w.origin;
-    corner[copy] = {from.data + at.a * from.stride_n + y * from.stride_h + x * from.stride_w + int64_t(group) * from.channels,
-                    pixel < pixels ? y : kNowhere, x};
-  }
-  const int depth = h.taps * w.taps * from.channels, tiles = (depth + Shape::block_k - 1) / Shape::block_k;
-  Counter tap = {}, tap_step = {};
-  if (tiles > 0) {
-    tap = Counter::of(A::own_vector() * kVectorSize<T>, w.taps, from.channels);
-    tap_step = Counter::of(Shape::block_k, w.taps, from.channels);
+    corner[copy].vector = at.a * stride_n + y * stride_h + x * stride_w + group * (from.channels / V);
+    corner[copy].y = first_pixel + A::own_row(copy) < pixels ? y : kNowhere;
+    corner[copy].x = x;
   }
   const int first_channel = tile_n * Shape::block_n;
-  const int64_t packed_class = int64_t(h.first_tap) * problem.w.classes() + w.first_tap;
-  const T* weight = problem.packed_weight +
-                    ((packed_class * problem.groups + group) * problem.channels_written + first_channel + B::own_row(0)) *
-                        int64_t(problem.packed_row) +
-                    B::own_vector() * kVectorSize<T>;
+  const T* const weight =
+      problem.weight + (int64_t(group) * problem.channels_written + first_channel + B::own_row(0)) * problem.weight_row;
   const int own_channels = problem.channels_written - first_channel - B::own_row(0);  // beyond them are zeros
 
+  // The sum runs over chunks of channels, their taps, the channels of a chunk. Where they fill tiles of k a chunk is as deep as
+  // one, else there is one chunk.
+  const int depth = h.taps * w.taps * from.channels, tiles = (depth + Shape::block_k - 1) / Shape::block_k;
+  const bool in_chunks = from.channels % Shape::block_k == 0;
+  const int chunk = in_chunks ? Shape::block_k : from.channels;
+  int first_of_chunk = 0;
+  Counter tap = {}, tap_step = {};  // tap and channel of this thread's vectors
+  if (tiles > 0) {
+    tap = Counter::of(A::own_vector() * V, w.taps, chunk);
+    tap_step = Counter::of(Shape::block_k, w.taps, chunk);
+  }
   const auto fetch = [&](int, T* activation_tile, T* weight_tile) {
-    const TapOffset offset = tap_offset(from, h, w, tap);
+    const bool exists = tap.a < h.taps;
+    const int y = exists ? tap.a * h.tap : kNowhere, x = tap.b * w.tap, c = first_of_chunk + tap.c;
+    const int vector = (exists ? y * stride_h : 0) + x * stride_w + c / V;
 #pragma unroll
-    for (int copy = 0; copy < A::copies; ++copy) copy_vector(from, corner[copy], offset, activation_tile + A::own_offset(copy));
-#pragma unroll
-    for (int copy = 0; copy < B::copies; ++copy) {
-      const bool exists = copy * B::rows_at_once < own_channels;
-      copy_async(weight_tile + B::own_offset(copy),
-                 exists ? weight + int64_t(copy * B::rows_at_once) * problem.packed_row : problem.packed_weight, exists);
+    for (int copy = 0; copy < A::copies; ++copy) {
+      const bool inside =
+          unsigned(corner[copy].y + y) < unsigned(from.height) && unsigned(corner[copy].x + x) < unsigned(from.width);
+      copy_async<true>(activation_tile + A::own_offset(copy), from.data + int64_t(corner[copy].vector + vector) * V, inside);
     }
-    weight += Shape::block_k;
-    tap.add(tap_step, w.taps, from.channels);
+    const int r = h.first_tap + tap.a * problem.h.period, s = w.first_tap + tap.b * problem.w.period;
+    const T* const own_weight = weight + (exists ? (r * problem.w.kernel + s) * from.channels + c : 0);
+#pragma unroll
+    for (int copy = 0; copy < B::copies; ++copy)
+      copy_async(weight_tile + B::own_offset(copy), own_weight + int64_t(copy * B::rows_at_once) * problem.weight_row,
+                 exists && copy * B::rows_at_once < own_channels);
+    tap.add(tap_step, w.taps, chunk);
+    if (in_chunks && tap.a == h.taps) {
+      tap.a = 0;
+      first_of_chunk += Shape::block_k;
+    }
   };
   Math math;
   add_up_tiles(math, tiles, fetch);
@@ -183,7 +276,7 @@ __global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
 
 namespace {
 
-// Everything but data: sizes, strides, what the packed weight is like.
+// Everything but data: sizes, strides, how long the rows of the weight are.
 template <class T>
 GatherProblem<T> gather_problem(const char* op, const Conv2dGeometry& g, bool transposed) {
   GatherProblem<T> problem = {};
@@ -193,19 +286,58 @@ GatherProblem<T> gather_problem(const char* op, const Conv2dGeometry& g, bool tr
   problem.groups = as_int(op, "groups", g.G);
   problem.channels_written = as_int(op, "channels", transposed ? g.C_per_group() : g.K_per_group());
   problem.from.channels = as_int(op, "channels", round_up(transposed ? g.K_per_group() : g.C_per_group(), kVectorSize<T>));
-  const int64_t depth = checked_mul(int64_t(problem.h.taps(0)) * problem.w.taps(0), problem.from.channels, op, "terms of a sum");
-  problem.packed_row = as_int(op, "terms of a sum", round_up(depth, kTileDepthBytes / int64_t(sizeof(T))));
+  problem.weight_row = as_int(op, "terms of a sum", checked_mul(g.R * g.S, problem.from.channels, op, "terms of a sum"));
   return problem;
 }
 
+// Whether a weight lies as the kernel reads it. Forward alone asks: nobody has the weight of grad_input transposed.
 template <class T>
-int64_t packed_rows(const GatherProblem<T>& problem) {
-  return int64_t(problem.h.classes()) * problem.w.classes() * problem.groups * problem.channels_written;
+bool weight_is_there(const GatherProblem<T>& problem, const Conv2dGeometry& g, bool transposed, const T* weight, Layout layout) {
+  return !transposed && (layout == Layout::channels_last || g.R * g.S == 1) && problem.from.channels == g.C_per_group() &&
+         reinterpret_cast<uintptr_t>(weight) % kVectorBytes == 0;
 }
 
 template <class T>
 int64_t packed_bytes(const GatherProblem<T>& problem) {
-  return round_up(packed_rows(problem) * problem.packed_row * int64_t(sizeof(T)), kAlignment);
+  return round_up(int64_t(problem.groups) * problem.channels_written * problem.weight_row * int64_t(sizeof(T)), kAlignment);
+}
+
+template <class T>
+void pack_weight(const char* op, const Conv2dGeometry& g, bool transposed, const T* weight, Layout layout, T* packed,
+                 Stream stream) {
+  const int64_t taps = g.R * g.S, K = g.K_per_group(), C = g.C_per_group();
+  const bool last = layout == Layout::channels_last;
+  if (g.C == 0) return;  // no channel is read, and the bias is all
+  if (transposed) {
+    const int64_t row_channels = round_up(K, kVectorSize<T>), elements = checked_mul(C, taps, op, "weights of an output channel");
+    const TransposedPacking<T> packing = {weight,
+                                          last,
+                                          int(K),
+                                          int(C),
+                                          int(taps),
+                                          as_int(op, "weights of an output channel", elements),
+                                          int(row_channels),
+                                          int(ceil_div(row_channels, kTurnedRows)),
+                                          int(ceil_div(elements, kTurnedColumns)),
+                                          packed};
+    const int64_t blocks = checked_mul(int64_t(packing.row_tiles) * packing.element_tiles, g.G, op, "thread blocks");
+    launch(op, conv2d_pack_transposed_weight<T>, block_count(op, blocks), kPackThreads, 0, stream, packing);
+  } else {
+    const int64_t row_channels = round_up(C, kVectorSize<T>), run_taps = std::min<int64_t>(taps, kPackElements),
+                  run_channels = std::min<int64_t>(row_channels, kPackElements / run_taps);
+    const ForwardPacking<T> packing = {weight,
+                                       last,
+                                       int(C),
+                                       int(taps),
+                                       int(row_channels),
+                                       int(run_channels),
+                                       int(run_taps),
+                                       int(ceil_div(row_channels, run_channels)),
+                                       int(ceil_div(taps, run_taps)),
+                                       packed};
+    const int64_t blocks = checked_mul(int64_t(packing.channel_runs) * packing.tap_runs, g.K, op, "thread blocks");
+    launch(op, conv2d_pack_weight<T>, block_count(op, blocks), kPackThreads, 0, stream, packing);
+  }
 }
 
 template <class T>
@@ -221,17 +353,31 @@ int64_t blocks_of(const GatherProblem<T>& problem, int block_m, int block_n) {
   return ceil_div(pixels, block_m) * ceil_div(problem.channels_written, block_n) * problem.groups;
 }
 
+// Launches the kernel for as many images at a time as have numbers of pixels and of vectors in 32 bits, padding included.
 template <class Math>
 void run_gather(const char* op, GatherProblem<typename Math::T>& problem, Stream stream) {
   using Shape = typename Math::Shape;
   const int64_t outputs_h = ceil_div(problem.h.written, problem.h.phases()),
                 outputs_w = ceil_div(problem.w.written, problem.w.phases());
-  problem.tiles_m = ceil_div(checked_mul(outputs_h * outputs_w, problem.images, op, "pixels"), Shape::block_m);
-  problem.tiles_n = int(ceil_div(problem.channels_written, Shape::block_n));
   const int64_t phases = int64_t(problem.h.phases()) * problem.w.phases();
-  const int64_t per_phase = checked_mul(problem.tiles_m * problem.tiles_n, problem.groups, op, "thread blocks");
-  launch(op, conv2d_gather<Math>, block_count(op, checked_mul(phases, per_phase, op, "thread blocks")), Shape::threads,
-         Shape::shared_bytes, stream, problem);
+  const int64_t padded_vectors =
+      checked_mul(problem.from.height + 2 * int64_t(problem.h.pad) + problem.h.kernel * int64_t(problem.h.dilation),
+                  problem.from.stride_h / kVectorSize<typename Math::T>, op, "vectors of an image");
+  const int64_t image =
+      std::max(as_int(op, "pixels of an image", outputs_h * outputs_w), as_int(op, "vectors of an image", padded_vectors));
+  constexpr int64_t most = (int64_t(1) << 30) - 1;
+  const int64_t images = problem.images, together = std::min<int64_t>(images, most / image);
+  problem.tiles_n = int(ceil_div(problem.channels_written, Shape::block_n));
+  GatherProblem<typename Math::T> part = problem;
+  for (int64_t n = 0; n < images; n += together) {
+    part.images = int(std::min(together, images - n));
+    part.from.data = problem.from.data + n * problem.from.stride_n;
+    part.to = problem.to + n * problem.to_strides.n;
+    part.tiles_m = int(ceil_div(part.images * outputs_h * outputs_w, Shape::block_m));
+    const int64_t per_phase = checked_mul(int64_t(part.tiles_m) * part.tiles_n, part.groups, op, "thread blocks");
+    launch(op, conv2d_gather<Math>, block_count(op, checked_mul(phases, per_phase, op, "thread blocks")), Shape::threads,
+           Shape::shared_bytes, stream, part);
+  }
 }
 
 // The rule for tiles: the largest that fills the GPU and that the channels fill. None changes a bit of the result.
@@ -248,32 +394,43 @@ void choose_gather_tile(const char* op, GatherProblem<T>& problem, Stream stream
     run_gather<Math<Small>>(op, problem, stream);
 }
 
+// Whether kVectorSize neighbours are written at once: in NCHW pixels of one plane, which are neighbours in memory unless phases
+// part them.
+template <class T>
+bool writes_vectors(const GatherProblem<T>& problem) {
+  const bool last = problem.to_strides.c == 1;
+  const int64_t pixels = int64_t(problem.h.written) * problem.w.written;
+  return (last ? problem.channels_written : pixels) % kVectorSize<T> == 0 &&
+         (last || (problem.h.phases() == 1 && problem.w.phases() == 1)) &&
+         reinterpret_cast<uintptr_t>(problem.to) % kVectorBytes == 0;
+}
+
 template <class T>
 void gather(const char* op, const Conv2dGeometry& g, bool transposed, const Device<T>* from, const Device<T>* weight,
-            const Device<T>* bias, bool relu, Device<T>* to, Float32Precision precision, void* workspace, Stream stream) {
+            Layout weight_layout, const Device<T>* bias, bool relu, Device<T>* to, Float32Precision precision, void* workspace,
+            Stream stream) {
   using D = Device<T>;
   char* scratch = static_cast<char*>(workspace);
   GatherProblem<D> problem = gather_problem<D>(op, g, transposed);
-  D* packed = reinterpret_cast<D*>(scratch);
-  scratch += packed_bytes(problem);
+  problem.weight = weight;
+  if (!weight_is_there(problem, g, transposed, weight, weight_layout)) {
+    D* const packed = reinterpret_cast<D*>(scratch);
+    scratch += packed_bytes(problem);
+    pack_weight(op, g, transposed, weight, weight_layout, packed, stream);
+    problem.weight = packed;
+  }
   problem.from = vectors_read(op, g, transposed, from).get(op, scratch, stream);
-  problem.packed_weight = packed;
   problem.bias = bias;
   problem.relu = relu;
   problem.to = to;
   problem.to_strides = transposed ? g.input_strides() : g.output_strides();
-  problem.to_vectors = problem.to_strides.c == 1 && problem.channels_written % kVectorSize<D> == 0 &&
-                       reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
-  const int64_t rows = packed_rows(problem), per_row = ceil_div(problem.packed_row, kPackColumns);
-  if (rows * per_row > 0)  // else no channel is read, and the bias is all
-    launch(op, conv2d_pack_weight<D>, block_count(op, checked_mul(rows, per_row, op, "thread blocks")), kPackThreads, 0, stream,
-           problem, transposed, int(g.K_per_group()), int(g.C_per_group()), unsigned(per_row), weight, packed);
+  problem.to_vectors = writes_vectors(problem);
   using Small = TileShape<D, 64, 64, Storage::by_index>;
   using SmallTensor = TileShape<D, 64, 64, Storage::by_index, 256>;
   if constexpr (sizeof(T) == 8) {
     run_gather<SimtMath<Small>>(op, problem, stream);
-  } else if (sizeof(T) == 2 && has_warpgroup_steps()) {
-    if constexpr (sizeof(T) == 2) choose_gather_tile<D, WarpgroupMath, SmallTensor>(op, problem, stream);
+  } else if (has_warpgroup_steps() && (sizeof(T) == 2 || precision == Float32Precision::tf32)) {
+    choose_gather_tile<D, WarpgroupMath, SmallTensor>(op, problem, stream);
   } else if (has_tensor_cores() && (sizeof(T) == 2 || precision == Float32Precision::tf32)) {
     choose_gather_tile<D, TensorMath, SmallTensor>(op, problem, stream);
   } else if constexpr (sizeof(T) == 2) {
@@ -284,46 +441,49 @@ void gather(const char* op, const Conv2dGeometry& g, bool transposed, const Devi
 }
 
 template <class T>
-int64_t gather_workspace(const char* op, const Conv2dGeometry& g, bool transposed, const T* from) {
+int64_t gather_workspace(const char* op, const Conv2dGeometry& g, bool transposed, const T* from, const T* weight,
+                         Layout weight_layout) {
   using D = Device<T>;
-  return packed_bytes(gather_problem<D>(op, g, transposed)) + vectors_read(op, g, transposed, on_device(from)).workspace();
+  const GatherProblem<D> problem = gather_problem<D>(op, g, transposed);
+  const bool packs = !weight_is_there(problem, g, transposed, on_device(weight), weight_layout);
+  return (packs ? packed_bytes(problem) : 0) + vectors_read(op, g, transposed, on_device(from)).workspace();
 }
 
 }  // namespace
 
 template <class T>
-int64_t conv2d_forward_workspace(const Conv2dGeometry& g, const T* input) {
-  return suits_depthwise(g) ? 0 : gather_workspace("conv2d", g, false, input);
+int64_t conv2d_forward_workspace(const Conv2dGeometry& g, const T* input, const T* weight, Layout weight_layout) {
+  return suits_depthwise(g) ? 0 : gather_workspace("conv2d", g, false, input, weight, weight_layout);
 }
 
 template <class T>
-void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output,
-                    Float32Precision precision, void* workspace, Stream stream) {
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, Layout weight_layout, const Epilogue<T>& epilogue,
+                    T* output, Float32Precision precision, void* workspace, Stream stream) {
   if (suits_depthwise(g)) return depthwise::conv2d_forward(g, input, weight, epilogue, output, stream);
-  gather<T>("conv2d", g, false, on_device(input), on_device(weight), on_device(epilogue.bias), epilogue.relu, on_device(output),
-            precision, workspace, stream);
+  gather<T>("conv2d", g, false, on_device(input), on_device(weight), weight_layout, on_device(epilogue.bias), epilogue.relu,
+            on_device(output), precision, workspace, stream);
 }
 
 template <class T>
-int64_t conv2d_grad_input_workspace(const Conv2dGeometry& g, const T* grad_output) {
-  return suits_depthwise(g) ? 0 : gather_workspace("conv2d_grad_input", g, true, grad_output);
+int64_t conv2d_grad_input_workspace(const Conv2dGeometry& g, const T* grad_output, const T* weight, Layout weight_layout) {
+  return suits_depthwise(g) ? 0 : gather_workspace("conv2d_grad_input", g, true, grad_output, weight, weight_layout);
 }
 
 template <class T>
-void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, const Epilogue<T>& epilogue, T* grad_input,
-                       Float32Precision precision, void* workspace, Stream stream) {
+void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, Layout weight_layout,
+                       const Epilogue<T>& epilogue, T* grad_input, Float32Precision precision, void* workspace, Stream stream) {
   if (suits_depthwise(g)) return depthwise::conv2d_grad_input(g, grad_output, weight, epilogue, grad_input, stream);
-  gather<T>("conv2d_grad_input", g, true, on_device(grad_output), on_device(weight), on_device(epilogue.bias), epilogue.relu,
-            on_device(grad_input), precision, workspace, stream);
+  gather<T>("conv2d_grad_input", g, true, on_device(grad_output), on_device(weight), weight_layout, on_device(epilogue.bias),
+            epilogue.relu, on_device(grad_input), precision, workspace, stream);
 }
 
-#define TORCHCNN_INSTANTIATE(T)                                                                                               \
-  template int64_t conv2d_forward_workspace(const Conv2dGeometry&, const T*);                                                 \
-  template int64_t conv2d_grad_input_workspace(const Conv2dGeometry&, const T*);                                              \
-  template void conv2d_forward(const Conv2dGeometry&, const T*, const T*, const Epilogue<T>&, T*, Float32Precision, void*,    \
-                               Stream);                                                                                       \
-  template void conv2d_grad_input(const Conv2dGeometry&, const T*, const T*, const Epilogue<T>&, T*, Float32Precision, void*, \
-                                  Stream);
+#define TORCHCNN_INSTANTIATE(T)                                                                                                \
+  template int64_t conv2d_forward_workspace(const Conv2dGeometry&, const T*, const T*, Layout);                                \
+  template int64_t conv2d_grad_input_workspace(const Conv2dGeometry&, const T*, const T*, Layout);                             \
+  template void conv2d_forward(const Conv2dGeometry&, const T*, const T*, Layout, const Epilogue<T>&, T*, Float32Precision,    \
+                               void*, Stream);                                                                                 \
+  template void conv2d_grad_input(const Conv2dGeometry&, const T*, const T*, Layout, const Epilogue<T>&, T*, Float32Precision, \
+                                  void*, Stream);
 TORCHCNN_INSTANTIATE(float)
 TORCHCNN_INSTANTIATE(double)
 TORCHCNN_INSTANTIATE(Float16)

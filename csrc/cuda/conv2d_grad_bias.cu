@@ -135,7 +135,7 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
     run_grad_bias<kVectorSize<D>, true>(op, g, plan, gradient, to, stream);
   else
     run_grad_bias<kVectorSize<D>, false>(op, g, plan, gradient, to, stream);
-  if (plan.cut.parts > 1) add_parts(to.parts, to.part_count, 1, 1, to.count, to.result, stream);
+  if (plan.cut.parts > 1) add_parts(to.parts, to.part_count, 1, 1, Layout::nchw, to.count, to.result, stream);
 }
 
 #define TORCHCNN_INSTANTIATE(T)                                          \

@@ -10,6 +10,8 @@
 //
 // A row of shared memory holds one pixel and the channels of the block (Storage::by_k), as channels_last lies in memory; ldmatrix
 // transposes on the way to the tensor cores.
+#include <algorithm>
+
 #include "conv2d_host.cuh"
 #include "conv2d_parts.cuh"
 
@@ -69,9 +71,11 @@ __global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
   int input_left = int(end_pixel - first_pixel) - B::own_row(0);
   const T* from_input[B::copies];
   Counter input_pixel[B::copies];  // the image counts no further: its number is in the pointer
+  Counter at = Counter::of(first_pixel + B::own_row(0), P, Q);
+  const Counter row_step = Counter::of(B::rows_at_once, P, Q);
 #pragma unroll
-  for (int copy = 0; copy < B::copies; ++copy) {
-    const Counter at = input_pixel[copy] = Counter::of(first_pixel + B::own_row(copy), P, Q);
+  for (int copy = 0; copy < B::copies; ++copy, at.add(row_step, P, Q)) {
+    input_pixel[copy] = at;
     from_input[copy] = input.data + int64_t(group) * input.channels + at.a * input.stride_n +
                        (at.b * h.step + h.origin) * input.stride_h + (at.c * w.step + w.origin) * input.stride_w;
   }
@@ -109,18 +113,22 @@ __global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
   math.for_each_pair([&](int m, int n, auto first, auto second) {
     const int column = first_column + n;
     if (first_k + m >= problem.K_per_group || column >= problem.read_columns) return;
+    auto* const row = to + int64_t(first_k + m) * problem.columns;
+    if (as_read) {
+      *reinterpret_cast<Run<SumOf<T>, 2>*>(row + column) = {first, second};
+      return;
+    }
     // Both are of one tap: its channels are whole vectors.
-    const int c = as_read ? 0 : column % input.channels;
-    const int place = as_read ? column : column / input.channels * problem.C_per_group + c;
-    auto* at = to + int64_t(first_k + m) * problem.columns + place;
-    if (as_read || c < problem.C_per_group) at[0] = first;
-    if (as_read || c + 1 < problem.C_per_group) at[1] = second;
+    const int c = column % input.channels;
+    auto* const at = row + column / input.channels * problem.C_per_group + c;
+    if (c < problem.C_per_group) at[0] = first;
+    if (c + 1 < problem.C_per_group) at[1] = second;
   });
 }
 
 namespace {
 
-// How the sum over pixels is cut: into parts of at least 8 tiles, and no more than fill a GPU three times.
+// How the sum over pixels is cut.
 struct Parts {
   int tiles_m, tiles_n;
   int64_t count, pixels;
@@ -138,13 +146,31 @@ int grad_weight_block(const Conv2dGeometry& g) {
   return g.K_per_group() > 64 && read_columns<T>(g) > 64 ? 128 : 64;
 }
 
+// Thread blocks that a GPU runs at once, of wgmma's kernels.
+constexpr int64_t blocks_at_once(int block) { return (block == 128 ? 2 : 3) * kBlocksThatFillAGpu; }
+
+// Into so many parts that the estimated time is least. It is counted in sixteenths of a tile's: of the longest row of parts that
+// one place for a block gets, each with about six tiles' time to begin and end, and of the weights of each part, written and read.
 template <class T>
 Parts parts_of(const Conv2dGeometry& g) {
   const int block = grad_weight_block<T>(g), block_k = kTileDepthBytes / int(sizeof(T));
-  const int tiles_m = int(ceil_div(g.K_per_group(), block)), tiles_n = int(ceil_div(read_columns<T>(g), block));
-  const int64_t tiles_k = ceil_div(g.N * g.P * g.Q, block_k), wanted = ceil_div(3 * kBlocksThatFillAGpu, tiles_m * tiles_n * g.G);
-  const int64_t part_tiles = std::max<int64_t>(8, ceil_div(tiles_k, wanted));
-  return {tiles_m, tiles_n, ceil_div(tiles_k, part_tiles), part_tiles * block_k};
+  const int64_t tiles_m = ceil_div(g.K_per_group(), block), tiles_n = ceil_div(read_columns<T>(g), block);
+  const int64_t tiles = tiles_m * tiles_n * g.G, tiles_k = ceil_div(g.N * g.P * g.Q, block_k), at_once = blocks_at_once(block);
+  constexpr int64_t of_a_tile = 16, begin_and_end = 6, weights_in_a_tiles_time = 1 << (sizeof(T) == 2 ? 17 : 19);
+  const int64_t part_time = ceil_div(g.K * g.C_per_group() * g.R * g.S, weights_in_a_tiles_time / of_a_tile);
+  int64_t best_tiles = tiles_k, best_time = INT64_MAX;
+  const auto consider = [&](int64_t parts) {
+    parts = std::clamp<int64_t>(parts, 1, tiles_k);
+    const int64_t part_tiles = ceil_div(tiles_k, parts);
+    const int64_t time = ceil_div(tiles * parts, at_once) * (part_tiles + begin_and_end) * of_a_tile + parts * part_time;
+    if (time < best_time) {
+      best_time = time;
+      best_tiles = part_tiles;
+    }
+  };
+  for (int64_t rounds = 1; rounds <= 4; ++rounds) consider(rounds * at_once / tiles);
+  for (int64_t parts = at_once / tiles / 2; parts > 0; parts /= 2) consider(parts);
+  return {int(tiles_m), int(tiles_n), ceil_div(tiles_k, best_tiles), best_tiles * block_k};
 }
 
 template <class T>
@@ -188,8 +214,8 @@ int64_t conv2d_grad_weight_workspace(const Conv2dGeometry& g, const T* grad_outp
 }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, Float32Precision precision,
-                        void* workspace, Stream stream) {
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, Layout weight_layout,
+                        Float32Precision precision, void* workspace, Stream stream) {
   if (suits_depthwise(g)) return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight, workspace, stream);
   using D = Device<T>;
   const char* op = "conv2d_grad_weight";
@@ -226,12 +252,13 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     choose_grad_weight_tile<D, SimtMath>(g, problem, block, parts.count, stream);
   }
   const int64_t count = g.K * g.C_per_group() * g.R * g.S;
-  add_parts(problem.parts, parts.count, int(g.C_per_group()), int(g.R * g.S), count, on_device(grad_weight), stream);
+  add_parts(problem.parts, parts.count, int(g.C_per_group()), int(g.R * g.S), weight_layout, count, on_device(grad_weight),
+            stream);
 }
 
 #define TORCHCNN_INSTANTIATE(T)                                                             \
   template int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&, const T*, const T*); \
-  template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*, Float32Precision, void*, Stream);
+  template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*, Layout, Float32Precision, void*, Stream);
 TORCHCNN_INSTANTIATE(float)
 TORCHCNN_INSTANTIATE(double)
 TORCHCNN_INSTANTIATE(Float16)

@@ -62,6 +62,7 @@ struct Vectors {
   // Brings them there; takes its scratch memory from the front of `workspace`.
   Activation<T> get(const char* op, char*& workspace, Stream stream) const {
     const int64_t all = as_int(op, "channels in whole vectors", int64_t(groups) * channels());
+    as_int(op, "channels of a row of pixels", all * width);
     const T* from = data;
     if (!are_there()) {
       T* to = reinterpret_cast<T*>(workspace);
@@ -71,8 +72,17 @@ struct Vectors {
       const bool turn = strides.c != 1 && vectors > 4;
       const int64_t channel_tiles = ceil_div(vectors, 8), count = checked_mul(pixels(), vectors, op, "vectors of channels");
       const int64_t blocks = turn ? channel_tiles * ceil_div(pixels(), kTurnPixels) : ceil_div(count, kTurnThreads);
+      const auto turned = [&](auto kernel) {
+        launch(op, kernel, block_count(op, blocks), kTurnThreads, 0, stream, copy, int(channel_tiles));
+      };
+      constexpr int V = kVectorSize<T>, half = V == 8 ? 4 : 1;
+      const auto in_runs = [&](int run) {
+        return copy.plane % run == 0 && reinterpret_cast<uintptr_t>(data) % (run * sizeof(T)) == 0;
+      };
       if (blocks > 0 && turn)
-        launch(op, conv2d_turn_to_vectors<T>, block_count(op, blocks), kTurnThreads, 0, stream, copy, int(channel_tiles));
+        in_runs(V)      ? turned(conv2d_turn_to_vectors<T, V>)
+        : in_runs(half) ? turned(conv2d_turn_to_vectors<T, half>)
+                        : turned(conv2d_turn_to_vectors<T, 1>);
       else if (blocks > 0)
         launch(op, conv2d_to_vectors<T>, block_count(op, blocks), kTurnThreads, 0, stream, copy);
       from = to;

@@ -42,46 +42,6 @@ __device__ Sum add_up_warp(Sum sum) {
   return sum;
 }
 
-constexpr int kAddThreads = 256;
-
-// Threads of a block that share a sum over parts. Their number must not depend on the GPU: it decides the order of the sum.
-__host__ __device__ inline int sharers_of(int64_t part_count) { return part_count > 64 ? 32 : part_count > 8 ? 8 : 1; }
-
-// to[(k channels + c) taps + tap] is the sum of parts[0 ... part_count - 1][at], at = (k taps + tap) channels + c. Neighbouring
-// threads read neighbours; of S sharers, number i adds the parts i, i + S, ..., and the first adds up what the S have found.
-template <class T, class Sum>
-__global__ void __launch_bounds__(kAddThreads)
-    conv2d_add_parts(const Sum* parts, int64_t part_count, int channels, int taps, int64_t count, T* to) {
-  __shared__ Sum sums[kAddThreads];
-  const int sharers = sharers_of(part_count), width = kAddThreads / sharers;
-  const int number = int(threadIdx.x) / width, column = int(threadIdx.x) % width;
-  for (int64_t first = int64_t(blockIdx.x) * width; first < count; first += int64_t(gridDim.x) * width) {
-    const int64_t at = first + column;
-    Sum sum = 0;
-    if (at < count) {
-      const Sum* from = parts + number * count + at;
-#pragma unroll 8
-      for (int64_t part = number; part < part_count; part += sharers, from += sharers * count) sum += *from;
-    }
-    if (sharers > 1) {
-      __syncthreads();  // the sums of the round before have been read
-      sums[threadIdx.x] = sum;
-      __syncthreads();
-      if (number > 0) continue;
-      for (int other = 1; other < sharers; ++other) sum += sums[other * width + column];
-    }
-    if (at >= count) continue;
-    const Counter place = Counter::of(at, taps, channels);
-    to[(int64_t(place.a) * channels + place.c) * taps + place.b] = from_arithmetic<T>(sum);
-  }
-}
-
-template <class T, class Sum>
-void add_parts(const Sum* parts, int64_t part_count, int channels, int taps, int64_t count, T* to, Stream stream) {
-  launch("conv2d_add_parts", conv2d_add_parts<T, Sum>, blocks_for(count * sharers_of(part_count), kAddThreads), kAddThreads, 0,
-         stream, parts, part_count, channels, taps, count, to);
-}
-
 // Neighbours in memory, which a thread reads at once if they are aligned for that.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Neighbours {
@@ -103,6 +63,73 @@ __device__ __forceinline__ Neighbours<T, V> load_neighbours(const T* from) {
 template <int V, class T>
 bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (sizeof(T) * V) == 0;
+}
+
+constexpr int kAddThreads = 256;
+
+// Threads of a block that share sums over parts. Their number must not depend on the GPU: it decides the order of a sum.
+__host__ __device__ inline int sharers_of(int64_t part_count) { return part_count > 64 ? 32 : part_count > 16 ? 8 : 1; }
+
+// A sum of parts[0 ... part_count - 1][at], at = (k taps + tap) channels + c, is element at of the result, or if it is in NCHW,
+// element (k channels + c) taps + tap. A thread adds up V neighbours; of S sharers, number i adds the parts i, i + S, ..., and the
+// first adds up what the S have found.
+template <class T, int V, class Sum>
+__global__ void __launch_bounds__(kAddThreads)
+    conv2d_add_parts(const Sum* parts, int64_t part_count, int channels, int taps, bool channels_last, int64_t count, T* to) {
+  __shared__ Sum sums[V][kAddThreads];
+  const int sharers = sharers_of(part_count), width = kAddThreads / sharers;
+  const int number = int(threadIdx.x) / width, column = int(threadIdx.x) % width;
+  for (int64_t first = int64_t(blockIdx.x) * width * V; first < count; first += int64_t(gridDim.x) * width * V) {
+    const int64_t at = first + column * V;
+    Sum sum[V] = {};
+    if (at < count) {
+      const Sum* from = parts + number * count + at;
+#pragma unroll 8
+      for (int64_t part = number; part < part_count; part += sharers, from += sharers * count) {
+        const auto values = load_neighbours<V, true>(from);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += values.of[v];
+      }
+    }
+    if (sharers > 1) {
+      __syncthreads();  // the sums of the round before have been read
+#pragma unroll
+      for (int v = 0; v < V; ++v) sums[v][threadIdx.x] = sum[v];
+      __syncthreads();
+      if (number > 0) continue;
+      for (int other = 1; other < sharers; ++other)
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += sums[v][other * width + column];
+    }
+    if (at >= count) continue;
+    if (channels_last) {
+      Neighbours<T, V> written;
+#pragma unroll
+      for (int v = 0; v < V; ++v) written.of[v] = from_arithmetic<T>(sum[v]);
+      *reinterpret_cast<Neighbours<T, V>*>(to + at) = written;
+      continue;
+    }
+    Counter place = Counter::of(at, taps, channels);
+#pragma unroll
+    for (int v = 0; v < V; ++v, place.add({0, 0, 1}, taps, channels))
+      to[(int64_t(place.a) * channels + place.c) * taps + place.b] = from_arithmetic<T>(sum[v]);
+  }
+}
+
+// The order of a sum is the same for every V.
+template <class T, class Sum>
+void add_parts(const Sum* parts, int64_t part_count, int channels, int taps, Layout layout, int64_t count, T* to, Stream stream) {
+  constexpr int V = 16 / sizeof(Sum);
+  const int64_t threads = count * sharers_of(part_count);
+  const bool last = layout == Layout::channels_last;
+  const auto run = [&](auto kernel, int64_t neighbours) {
+    launch("conv2d_add_parts", kernel, blocks_for(ceil_div(threads, neighbours), kAddThreads), kAddThreads, 0, stream, parts,
+           part_count, channels, taps, last, count, to);
+  };
+  if (count % V == 0 && is_aligned<V>(parts) && is_aligned<V>(to))
+    run(conv2d_add_parts<T, V, Sum>, V);
+  else
+    run(conv2d_add_parts<T, 1, Sum>, 1);
 }
 
 }  // namespace torchcnn::cuda

@@ -34,14 +34,15 @@ struct Phase {
 
 __device__ inline Phase phase_of(const Axis& axis, int phase) {
   if (!axis.transposed) return {axis.written, axis.kernel, axis.stride, axis.dilation, -axis.pad, 1, 0, 0};
+  // Distances along the padded axis fit 32 bits (conv2d_host.cuh); stride / period is what stride and dilation have in common.
   int first = 0;
-  while (first < axis.classes() && (int64_t(phase) + axis.pad - int64_t(first) * axis.dilation) % axis.stride != 0) ++first;
+  while (first < axis.classes() && (phase + axis.pad - first * axis.dilation) % axis.stride != 0) ++first;
   const bool met = first < axis.classes();
   return {phase < axis.written ? (axis.written - phase - 1) / axis.stride + 1 : 0,
           met ? axis.taps(first) : 0,
           1,
-          -int(int64_t(axis.period) * axis.dilation / axis.stride),
-          met ? int((int64_t(phase) + axis.pad - int64_t(first) * axis.dilation) / axis.stride) : 0,
+          -(axis.dilation / (axis.stride / axis.period)),
+          met ? (phase + axis.pad - first * axis.dilation) / axis.stride : 0,
           axis.stride,
           phase,
           met ? first : 0};
@@ -52,11 +53,12 @@ __device__ inline Phase phase_of(const Axis& axis, int phase) {
 struct Counter {
   int a, b, c;
 
+  __device__ static Counter of(int number, int radix_b, int radix_c) {
+    const int high = number / radix_c, a = high / radix_b;
+    return {a, high - a * radix_b, number - high * radix_c};
+  }
   __device__ static Counter of(int64_t number, int radix_b, int radix_c) {
-    if (number <= INT32_MAX) {  // much faster
-      const int low = int(number), high = low / radix_c;
-      return {high / radix_b, high % radix_b, low % radix_c};
-    }
+    if (number <= INT32_MAX) return of(int(number), radix_b, radix_c);  // much faster
     const int64_t high = number / radix_c;
     return {int(high / radix_b), int(high % radix_b), int(number % radix_c)};
   }
@@ -164,21 +166,27 @@ __global__ void __launch_bounds__(kTurnThreads) conv2d_to_vectors(const VectorCo
   *reinterpret_cast<Run<T, V>*>(copy.to + (pixel * copy.vectors + vector) * V) = run;
 }
 
-template <class T>
+// Reads X neighbouring pixels of a channel at once.
+template <class T, int X>
 __global__ void __launch_bounds__(kTurnThreads) conv2d_turn_to_vectors(const VectorCopy<T> copy, int channel_tiles) {
   constexpr int V = kVectorSize<T>, channels = 8 * V;         // of a tile
   constexpr int pitch = channels + (sizeof(T) == 2 ? 2 : 1);  // in either direction neighbours lie in different banks
+  constexpr int runs = kTurnPixels / X, pair = sizeof(T) == 2 ? 2 : 1;
   using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
-  __shared__ Bits tile[kTurnPixels * pitch];  // all zero bits are zero
+  __shared__ __align__(8) Bits tile[kTurnPixels * pitch];  // all zero bits are zero
   const int first_channel = int(blockIdx.x % channel_tiles) * channels;
   const int64_t first_pixel = int64_t(blockIdx.x / channel_tiles) * kTurnPixels;
-  const int own = threadIdx.x % kTurnPixels;
+  const int own = threadIdx.x % runs * X;
   if (first_pixel + own < copy.pixels) {
     const Bits* const from = reinterpret_cast<const Bits*>(copy.place(first_pixel + own));
 #pragma unroll
-    for (int c = threadIdx.x / kTurnPixels; c < channels; c += kTurnThreads / kTurnPixels) {
+    for (int i = 0; i < channels * runs / kTurnThreads; ++i) {
+      const int c = int(threadIdx.x) / runs + i * (kTurnThreads / runs);
       const int64_t source = first_channel + c < copy.vectors * V ? copy.source_of(first_channel + c) : -1;
-      tile[own * pitch + c] = source >= 0 ? from[source * copy.strides.c] : Bits(0);
+      Run<Bits, X> run = {};
+      if (source >= 0) run = *reinterpret_cast<const Run<Bits, X>*>(from + source * copy.strides.c);
+#pragma unroll
+      for (int x = 0; x < X; ++x) tile[(own + x) * pitch + c] = run.of[x];
     }
   }
   __syncthreads();
@@ -186,10 +194,12 @@ __global__ void __launch_bounds__(kTurnThreads) conv2d_turn_to_vectors(const Vec
   for (int at = threadIdx.x; at < kTurnPixels * 8; at += kTurnThreads) {
     const int pixel = at / 8, vector = at % 8;
     if (first_pixel + pixel >= copy.pixels || first_channel / V + vector >= copy.vectors) continue;
-    Run<Bits, V> run;
+    Run<Run<Bits, pair>, V / pair> run;
 #pragma unroll
-    for (int e = 0; e < V; ++e) run.of[e] = tile[pixel * pitch + vector * V + e];
-    *reinterpret_cast<Run<Bits, V>*>(copy.to + ((first_pixel + pixel) * copy.vectors + first_channel / V + vector) * V) = run;
+    for (int e = 0; e < V / pair; ++e)
+      run.of[e] = *reinterpret_cast<const Run<Bits, pair>*>(tile + pixel * pitch + vector * V + e * pair);
+    *reinterpret_cast<Run<Run<Bits, pair>, V / pair>*>(
+        copy.to + ((first_pixel + pixel) * copy.vectors + first_channel / V + vector) * V) = run;
   }
 }
 

@@ -7,11 +7,11 @@
 // The 16-byte vectors of a row are permuted (xor with the number of the row), so that 8 lanes which read the same vector of 8
 // rows, or 8 vectors of one row, read all 32 banks.
 //
-// Three kinds of arithmetic, the same tiles: WarpgroupMath steps by wgmma (float16 and bfloat16 on Hopper), TensorMath by
-// mma.sync (the same types elsewhere, and TF32), SimtMath by one multiply-add at a time (float32, float64, and 16-bit types
-// before sm_80). Each adds up the products of an element of D step by step in ascending order of k, whatever the tile: the choice
-// of a tile does not change a bit. Within one step of the tensor cores the order is the GPU's, and taken to be that of every
-// width of B.
+// Three kinds of arithmetic, the same tiles: WarpgroupMath steps by wgmma (on Hopper float16, bfloat16 and, by index, TF32),
+// TensorMath by mma.sync (the same types elsewhere, and TF32 by k), SimtMath by one multiply-add at a time (float32, float64, and
+// 16-bit types before sm_80). Each adds up the products of an element of D step by step in ascending order of k, whatever the
+// tile: the choice of a tile does not change a bit. Within one step of the tensor cores the order is the GPU's, and taken to be
+// that of every width of B.
 #pragma once
 
 #include <utility>
@@ -78,8 +78,9 @@ struct TileShape {
   static constexpr int warp_m = block_m / warps_m, warp_n = block_n / warps_n;
   using A = OperandShape<T, block_m, storage, threads>;
   using B = OperandShape<T, block_n, storage, threads>;
-  // Places for tiles of k. 96 KB are what a block can have on every GPU with tensor cores, 64 KB on all.
-  static constexpr int stages = block_m * block_n == 128 * 128 ? 3 : 4;
+  // Places for tiles of k. 96 KB are what a block can have on every GPU with tensor cores, 64 KB on all. Small tiles with many
+  // threads are those of layers with few blocks: a multiprocessor has one, whose copies nothing else hides.
+  static constexpr int stages = block_m * block_n == 128 * 128 ? 3 : threads > 2 * block_m ? 6 : 4;
   static constexpr size_t shared_bytes = size_t(stages) * (A::size + B::size) * sizeof(T);
 
   static __device__ int warp_row() { return int(threadIdx.x) / 32 % warps_m * warp_m; }
@@ -290,9 +291,22 @@ struct WarpgroupMath {
   }
   static __device__ __forceinline__ int first_column() { return groups_n == 1 ? 0 : int(threadIdx.x) / 128 / groups_m * columns; }
 
+  // The tensor cores would drop the bits that TF32 has not. Each thread rounds what it has copied.
+  static constexpr bool rounds = sizeof(T) == 4;
+  static_assert(!rounds || !by_k, "no instruction transposes TF32");
+  template <class Operand>
+  static __device__ __forceinline__ void round_own(T* tile) {
+#pragma unroll
+    for (int copy = 0; copy < Operand::copies; ++copy) {
+      uint4& vector = *reinterpret_cast<uint4*>(tile + Operand::own_offset(copy));
+      vector = {to_tf32(__uint_as_float(vector.x)), to_tf32(__uint_as_float(vector.y)), to_tf32(__uint_as_float(vector.z)),
+                to_tf32(__uint_as_float(vector.w))};
+    }
+  }
+
   // Begins the products of one tile of k.
   __device__ __forceinline__ void step(const T* a_tile, const T* b_tile) {
-    constexpr int depth = 16, row_bytes = 128;
+    constexpr int depth = 32 / int(sizeof(T)), row_bytes = 128;
     static_assert(A::block_k * int(sizeof(T)) == row_bytes);
     WarpgroupOperand a(a_tile + (by_k ? first_row() / 64 * A::panel_size : first_row() * A::row_size), A::panel_size * sizeof(T));
     WarpgroupOperand b(b_tile + first_column() * B::row_size, B::panel_size * sizeof(T));
@@ -305,7 +319,10 @@ struct WarpgroupMath {
     }
     wgmma_commit();
   }
-  __device__ __forceinline__ void wait() { wgmma_wait(sum); }
+  template <int under_way>
+  __device__ __forceinline__ void wait() {
+    wgmma_wait<under_way>(sum);
+  }
 
   template <class Write>
   __device__ __forceinline__ void for_each_pair(Write write) const {
@@ -320,37 +337,46 @@ struct WarpgroupMath {
 
 // ---------------------------------------------------------------------------------------------------------- the pipeline
 
-// The whole sum over `tiles` tiles of k, stages - 1 of them on their way while one is multiplied. fetch(tile, a, b) starts the
-// copies of a tile's operands to a and b, and is called for each tile in ascending order.
+// The whole sum over `tiles` tiles of k, `ahead` of them on their way while one is multiplied. fetch(tile, a, b) starts the copies
+// of a tile's operands to a and b, and is called for each tile in ascending order. With many stages the step before may still be
+// under way when an asynchronous one begins: its place is then freed one tile later.
 template <class Math, class Fetch>
 __device__ __forceinline__ void add_up_tiles(Math& math, int tiles, Fetch fetch) {
   using Shape = typename Math::Shape;
   using T = typename Math::T;
   constexpr int stages = Shape::stages, stage_size = Shape::A::size + Shape::B::size;
+  constexpr int under_way = Math::is_asynchronous && stages > 4 ? 1 : 0, ahead = stages - 1 - under_way;
   T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
   const auto fetch_to = [&](int tile, int stage) {
     T* const a = shared + stage * stage_size;
     if (tile < tiles) fetch(tile, a, a + Shape::A::size);
     copy_async_commit();
   };
-  for (int tile = 0; tile < stages - 1; ++tile) fetch_to(tile, tile);
-  int stage = 0;
+  for (int tile = 0; tile < ahead; ++tile) fetch_to(tile, tile);
+  int stage = 0, freed = ahead;
   for (int tile = 0; tile < tiles; ++tile) {
-    const int freed = stage == 0 ? stages - 1 : stage - 1;
-    const T* const a = shared + stage * stage_size;
-    copy_async_wait<stages - 2>();
-    if constexpr (Math::is_asynchronous) show_tensor_cores();
-    __syncthreads();  // tile has arrived for all, and all have read the one before it, whose place the next to come takes
+    T* const a = shared + stage * stage_size;
+    copy_async_wait<ahead - 1>();
+    if constexpr (Math::is_asynchronous) {
+      if constexpr (Math::rounds) {
+        Math::template round_own<typename Shape::A>(a);
+        Math::template round_own<typename Shape::B>(a + Shape::A::size);
+      }
+      show_tensor_cores();
+    }
+    __syncthreads();  // tile has arrived for all, and all have read the one whose place the next to come takes
     if constexpr (Math::is_asynchronous) {
       math.step(a, a + Shape::A::size);
-      fetch_to(tile + stages - 1, freed);
-      math.wait();
+      fetch_to(tile + ahead, freed);
+      math.template wait<under_way>();
     } else {
-      fetch_to(tile + stages - 1, freed);
+      fetch_to(tile + ahead, freed);
       math.step(a, a + Shape::A::size);
     }
     stage = stage + 1 == stages ? 0 : stage + 1;
+    freed = freed + 1 == stages ? 0 : freed + 1;
   }
+  if constexpr (under_way > 0) math.template wait<0>();
 }
 
 }  // namespace torchcnn::cuda

@@ -20,24 +20,26 @@ using Stream = void*;  // a cudaStream_t
 // Whether float32 convolutions may round their factors to TF32 (10 bits of mantissa) for the tensor cores.
 enum class Float32Precision { ieee, tf32 };
 
-template <class T>
-int64_t conv2d_forward_workspace(const Conv2dGeometry&, const T* input);
-template <class T>
-void conv2d_forward(const Conv2dGeometry&, const T* input, const T* weight, const Epilogue<T>&, T* output, Float32Precision,
-                    void* workspace, Stream);
+// A weight and its gradient lie as an activation of K images would, in either layout.
 
 template <class T>
-int64_t conv2d_grad_input_workspace(const Conv2dGeometry&, const T* grad_output);
+int64_t conv2d_forward_workspace(const Conv2dGeometry&, const T* input, const T* weight, Layout weight_layout);
+template <class T>
+void conv2d_forward(const Conv2dGeometry&, const T* input, const T* weight, Layout weight_layout, const Epilogue<T>&, T* output,
+                    Float32Precision, void* workspace, Stream);
+
+template <class T>
+int64_t conv2d_grad_input_workspace(const Conv2dGeometry&, const T* grad_output, const T* weight, Layout weight_layout);
 // The epilogue serves conv_transpose2d, whose forward this is.
 template <class T>
-void conv2d_grad_input(const Conv2dGeometry&, const T* grad_output, const T* weight, const Epilogue<T>&, T* grad_input,
-                       Float32Precision, void* workspace, Stream);
+void conv2d_grad_input(const Conv2dGeometry&, const T* grad_output, const T* weight, Layout weight_layout, const Epilogue<T>&,
+                       T* grad_input, Float32Precision, void* workspace, Stream);
 
 template <class T>
 int64_t conv2d_grad_weight_workspace(const Conv2dGeometry&, const T* grad_output, const T* input);
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight, Float32Precision,
-                        void* workspace, Stream);
+void conv2d_grad_weight(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight, Layout weight_layout,
+                        Float32Precision, void* workspace, Stream);
 
 template <class T>
 int64_t conv2d_grad_bias_workspace(const Conv2dGeometry&);

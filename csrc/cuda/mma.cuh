@@ -80,15 +80,21 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], cons
                : "memory");
 }
 
-// Copies 16 bytes from global to shared memory, or writes 16 zero bytes; both addresses 16-byte aligned, `from` valid or unread.
-// The bytes have arrived once the thread has waited for the group of copies that it committed them in.
+// Copies 16 bytes from global to shared memory, or writes 16 zero bytes; both addresses 16-byte aligned, `from` valid or unread: it may
+// lie anywhere where nothing is copied.
+// The bytes have arrived once the thread has waited for the group of copies that it committed them in. kCached: by way of the L1
+// cache, for what other copies read soon.
+template <bool kCached = false>
 __device__ __forceinline__ void copy_async(void* shared, const void* from, bool copy) {
 #if __CUDA_ARCH__ < 800
   *static_cast<uint4*>(shared) = copy ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(from), "r"(copy ? 16 : 0)
-               : "memory");
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = copy ? 16 : 0;
+  if constexpr (kCached)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 #endif
 }
 

@@ -5,8 +5,8 @@
 // 16 w ... 16 w + 15. An operand lies in rows of 128 bytes whose 16-byte vectors are permuted by the number of the row modulo 8,
 // in memory aligned to 1024 bytes:
 //
-//   by index   row = one m (n), 64 values of k
-//   by k       row = one k, 64 values of m (n); the next 64 lie in a panel of their own
+//   by index   row = one m (n), 64 values of k, 32 of TF32
+//   by k       row = one k, 64 values of m (n); the next 64 lie in a panel of their own; of 16-bit values alone
 #pragma once
 
 #include "mma.cuh"
@@ -53,7 +53,7 @@ struct WarpgroupOperand {
 #define TORCHCNN_NAMES_64 TORCHCNN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d += a b, 64 rows by `columns` over 16 values of k. by_k says how both operands lie. `a_name` and its like are the names of
+// d += a b, 64 rows by `columns` over 16 values of k, 8 of TF32. by_k says how both operands lie. `a_name` and its like are the names of
 // what follows the sums, of which a thread has columns / 2.
 #define TORCHCNN_STEP(T, type, columns, sums, a_name, b_name, by_k_name) \
   template <int by_k> \
@@ -64,12 +64,25 @@ struct WarpgroupOperand {
                    : TORCHCNN_SUMS_##sums(0) \
                    : "l"(a.bits), "l"(b.bits), "n"(by_k)); \
   }
+#define TORCHCNN_STEP_TF32(columns, sums, a_name, b_name) \
+  template <int by_k> \
+  __device__ __forceinline__ void wgmma(float (&d)[columns / 8][4], const WarpgroupOperand& a, const WarpgroupOperand& b, float) { \
+    static_assert(by_k == 0); \
+    TORCHCNN_WGMMA("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n" \
+                   "wgmma.mma_async.sync.aligned.m64n" #columns "k8.f32.tf32.tf32 {" TORCHCNN_NAMES_##sums "}, " \
+                   a_name ", " b_name ", p, 1, 1;\n}\n" \
+                   : TORCHCNN_SUMS_##sums(0) \
+                   : "l"(a.bits), "l"(b.bits)); \
+  }
 #define TORCHCNN_STEPS(T, type) \
   TORCHCNN_STEP(T, type, 32, 16, "%16", "%17", "%18") \
   TORCHCNN_STEP(T, type, 64, 32, "%32", "%33", "%34") \
   TORCHCNN_STEP(T, type, 128, 64, "%64", "%65", "%66")
 TORCHCNN_STEPS(__half, "f16")
 TORCHCNN_STEPS(__nv_bfloat16, "bf16")
+TORCHCNN_STEP_TF32(32, 16, "%16", "%17")
+TORCHCNN_STEP_TF32(64, 32, "%32", "%33")
+TORCHCNN_STEP_TF32(128, 64, "%64", "%65")
 // clang-format on
 
 // What this thread has written to shared memory can be read by the tensor cores, once it has met the others at a barrier.
@@ -90,15 +103,17 @@ __device__ __forceinline__ void wgmma_begin(float (&d)[tiles][4]) {
 }
 __device__ __forceinline__ void wgmma_commit() { TORCHCNN_WGMMA("wgmma.commit_group.sync.aligned;" :: : "memory"); }
 
-// Waits for all steps: shared memory can be written again, and the sums be read.
-template <int tiles>
+// Waits until at most `under_way` committed steps are: what the others read can be written again, and after the last of them the
+// sums be read.
+template <int under_way, int tiles>
 __device__ __forceinline__ void wgmma_wait(float (&d)[tiles][4]) {
-  TORCHCNN_WGMMA("wgmma.wait_group.sync.aligned 0;" :: : "memory");
+  TORCHCNN_WGMMA("wgmma.wait_group.sync.aligned %0;" ::"n"(under_way) : "memory");
   hold(d);
 }
 
 #undef TORCHCNN_WGMMA
 #undef TORCHCNN_STEP
+#undef TORCHCNN_STEP_TF32
 #undef TORCHCNN_STEPS
 #undef TORCHCNN_SUMS_4
 #undef TORCHCNN_SUMS_16

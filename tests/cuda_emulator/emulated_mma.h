@@ -32,7 +32,8 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row,
   emulator::load_matrices(to, shared_row, true, place);
 }
 
-inline void copy_async(void* shared, const void* from, bool copy, emulator::Place place = emulator::Place::current()) {
+template <bool kCached = false>
+void copy_async(void* shared, const void* from, bool copy, emulator::Place place = emulator::Place::current()) {
   emulator::copy_async(shared, from, copy, place);
 }
 inline void copy_async_commit() { emulator::copy_async_commit(); }

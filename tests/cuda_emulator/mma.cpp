@@ -104,8 +104,9 @@ Groups& groups_of_thread() {
   return of_thread;
 }
 
-// A step of a warpgroup that one thread has begun.
+// A step of a warpgroup that one thread has begun; `group` counts the commits before it.
 struct Step {
+  int group;
   Format format;
   float* d;
   int columns;
@@ -116,6 +117,7 @@ struct Step {
 struct Steps {
   unsigned of_launch_block = 0;
   std::vector<Step> steps;
+  int committed = 0;  // groups of steps
   bool shown = true;  // whether the tensor cores can see what the thread's copies have written
 };
 
@@ -123,42 +125,48 @@ std::array<Steps, 1024> all_steps;
 
 Steps& steps_of_thread() {
   Steps& of_thread = all_steps[thread_number()];
-  if (of_thread.of_launch_block != block_serial()) of_thread = {block_serial(), {}, true};
+  if (of_thread.of_launch_block != block_serial()) of_thread = {block_serial(), {}, 0, true};
   return of_thread;
 }
 
 // Where element k of row (or column) i of an operand lies.
-const char* place_of(const WarpgroupOperand& operand, int i, int k, bool by_k) {
-  const uintptr_t at =
-      reinterpret_cast<uintptr_t>(operand.first) + (by_k ? i / 64 * operand.panel_bytes + k * 128 + i % 64 * 2 : i * 128 + k * 2);
+const char* place_of(const WarpgroupOperand& operand, int i, int k, bool by_k, int size) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(operand.first) +
+                       (by_k ? i / 64 * operand.panel_bytes + k * 128 + i % 64 * size : i * 128 + k * size);
   return reinterpret_cast<const char*>(at ^ (at >> 7 & 7) << 4);
 }
 
-constexpr int kStepDepth = 16;
+constexpr int kMostDepth = 16;
+
+int size_of(Format format) { return format == Format::tf32 ? 4 : 2; }
+int depth_of(Format format) { return 32 / size_of(format); }
 
 // The values of one row or column.
-void read_operand(const Step& step, const WarpgroupOperand& operand, int i, float (&values)[kStepDepth], const Place& place) {
-  for (int k = 0; k < kStepDepth; ++k) {
-    const char* from = place_of(operand, i, k, step.by_k);
-    if (!is_shared(from, 2)) fail(place, "an operand of wgmma is not in shared memory: %p", from);
-    access(from, 2, Access::read, __builtin_return_address(0));
-    uint16_t bits;
-    std::memcpy(&bits, from, sizeof bits);
-    values[k] = step.format == Format::f16 ? float(_cvtsh_ss(bits)) : from_bits(uint32_t(bits) << 16);
+void read_operand(const Step& step, const WarpgroupOperand& operand, int i, float (&values)[kMostDepth], const Place& place) {
+  const int size = size_of(step.format);
+  for (int k = 0; k < depth_of(step.format); ++k) {
+    const char* from = place_of(operand, i, k, step.by_k, size);
+    if (!is_shared(from, size)) fail(place, "an operand of wgmma is not in shared memory: %p", from);
+    access(from, size, Access::read, __builtin_return_address(0));
+    uint32_t bits = 0;
+    std::memcpy(&bits, from, size);
+    values[k] = step.format == Format::tf32  ? element<Format::tf32>(&bits, 0)
+                : step.format == Format::f16 ? element<Format::f16>(&bits, 0)
+                                             : element<Format::bf16>(&bits, 0);
   }
 }
 
 // Reads what the thread's part of the step needs; adds it up, or not yet.
 void run(const Step& step, bool add, const Place& place) {
   const int lane = int(lane_number()), warp = int(thread_number()) / int(kWarp) % 4;
-  float a[2][kStepDepth], b[kStepDepth];
+  float a[2][kMostDepth], b[kMostDepth];
   for (int half = 0; half < 2; ++half) read_operand(step, step.a, 16 * warp + in_d(lane, 2 * half).row, a[half], place);
   for (int tile = 0; tile < step.columns / 8; ++tile)
     for (int e = 0; e < 2; ++e) {
       read_operand(step, step.b, 8 * tile + in_d(lane, e).column, b, place);
       for (int half = 0; add && half < 2; ++half) {
         float sum = 0;
-        for (int k = 0; k < kStepDepth; ++k) sum += a[half][k] * b[k];
+        for (int k = 0; k < depth_of(step.format); ++k) sum += a[half][k] * b[k];
         step.d[4 * tile + 2 * half + e] += sum;
       }
     }
@@ -170,15 +178,19 @@ void wgmma(Format format, float* d, int columns, const WarpgroupOperand& a, cons
            const Place& place) {
   // Copies that have arrived are shown by each thread, then all meet: what this thread has not shown, others have not either.
   if (!steps_of_thread().shown) fail(place, "wgmma reads what was copied before fence.proxy.async");
-  const Step step = {format, d, columns, a, b, by_k};
+  const Step step = {steps_of_thread().committed, format, d, columns, a, b, by_k};
   run(step, false, place);
   steps_of_thread().steps.push_back(step);
 }
 
-void wgmma_wait(const Place& place) {
+void wgmma_commit() { ++steps_of_thread().committed; }
+
+void wgmma_wait(int under_way, const Place& place) {
   Steps& of_thread = steps_of_thread();
-  for (const Step& step : of_thread.steps) run(step, true, place);
-  of_thread.steps.clear();
+  while (!of_thread.steps.empty() && of_thread.steps.front().group < of_thread.committed - under_way) {
+    run(of_thread.steps.front(), true, place);
+    of_thread.steps.erase(of_thread.steps.begin());
+  }
 }
 
 void show_tensor_cores() { steps_of_thread().shown = true; }

@@ -66,7 +66,8 @@ struct WarpgroupOperand {
   int panel_bytes;
 };
 void wgmma(Format, float* d, int columns, const WarpgroupOperand& a, const WarpgroupOperand& b, bool by_k, const Place&);
-void wgmma_wait(const Place&);
+void wgmma_commit();
+void wgmma_wait(int under_way, const Place&);
 void show_tensor_cores();
 
 }  // namespace emulator
