@@ -41,7 +41,11 @@ FACTS = [
     (r"WarpgroupMath<", ["HGMMA"], "steps of a warpgroup"),
     (r"SimtMath<TileShape<double", ["DFMA"], "multiply-adds in double"),
     (r"SimtMath<TileShape<(float|__)", ["FFMA"], "multiply-adds in float"),
+    (r"conv2d_direct<(float|__)", ["FFMA", r"LDS.*\.128"], "multiply-adds in float, four places of taps or weights at a time"),
+    (r"conv2d_direct<double", ["DFMA", r"LDS.*\.128"], "multiply-adds in double, four places of taps or weights at a time"),
     (r"pool2d\w*<[\w ]+, [248]\b", [r"LDG\.E.*\.128", r"STG\.E.*\.128"], "16-byte vectors of channels, read and written"),
+    (r"pool2d_forward_(channels<|planes<[\w ]+, true, [248]\b)", [r"LDG\.E.*\.128"], "16-byte vectors, read"),
+    (r"pool2d_grad_input_planes<", [r"STG\.E.*\.128"], "16-byte vectors, written"),
     (r"TileShape<", [r"LDGSTS.*\.128"], "16-byte asynchronous copies from global to shared memory"),
 ]
 FORBIDDEN = [(r"LDL|STL", "local memory"), (r"(REDG?|ATOMG?)\b", "atomic operations on global memory")]
@@ -120,7 +124,7 @@ def readable(mangled):
     lines = subprocess.run([filter], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout.splitlines()
     names = {}
     for name, line in zip(mangled, lines, strict=True):
-        text = re.sub(r"torchcnn::(cuda::)?(depthwise::)?|\(anonymous namespace\)::|^void ", "", line)
+        text = re.sub(r"torchcnn::(cuda::)?((depthwise|direct)::)?|\(anonymous namespace\)::|^void ", "", line)
         text = text.replace("(Storage)0", "by_index").replace("(Storage)1", "by_k").replace("> >", ">>").replace("> >", ">>")
         depth = 0
         for at, letter in enumerate(text):

@@ -34,7 +34,7 @@ def test_blocks_of_a_multiprocessor(registers, shared, threads, a100, h100):
 
 
 def test_tiles_take_dynamic_shared_memory():
-    """Three stages of two operands of 128 rows of 128 bytes; four where there are fewer rows, six where there are many threads."""
+    """Three stages of two operands of 128 rows of 128 bytes; four where there are fewer rows, six where many threads."""
     assert kernel("conv2d_gather<TensorMath<TileShape<__half, 128, 128, by_index, 256>>>").shared == 3 * 2 * 128 * 128
     assert kernel("conv2d_gather<SimtMath<TileShape<float, 128, 64, by_index, 256>>>").shared == 4 * (128 + 64) * 128
     assert kernel("conv2d_gather<SimtMath<TileShape<float, 64, 64, by_index, 128>>>").shared == 4 * (64 + 64) * 128

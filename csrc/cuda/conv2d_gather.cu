@@ -12,9 +12,9 @@
 //
 // which is how a weight in channels_last lies in memory if it is that of forward; another is packed first. An activation whose
 // channels are not whole vectors, one in NCHW say, is copied into that form too. Tiles of the sum are on their way (cp.async)
-// while one is multiplied. Where the channels are whole tiles of k, those of all taps follow each other for the same channels: the
-// taps read nearly the same pixels, which are in the L1 cache then. Method: S. Chetlur et al., "cuDNN: Efficient Primitives for
-// Deep Learning", 2014, section 3.
+// while one is multiplied. Where the channels are whole tiles of k, those of all taps follow each other for the same channels:
+// the taps read nearly the same pixels, which are in the L1 cache then. Method: S. Chetlur et al., "cuDNN: Efficient Primitives
+// for Deep Learning", 2014, section 3.
 #include "conv2d_host.cuh"
 #include "conv2d_patches.cuh"
 
@@ -215,7 +215,8 @@ __global__ void __launch_bounds__(Math::Shape::threads, Math::blocks_at_once)
   const int pixels = problem.images * h.outputs * w.outputs, first_pixel = tile_m * Shape::block_m;
   if (first_pixel >= pixels) return;  // other phases have more
 
-  // The pixels of the activation that this thread copies to shared memory, for each tap in turn. Distances are counted in vectors.
+  // The pixels of the activation that this thread copies to shared memory, for each tap in turn. Distances are counted in
+  // vectors.
   constexpr int V = kVectorSize<T>;
   const Activation<T>& from = problem.from;
   const int stride_n = int(from.stride_n / V), stride_h = int(from.stride_h / V), stride_w = int(from.stride_w / V);
@@ -453,26 +454,31 @@ int64_t gather_workspace(const char* op, const Conv2dGeometry& g, bool transpose
 
 template <class T>
 int64_t conv2d_forward_workspace(const Conv2dGeometry& g, const T* input, const T* weight, Layout weight_layout) {
-  return suits_depthwise(g) ? 0 : gather_workspace("conv2d", g, false, input, weight, weight_layout);
+  return suits_depthwise(g) || suits_direct<T>(g, false) ? 0 : gather_workspace("conv2d", g, false, input, weight, weight_layout);
 }
 
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, Layout weight_layout, const Epilogue<T>& epilogue,
                     T* output, Float32Precision precision, void* workspace, Stream stream) {
   if (suits_depthwise(g)) return depthwise::conv2d_forward(g, input, weight, epilogue, output, stream);
+  if (suits_direct<T>(g, false)) return direct::conv2d_forward(g, input, weight, weight_layout, epilogue, output, stream);
   gather<T>("conv2d", g, false, on_device(input), on_device(weight), weight_layout, on_device(epilogue.bias), epilogue.relu,
             on_device(output), precision, workspace, stream);
 }
 
 template <class T>
 int64_t conv2d_grad_input_workspace(const Conv2dGeometry& g, const T* grad_output, const T* weight, Layout weight_layout) {
-  return suits_depthwise(g) ? 0 : gather_workspace("conv2d_grad_input", g, true, grad_output, weight, weight_layout);
+  return suits_depthwise(g) || suits_direct<T>(g, true)
+             ? 0
+             : gather_workspace("conv2d_grad_input", g, true, grad_output, weight, weight_layout);
 }
 
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, Layout weight_layout,
                        const Epilogue<T>& epilogue, T* grad_input, Float32Precision precision, void* workspace, Stream stream) {
   if (suits_depthwise(g)) return depthwise::conv2d_grad_input(g, grad_output, weight, epilogue, grad_input, stream);
+  if (suits_direct<T>(g, true))
+    return direct::conv2d_grad_input(g, grad_output, weight, weight_layout, epilogue, grad_input, stream);
   gather<T>("conv2d_grad_input", g, true, on_device(grad_output), on_device(weight), weight_layout, on_device(epilogue.bias),
             epilogue.relu, on_device(grad_input), precision, workspace, stream);
 }

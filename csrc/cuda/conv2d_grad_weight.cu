@@ -150,7 +150,8 @@ int grad_weight_block(const Conv2dGeometry& g) {
 constexpr int64_t blocks_at_once(int block) { return (block == 128 ? 2 : 3) * kBlocksThatFillAGpu; }
 
 // Into so many parts that the estimated time is least. It is counted in sixteenths of a tile's: of the longest row of parts that
-// one place for a block gets, each with about six tiles' time to begin and end, and of the weights of each part, written and read.
+// one place for a block gets, each with about six tiles' time to begin and end, and of the weights of each part, written and
+// read.
 template <class T>
 Parts parts_of(const Conv2dGeometry& g) {
   const int block = grad_weight_block<T>(g), block_k = kTileDepthBytes / int(sizeof(T));

@@ -140,4 +140,25 @@ template <class T>
 void conv2d_grad_weight(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight, void* workspace, Stream);
 }  // namespace depthwise
 
+namespace direct {
+// Whether what a tile reads of a channel has room in shared memory.
+template <class T>
+bool fits(const Conv2dGeometry&, bool transposed);
+template <class T>
+void conv2d_forward(const Conv2dGeometry&, const T* input, const T* weight, Layout weight_layout, const Epilogue<T>&, T* output,
+                    Stream);
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry&, const T* grad_output, const T* weight, Layout weight_layout, const Epilogue<T>&,
+                       T* grad_input, Stream);
+}  // namespace direct
+
+// A group that writes few channels fills few columns of a matrix product's tile, one that reads few little of its depth. The
+// tensor cores of 16-bit types are so fast that only both together count.
+template <class T>
+bool suits_direct(const Conv2dGeometry& g, bool transposed) {
+  constexpr int64_t few_read = 4, few_written = 8, not_many = sizeof(T) == 2 ? 16 : INT64_MAX;
+  const int64_t read = transposed ? g.K_per_group() : g.C_per_group(), written = transposed ? g.C_per_group() : g.K_per_group();
+  return (written <= few_written || (read <= few_read && written <= not_many)) && direct::fits<T>(g, transposed);
+}
+
 }  // namespace torchcnn::cuda

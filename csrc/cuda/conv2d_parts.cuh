@@ -71,8 +71,8 @@ constexpr int kAddThreads = 256;
 __host__ __device__ inline int sharers_of(int64_t part_count) { return part_count > 64 ? 32 : part_count > 16 ? 8 : 1; }
 
 // A sum of parts[0 ... part_count - 1][at], at = (k taps + tap) channels + c, is element at of the result, or if it is in NCHW,
-// element (k channels + c) taps + tap. A thread adds up V neighbours; of S sharers, number i adds the parts i, i + S, ..., and the
-// first adds up what the S have found.
+// element (k channels + c) taps + tap. A thread adds up V neighbours; of S sharers, number i adds the parts i, i + S, ..., and
+// the first adds up what the S have found.
 template <class T, int V, class Sum>
 __global__ void __launch_bounds__(kAddThreads)
     conv2d_add_parts(const Sum* parts, int64_t part_count, int channels, int taps, bool channels_last, int64_t count, T* to) {

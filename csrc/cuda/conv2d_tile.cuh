@@ -337,9 +337,9 @@ struct WarpgroupMath {
 
 // ---------------------------------------------------------------------------------------------------------- the pipeline
 
-// The whole sum over `tiles` tiles of k, `ahead` of them on their way while one is multiplied. fetch(tile, a, b) starts the copies
-// of a tile's operands to a and b, and is called for each tile in ascending order. With many stages the step before may still be
-// under way when an asynchronous one begins: its place is then freed one tile later.
+// The whole sum over `tiles` tiles of k, `ahead` of them on their way while one is multiplied. fetch(tile, a, b) starts the
+// copies of a tile's operands to a and b, and is called for each tile in ascending order. With many stages the step before may
+// still be under way when an asynchronous one begins: its place is then freed one tile later.
 template <class Math, class Fetch>
 __device__ __forceinline__ void add_up_tiles(Math& math, int tiles, Fetch fetch) {
   using Shape = typename Math::Shape;

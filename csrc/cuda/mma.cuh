@@ -80,10 +80,9 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], cons
                : "memory");
 }
 
-// Copies 16 bytes from global to shared memory, or writes 16 zero bytes; both addresses 16-byte aligned, `from` valid or unread: it may
-// lie anywhere where nothing is copied.
-// The bytes have arrived once the thread has waited for the group of copies that it committed them in. kCached: by way of the L1
-// cache, for what other copies read soon.
+// Copies 16 bytes from global to shared memory, or writes 16 zero bytes; both addresses 16-byte aligned, `from` valid or unread:
+// it may lie anywhere where nothing is copied. The bytes have arrived once the thread has waited for the group of copies that it
+// committed them in. kCached: by way of the L1 cache, for what other copies read soon.
 template <bool kCached = false>
 __device__ __forceinline__ void copy_async(void* shared, const void* from, bool copy) {
 #if __CUDA_ARCH__ < 800

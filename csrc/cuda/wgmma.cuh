@@ -53,8 +53,8 @@ struct WarpgroupOperand {
 #define TORCHCNN_NAMES_64 TORCHCNN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d += a b, 64 rows by `columns` over 16 values of k, 8 of TF32. by_k says how both operands lie. `a_name` and its like are the names of
-// what follows the sums, of which a thread has columns / 2.
+// d += a b, 64 rows by `columns` over 16 values of k, 8 of TF32. by_k says how both operands lie. `a_name` and its like are the
+// names of what follows the sums, of which a thread has columns / 2.
 #define TORCHCNN_STEP(T, type, columns, sums, a_name, b_name, by_k_name) \
   template <int by_k> \
   __device__ __forceinline__ void wgmma(float (&d)[columns / 8][4], const WarpgroupOperand& a, const WarpgroupOperand& b, T) { \
@@ -66,7 +66,8 @@ struct WarpgroupOperand {
   }
 #define TORCHCNN_STEP_TF32(columns, sums, a_name, b_name) \
   template <int by_k> \
-  __device__ __forceinline__ void wgmma(float (&d)[columns / 8][4], const WarpgroupOperand& a, const WarpgroupOperand& b, float) { \
+  __device__ __forceinline__ void wgmma(float (&d)[columns / 8][4], const WarpgroupOperand& a, const WarpgroupOperand& b, \
+                                        float) { \
     static_assert(by_k == 0); \
     TORCHCNN_WGMMA("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n" \
                    "wgmma.mma_async.sync.aligned.m64n" #columns "k8.f32.tf32.tf32 {" TORCHCNN_NAMES_##sums "}, " \
