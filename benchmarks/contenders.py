@@ -107,16 +107,12 @@ def torchcnn_conv(layer, input, weight, bias, grad_output, layout):
     options = layer.stride, layer.stride, *layer.padding, layer.dilation, layer.dilation, layer.groups
     last = layout == "channels_last"
 
-    def grad_weight():
-        grad = ops.conv2d_grad_weight(grad_output, input, *layer.kernel_size, *options, last)
-        return grad, ops.conv2d_grad_bias(grad_output)
-
     return {
         floors.FORWARD: lambda: torchcnn.functional.conv2d(
             input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
         ),
         floors.GRAD_INPUT: lambda: ops.conv2d_grad_input(grad_output, weight, *layer.size, *options, last),
-        floors.GRAD_WEIGHT: grad_weight,
+        floors.GRAD_WEIGHT: lambda: ops.conv2d_grad_weight_bias(grad_output, input, *layer.kernel_size, *options, last),
     }
 
 

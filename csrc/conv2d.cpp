@@ -4,11 +4,13 @@
 //   conv2d_grad_input   with respect to the input
 //   conv2d_grad_weight  with respect to the weight
 //   conv2d_grad_bias    with respect to the bias
+//   conv2d_grad_weight_bias   both at once, which reads grad_output once
 //   conv_transpose2d    conv2d_grad_input as a layer of its own, with a bias
 //
 // Each of the first three is linear in both its tensors and its derivatives are the other two, so derivatives of every order are
 // made of them (torchcnn/conv.py). Results have the layout that the caller asks for.
 #include <algorithm>
+#include <tuple>
 
 #include "cpu/kernels.h"
 #include "cpu/runtime.h"
@@ -44,8 +46,8 @@ struct Run {
   static void grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
     conv2d_kernels_for<T>().grad_input(g, grad_output, weight, grad_input);
   }
-  static void grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-    conv2d_kernels_for<T>().grad_weight(g, grad_output, input, grad_weight);
+  static void grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
+    conv2d_kernels_for<T>().grad_weight(g, grad_output, input, grad_weight, grad_bias);
   }
   static void grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
     conv2d_kernels_for<T>().grad_bias(g, grad_output, grad_bias);
@@ -99,18 +101,20 @@ struct Run<S> {
       convert_kernels_for<S>().narrow(in, part.N * image, grad_input + n * image);
     });
   }
-  static void grad_weight(const Conv2dGeometry& g, const S* grad_output, const S* input, S* grad_weight) {
+  static void grad_weight(const Conv2dGeometry& g, const S* grad_output, const S* input, S* grad_weight, S* grad_bias) {
     const WorkspaceUse use;
     const int64_t weights = g.K * g.C_per_group() * g.R * g.S, image = g.C * g.H * g.W, result = g.K * g.P * g.Q;
-    float* sum = workspace<float>(Slot::wide_weight, 2 * weights);
+    const int64_t sums = weights + (grad_bias == nullptr ? 0 : g.K);  // the bias after the weights
+    float* sum = workspace<float>(Slot::wide_weight, 2 * sums);
     for_images_together(g, [&](const Conv2dGeometry& part, int64_t n) {
       const float* in = widened(Slot::wide_images, input + n * image, part.N * image);
       const float* gradient = widened(Slot::wide_results, grad_output + n * result, part.N * result);
-      float* of_part = sum + (n == 0 ? 0 : weights);
-      Run<float>::grad_weight(part, gradient, in, of_part);
-      for (int64_t i = 0; n > 0 && i < weights; ++i) sum[i] += of_part[i];
+      float* of_part = sum + (n == 0 ? 0 : sums);
+      Run<float>::grad_weight(part, gradient, in, of_part, grad_bias == nullptr ? nullptr : of_part + weights);
+      for (int64_t i = 0; n > 0 && i < sums; ++i) sum[i] += of_part[i];
     });
     convert_kernels_for<S>().narrow(sum, weights, grad_weight);
+    if (grad_bias != nullptr) convert_kernels_for<S>().narrow(sum + weights, g.K, grad_bias);
   }
   static void grad_bias(const Conv2dGeometry& g, const S* grad_output, S* grad_bias) {
     const WorkspaceUse use;
@@ -252,18 +256,16 @@ Tensor conv_transpose2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
   return output;
 }
 
-Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S, int64_t stride_h, int64_t stride_w,
-                          int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
-                          bool channels_last) {
-  const char* op = "conv2d_grad_weight";
+// On the CPU `grad_bias`, if not null, is filled beside.
+Tensor grad_weight_of(const char* op, const Tensor& grad_output, const Tensor& input, int64_t R, int64_t S,
+                      const Conv2dOptions& options, bool channels_last, const Tensor* grad_bias) {
   require_rank(op, "grad_output", grad_output, 4);
   require_rank(op, "input", input, 4);
   require_same_kind(op, "grad_output", grad_output, "input", input);
-  require(groups > 0, op, "groups must be at least 1, got ", groups);
+  require(options.groups > 0, op, "groups must be at least 1, got ", options.groups);
   const Layout layout = layout_of(input.size(1) == 1 ? grad_output : input);  // one channel fits both layouts
-  const Conv2dGeometry g =
-      conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), grad_output.size(1), input.size(1) / groups,
-                      R, S, {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
+  const Conv2dGeometry g = conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), grad_output.size(1),
+                                           input.size(1) / options.groups, R, S, options, layout);
   require_grad_output(op, grad_output, g);
   require_numel_fits(op, "number of weight bytes", g.K, g.C_per_group(), g.R, g.S);
   Tensor grad_weight;
@@ -278,13 +280,22 @@ Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S
       return;
     }
     const Tensor gradient = in_layout(grad_output, layout), in = in_layout(input, layout);
-    on_device_of(input, [&] { Run<T>::grad_weight(g, data_of<T>(gradient), data_of<T>(in), to); }, [&](cuda::Stream stream) {
+    T* bias = grad_bias == nullptr ? nullptr : mutable_data_of<T>(*grad_bias);
+    on_device_of(input, [&] { Run<T>::grad_weight(g, data_of<T>(gradient), data_of<T>(in), to, bias); },
+                 [&](cuda::Stream stream) {
       const Tensor workspace = empty_bytes(input, cuda::conv2d_grad_weight_workspace<T>(g, data_of<T>(gradient), data_of<T>(in)));
       cuda::conv2d_grad_weight<T>(g, data_of<T>(gradient), data_of<T>(in), to, written, float32_precision<T>(),
                                   mutable_data_of<void>(workspace), stream);
     });
   });
   return in_layout(grad_weight, layout_from(channels_last));
+}
+
+Tensor conv2d_grad_weight(Tensor grad_output, Tensor input, int64_t R, int64_t S, int64_t stride_h, int64_t stride_w,
+                          int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+                          bool channels_last) {
+  return grad_weight_of("conv2d_grad_weight", grad_output, input, R, S,
+                        {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, channels_last, nullptr);
 }
 
 Tensor conv2d_grad_bias(Tensor grad_output) {
@@ -311,6 +322,21 @@ Tensor conv2d_grad_bias(Tensor grad_output) {
   return grad_bias;
 }
 
+std::tuple<Tensor, Tensor> conv2d_grad_weight_bias(Tensor grad_output, Tensor input, int64_t R, int64_t S, int64_t stride_h,
+                                                   int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
+                                                   int64_t dilation_w, int64_t groups, bool channels_last) {
+  const char* op = "conv2d_grad_weight_bias";
+  const Conv2dOptions options{stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups};
+  const bool beside = !(kHasCuda && runs_on_cuda(grad_output)) && grad_output.numel() > 0 && input.numel() > 0;
+  if (!beside) {
+    const Tensor grad_weight = grad_weight_of(op, grad_output, input, R, S, options, channels_last, nullptr);
+    return {grad_weight, conv2d_grad_bias(grad_output)};
+  }
+  require_rank(op, "grad_output", grad_output, 4);
+  const Tensor grad_bias = torch::stable::new_empty(grad_output, {grad_output.size(1)});
+  return {grad_weight_of(op, grad_output, input, R, S, options, channels_last, &grad_bias), grad_bias};
+}
+
 }  // namespace
 }  // namespace torchcnn
 
@@ -323,6 +349,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchcnn, m) {
   m.def("conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt R, SymInt S, " CONV2D_OPTIONS
         ", bool channels_last) -> Tensor");
   m.def("conv2d_grad_bias(Tensor grad_output) -> Tensor");
+  m.def("conv2d_grad_weight_bias(Tensor grad_output, Tensor input, SymInt R, SymInt S, " CONV2D_OPTIONS
+        ", bool channels_last) -> (Tensor, Tensor)");
   m.def("conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, " CONV2D_OPTIONS
         ", SymInt output_pad_h, SymInt output_pad_w) -> Tensor");
 }
@@ -332,6 +360,7 @@ static void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("conv2d_grad_input", TORCH_BOX(&torchcnn::conv2d_grad_input));
   m.impl("conv2d_grad_weight", TORCH_BOX(&torchcnn::conv2d_grad_weight));
   m.impl("conv2d_grad_bias", TORCH_BOX(&torchcnn::conv2d_grad_bias));
+  m.impl("conv2d_grad_weight_bias", TORCH_BOX(&torchcnn::conv2d_grad_weight_bias));
   m.impl("conv_transpose2d", TORCH_BOX(&torchcnn::conv_transpose2d));
 }
 

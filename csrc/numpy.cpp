@@ -81,11 +81,11 @@ py::tuple conv2d_backward(const Array<T>& grad_output, const Array<T>& input, co
     py::gil_scoped_release release;
     if (g.N > 0 && g.C > 0) {
       conv2d_kernels_for<T>().grad_input(g, grad_output.data(), weight.data(), gi);
-      conv2d_kernels_for<T>().grad_weight(g, grad_output.data(), input.data(), gw);
+      conv2d_kernels_for<T>().grad_weight(g, grad_output.data(), input.data(), gw, gb);
     } else {
       std::fill(gw, gw + grad_weight.size(), T(0));
+      conv2d_kernels_for<T>().grad_bias(g, grad_output.data(), gb);
     }
-    conv2d_kernels_for<T>().grad_bias(g, grad_output.data(), gb);
   }
   return py::make_tuple(grad_input, grad_weight, grad_bias);
 }

@@ -7,7 +7,8 @@ made of the other two: with input x, weight w and a gradient g of the output,
     conv2d_grad_input   x' = g *' w    d/dg: conv2d(v, w)         d/dw: grad_weight(g, v)      v a gradient of x'
     conv2d_grad_weight  w' = g *'' x   d/dg: conv2d(x, v)         d/dx: grad_input(g, v)       v a gradient of w'
 
-so gradients of every order need no further kernel. The schemas stand in csrc/conv2d.cpp.
+so gradients of every order need no further kernel. ``conv2d_grad_weight_bias`` also sums g, the gradient of a bias, for the
+backward pass of a layer that asks for both. The schemas stand in csrc/conv2d.cpp.
 """
 
 from collections.abc import Callable
@@ -38,9 +39,9 @@ from torchcnn._autograd import (
     unfold_batch,
 )
 
-_forward, _grad_input, _grad_weight, _grad_bias = (
+_forward, _grad_input, _grad_weight, _grad_bias, _grad_weight_bias = (
     getattr(torch.ops.torchcnn, name).default
-    for name in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight", "conv2d_grad_bias")
+    for name in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight", "conv2d_grad_bias", "conv2d_grad_weight_bias")
 )
 
 
@@ -66,14 +67,19 @@ def _(grad_output, weight, H, W, *options):
 
 
 @torch.library.register_fake("torchcnn::conv2d_grad_weight", lib=LIBRARY)
-def _(grad_output, input, R, S, *options):
+def _fake_grad_weight(grad_output, input, R, S, *options):
     groups, channels_last = options[-2:]
     return empty_activation(grad_output, (grad_output.shape[1], input.shape[1] // groups, R, S), channels_last)
 
 
 @torch.library.register_fake("torchcnn::conv2d_grad_bias", lib=LIBRARY)
-def _(grad_output):
+def _fake_grad_bias(grad_output):
     return grad_output.new_empty(grad_output.shape[1])
+
+
+@torch.library.register_fake("torchcnn::conv2d_grad_weight_bias", lib=LIBRARY)
+def _(grad_output, *rest):
+    return _fake_grad_weight(grad_output, *rest), _fake_grad_bias(grad_output)
 
 
 # ------------------------------------------------------------------------------------------------------------ derivatives
@@ -117,9 +123,12 @@ class _Conv2dRule:
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
             grad_input = _grad_input(grad_output, weight, *input.shape[2:], *ctx.options, ctx.channels_last)
-        if needs[1]:
-            grad_weight = _grad_weight(grad_output, input, *weight.shape[2:], *ctx.options, ctx.channels_last)
-        if needs[2]:
+        of_weight = grad_output, input, *weight.shape[2:], *ctx.options, ctx.channels_last
+        if needs[1] and needs[2]:
+            grad_weight, grad_bias = _grad_weight_bias(*of_weight)
+        elif needs[1]:
+            grad_weight = _grad_weight(*of_weight)
+        elif needs[2]:
             grad_bias = _grad_bias(grad_output)
         return grad_input, grad_weight, grad_bias
 
@@ -243,6 +252,33 @@ class _Conv2dGradWeightRule:
         return unfold_batch(result, B), 0
 
 
+class _Conv2dGradWeightBiasRule:
+    op = _grad_weight_bias
+    setup_context = _Conv2dGradWeightRule.setup_context
+
+    @staticmethod
+    def backward(ctx, saved, needs, v, v_bias):
+        grad_output, input = saved
+        _, _, *options, channels_last = ctx.options
+        return (
+            _forward(input, v, v_bias, *options, False) if needs[0] else None,
+            _grad_input(grad_output, v, *input.shape[2:], *options, channels_last) if needs[1] else None,
+        )
+
+    @staticmethod
+    def jvp(ctx, saved, grad_output_tangent, input_tangent, *_):
+        tangent = _Conv2dGradWeightRule.jvp(ctx, saved, grad_output_tangent, input_tangent)
+        if grad_output_tangent is None:
+            return tangent, saved[0].new_zeros(saved[0].shape[1])
+        return tangent, _grad_bias(grad_output_tangent)
+
+    @staticmethod
+    def vmap(info, in_dims, grad_output, input, *options):
+        grad_weight, weight_dim = _Conv2dGradWeightRule.vmap(info, in_dims, grad_output, input, *options)
+        grad_bias, bias_dim = _Conv2dGradBiasRule.vmap(info, in_dims, grad_output)
+        return (grad_weight, grad_bias), (weight_dim, bias_dim)
+
+
 class _Conv2dGradBiasRule:
     op = _grad_bias
 
@@ -265,7 +301,7 @@ class _Conv2dGradBiasRule:
 
 
 _conv2d = attach(_Conv2dRule)
-for _rule in (_Conv2dGradInputRule, _Conv2dGradWeightRule, _Conv2dGradBiasRule):
+for _rule in (_Conv2dGradInputRule, _Conv2dGradWeightRule, _Conv2dGradBiasRule, _Conv2dGradWeightBiasRule):
     attach(_rule)
 autocast(_Conv2dRule.op, "AutocastCPU", lambda: torch.get_autocast_dtype("cpu"))
 autocast(_Conv2dRule.op, "AutocastCUDA", lambda: torch.get_autocast_dtype("cuda"))

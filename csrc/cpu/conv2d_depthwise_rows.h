@@ -21,6 +21,7 @@
 #include "conv2d_depthwise_axes.h"
 #include "conv2d_depthwise_nchw.h"
 #include "conv2d_depthwise_transpose.h"
+#include "conv2d_grad_bias.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -221,10 +222,11 @@ void grad_input_stride2(const Correlation<T>& c) {
 
 // A task is a channel. Lanes and strips of rows are summed on their own first, which keeps rounding errors small.
 template <class T, int64_t stride>
-void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   constexpr int64_t strip = 32;
   const Axes axes = forward_axes(g);
   const int64_t H = g.H, W = g.W, P = g.P, Q = g.Q;
+  const BiasSums<T> bias_sums(1, g.K, grad_bias);
   parallel_for(g.C, g.N * P * ceil_div(Q, kLanes<T>) * 9, [&](int64_t k) {
     const T* const zeros = row_of_zeros<T>(W);
     Vec<T> total[9] = {};
@@ -257,6 +259,7 @@ void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* in
           });
         });
         unrolled<9>([&](auto t) __attribute__((always_inline)) { total[t] += sum[t]; });
+        bias_sums.add(0, k, 1, gradients + begin * Q, 0, 1, 0, (std::min(P, begin + strip) - begin) * Q);
       }
     }
     T* const to = grad_weight + k * 9;
@@ -264,6 +267,7 @@ void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* in
     if (all_finite(to, 9)) return;
     for (int64_t t = 0; t < 9; ++t) to[t] = nchw::grad_weight_element(g, axes, grad_output, input, k, t / 3, t % 3);
   });
+  bias_sums.finish();
 }
 
 template <class T>
@@ -277,9 +281,9 @@ void conv2d_grad_input(const Correlation<T>& c, int64_t stride) {
 }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  g.stride_h == 1 ? grad_weight_with<T, 1>(g, grad_output, input, grad_weight)
-                  : grad_weight_with<T, 2>(g, grad_output, input, grad_weight);
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
+  g.stride_h == 1 ? grad_weight_with<T, 1>(g, grad_output, input, grad_weight, grad_bias)
+                  : grad_weight_with<T, 2>(g, grad_output, input, grad_weight, grad_bias);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::depthwise::rows

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../geometry.h"
+#include "conv2d_grad_bias.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_windows.h"
 #include "runtime.h"
@@ -47,7 +48,7 @@ inline bool packs_channels(const Conv2dGeometry& g, int64_t block_positions) {
 }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group(), patch_size = C * taps_count;
   const Strides in = g.input_strides(), out = g.output_strides();
   Tap* taps = workspace<Tap>(Slot::tables, taps_count);
@@ -64,6 +65,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t chunks = g.G * c_chunks * k_chunks, slices = gemm::slices_of(chunks, blocks.count());
   const int64_t weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  const bool adds_bias = g.layout == Layout::nchw;  // else its channels are not neighbours in time
+  const BiasSums<T> bias_sums(slices, g.K, adds_bias ? grad_bias : nullptr);
   const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
   parallel_for(chunks * slices, task_cost, [&](int64_t task) {
     const int64_t slice = task % slices, c_chunk = task / slices % c_chunks, k_chunk = task / slices / c_chunks % k_chunks;
@@ -126,6 +129,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         for (int64_t panel = 0; panel < panels; ++panel)
           gemm::pack_transposed(from + panel * nr<T> * out.c, out.c, std::min(nr<T>, filters - panel * nr<T>), image_positions,
                                 to + panel * gradient_panel, [](int64_t x) { return x; });
+        if (c_chunk == 0) bias_sums.add(slice, group * K + k_begin, filters, from, out.c, 1, 0, image_positions);
       }
       const int64_t depths = ceil_div(positions, gemm::gradient_depth);
       for (int64_t d = 0; d < depths; ++d) {
@@ -167,6 +171,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     }
   });
   if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
+  bias_sums.finish();
+  if (grad_bias != nullptr && !adds_bias) conv2d_grad_bias(g, grad_output, grad_bias);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::implicit_gemm

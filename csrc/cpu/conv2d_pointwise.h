@@ -22,6 +22,7 @@
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
+#include "conv2d_grad_bias.h"
 #include "conv2d_implicit_gemm.h"
 #include "runtime.h"
 #include "simd.h"
@@ -256,7 +257,7 @@ void pack_taps(const Planes<const T>& image, int64_t y, int64_t lanes, int64_t i
 }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   const Strides in = g.input_strides(), out = g.output_strides();
   const int64_t C = g.C_per_group(), K = g.K_per_group(), terms = C * g.R * g.S;
   const int64_t k_chunks = ceil_div(K, chunk_filters), y_chunks = ceil_div(terms, chunk_taps);
@@ -266,6 +267,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const implicit_gemm::Blocks blocks = implicit_gemm::blocks_of(g.N, g.P, g.Q, wanted);
   const int64_t chunks = g.G * k_chunks * y_chunks, slices = gemm::slices_of(chunks, blocks.count()), weights = g.K * terms;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  const BiasSums<T> bias_sums(slices, g.K, grad_bias);
   parallel_for(chunks * slices, filters * width / kLanes<T> * (g.N * g.P * g.Q / slices), [&](int64_t task) {
     const int64_t slice = task % slices, y_chunk = task / slices % y_chunks, k_chunk = task / slices / y_chunks % k_chunks;
     const int64_t group = task / slices / y_chunks / k_chunks;
@@ -327,12 +329,14 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
             for (int64_t m = 0; m < rows;) m += multiply(panel, m);
         }
       }
+      if (y_chunk == 0) bias_sums.add(slice, group * K + k_begin, rows, left, out.c, images, out.n, image_positions);
     }
     for (int64_t m = 0; m < (straight ? 0 : rows); ++m)
       for (int64_t panel = 0; panel < panels; ++panel)
         copy(sums + (panel * rows + m) * nr<T>, std::min(nr<T>, taps - panel * nr<T>), to + m * terms + panel * nr<T>);
   });
   if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
+  bias_sums.finish();
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::pointwise

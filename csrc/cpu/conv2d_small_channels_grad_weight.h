@@ -24,6 +24,7 @@
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
+#include "conv2d_grad_bias.h"
 #include "conv2d_implicit_gemm_grad_weight.h"
 #include "conv2d_planar_rows.h"
 #include "conv2d_small_channels.h"
@@ -123,7 +124,7 @@ void gradient_tile_of(int64_t needed, const GradientBlock<T>& block, const T* gr
 inline int64_t tile_filters(int64_t rest) { return rest == 5 || rest == 6 ? 3 : std::min<int64_t>(rest, max_tile_filters); }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   constexpr int64_t L = kLanes<T>;
   const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group(), patch_size = C * taps_count;
   Tap* taps = workspace<Tap>(Slot::tables, taps_count);
@@ -181,6 +182,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
 
   const int64_t slices = gemm::slices_of(g.G, blocks), weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  const BiasSums<T> bias_sums(slices, g.K, grad_bias);
   parallel_for(g.G * slices, K * patch_size * vectors * g.P * g.N / slices, [&](int64_t task) {
     const int64_t slice = task % slices, group = task / slices;
     T* buffer = workspace<T>(Slot::patches, block_images * image_size);
@@ -215,7 +217,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       GradientBlock<T> shape{rows, g.Q, g.P * g.Q, g.Q, g.stride_h * input_row};
       if (each_column) shape = {images, rows * g.Q, g.P * g.Q, gradient_view.strides.n, image_size};
       if (!in_place) shape = {images, ceil_div(rows * pitch, L) * L, gradient_filter, gradient_image, image_size};
-      each_tile([&](int64_t k, int64_t filters, int64_t first, int64_t count, int64_t place) {
+      each_tile([&](int64_t k, int64_t filters, int64_t first, int64_t count_of_taps, int64_t place) {
         if (k != copied) {
           copied = k, tile = 0;
           source = gradient = grad_output + n * gradient_view.strides.n + (group * K + k) * gradient_view.strides.c +
@@ -233,12 +235,18 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         // Each tile fetches one of the filters that come after these, if they lie in memory as the tile takes them.
         const bool fetches = in_place || (nchw && images == 1);
         const T* next = fetches ? source + (filters + tile++ % filters) * gradient_view.strides.c : gradient;
+        const auto multiply = [&]<int count>() {
+          gradient_tile_of<T, count>(count_of_taps, shape, gradient, next, buffer, offset + first, sums + place * L);
+        };
         switch (filters) {
-          case 4: return gradient_tile_of<T, 4>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
-          case 3: return gradient_tile_of<T, 3>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
-          case 2: return gradient_tile_of<T, 2>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
-          default: return gradient_tile_of<T, 1>(count, shape, gradient, next, buffer, offset + first, sums + place * L);
+          case 4: multiply.template operator()<4>(); break;
+          case 3: multiply.template operator()<3>(); break;
+          case 2: multiply.template operator()<2>(); break;
+          default: multiply.template operator()<1>();
         }
+        if (first == 0)  // what the tile has read is in L1
+          bias_sums.add(slice, group * K + k, filters, gradient, shape.gradient_filter, shape.rows, shape.gradient_row,
+                        shape.columns);
       });
     }
     for (int64_t x = 0; x < elements; x += L) {
@@ -255,8 +263,10 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     });
   });
   if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
+  bias_sums.finish();
   for (int64_t i = 0; i < weights; ++i)
-    if (grad_weight[i] != grad_weight[i]) return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
+    if (grad_weight[i] != grad_weight[i])
+      return implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::small_channels

@@ -225,7 +225,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           accumulate_grad_weight<F>(g, grad_output, input, group * K + first, std::min(K, of.end * nr<T>) - first, grad_weight);
     }
   }
-  if (!finite) implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight);
+  if (!finite) implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::winograd

@@ -15,7 +15,8 @@ template <class T>
 struct Conv2dKernels {
   void (*forward)(const Conv2dGeometry&, const T* input, const T* weight, const Epilogue<T>&, T* output);
   void (*grad_input)(const Conv2dGeometry&, const T* grad_output, const T* weight, T* grad_input);
-  void (*grad_weight)(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight);
+  // With the sum of grad_output beside, unless grad_bias is null.
+  void (*grad_weight)(const Conv2dGeometry&, const T* grad_output, const T* input, T* grad_weight, T* grad_bias);
   void (*grad_bias)(const Conv2dGeometry&, const T* grad_output, T* grad_bias);
 };
 

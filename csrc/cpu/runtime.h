@@ -40,6 +40,7 @@ enum class Slot {
   gradient,
   tile,
   partial_sums,
+  bias_sums,
   flags,
   wide_weight,  // bfloat16 and float16 in float32
   wide_images,

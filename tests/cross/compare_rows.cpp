@@ -73,13 +73,17 @@ bool compare_conv2d(const Conv2dGeometry& g, const Conv2dKernels<T>& row, const 
   reference.grad_input(g, dy.data(), w.data(), expected.data());
   good &= check(same(actual, expected), "grad_input", name_of(choose_conv2d(g, Direction::grad_input).algorithm), g);
   actual.assign(w.size(), 0), expected.assign(w.size(), 0);
-  row.grad_weight(g, dy.data(), x.data(), actual.data());
-  reference.grad_weight(g, dy.data(), x.data(), expected.data());
+  std::vector<T> beside(b.size());
+  row.grad_weight(g, dy.data(), x.data(), actual.data(), nullptr);
+  reference.grad_weight(g, dy.data(), x.data(), expected.data(), nullptr);
   good &= check(same(actual, expected), "grad_weight", name_of(choose_conv2d(g, Direction::grad_weight).algorithm), g);
   actual.assign(b.size(), 0), expected.assign(b.size(), 0);
   row.grad_bias(g, dy.data(), actual.data());
   reference.grad_bias(g, dy.data(), expected.data());
-  return check(same(actual, expected), "grad_bias", "sums", g) && good;
+  good &= check(same(actual, expected), "grad_bias", "sums", g);
+  actual.assign(w.size(), 0);
+  row.grad_weight(g, dy.data(), x.data(), actual.data(), beside.data());
+  return check(same(beside, expected), "grad_bias", "beside grad_weight", g) && good;
 }
 
 template <class T>

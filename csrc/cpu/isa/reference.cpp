@@ -7,10 +7,16 @@
 namespace torchcnn::reference {
 
 template <class T>
+void conv2d_grad_weight_and_bias(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
+  conv2d_grad_weight(g, grad_output, input, grad_weight);
+  if (grad_bias != nullptr) conv2d_grad_bias(g, grad_output, grad_bias);
+}
+
+template <class T>
 inline constexpr Conv2dKernels<T> conv2d_kernels = {
     conv2d_forward<T>,
     conv2d_grad_input<T>,
-    conv2d_grad_weight<T>,
+    conv2d_grad_weight_and_bias<T>,
     conv2d_grad_bias<T>,
 };
 
