@@ -38,11 +38,12 @@ GPUS = [
     Gpu("H100", 132, _peak(66.9, 494.7, 989.4, 33.5), 3.350e6),
 ]
 
-# The numbers of csrc/cuda. tile_assertions() has the compiler compare them with the headers (make cuda-check).
+# The numbers of csrc/cuda. tile_assertions() has the compiler compare those of tiles with the headers (make cuda-check).
 BLOCKS_THAT_FILL_A_GPU = 132  # conv2d_host.cuh
 TILE_DEPTH_BYTES, VECTOR_BYTES = 128, 16  # conv2d_tile.cuh
 BEGIN_AND_END, WEIGHTS_IN_A_TILES_TIME, OF_A_TILE = 6, {2: 1 << 17, 4: 1 << 19, 8: 1 << 19}, 16  # conv2d_grad_weight.cu
 STRIP_THREADS, ENOUGH_BLOCKS = 128, 528  # conv2d_depthwise.cu, conv2d_parts.cuh
+DIRECT_THREADS, DIRECT_PIXELS = 128, 4  # conv2d_direct.cu: a block, and what a thread mostly has below each other
 BYTES = {"float32": 4, "tf32": 4, "float16": 2, "float64": 8}
 
 
@@ -195,6 +196,22 @@ def conv_work(layer, direction, arithmetic):
 
     transposed = direction == "grad_input"
     read, written = (K // G, C // G) if transposed else (C // G, K // G)
+    if written <= 8 or (read <= 4 and (size > 2 or written <= 16)):  # suits_direct of conv2d_host.cuh
+        # A thread block stages what a tile of pixels reads, once for each chunk of the channels written.
+        chunk = next((n for n in (1, 4, 8) if written <= n), 16)
+        chunks, step = ceil_div(written, chunk), 1 if transposed else layer.stride
+        blocks, asked = 0, (input if transposed else output) * size
+        for rows, taps_h in phases(P, H, R, layer.stride, layer.padding[0], layer.dilation, transposed):
+            for columns, taps_w in phases(Q, W, S, layer.stride, layer.padding[1], layer.dilation, transposed):
+                across = min(32, 8 * ceil_div(columns, 8))
+                down = min(rows, DIRECT_PIXELS * DIRECT_THREADS // across)
+                tiles = N * G * chunks * ceil_div(columns, across) * ceil_div(rows, down)
+                staged = ((across - 1) * step + taps_w) * ((down - 1) * step + taps_h)
+                blocks += tiles
+                asked += tiles * read * (staged + taps_h * taps_w * min(chunk, written)) * size
+        done = flops * chunks * chunk // written
+        peak = "float64" if arithmetic == "float64" else "float32"
+        return Work(f"conv2d_direct, {chunk} channels", flops, least, asked, done, least, blocks, peak)
     pixels = N * (H * W if transposed else P * Q)
     fitting = [
         block

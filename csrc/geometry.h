@@ -44,7 +44,7 @@ inline int64_t checked_add(int64_t a, int64_t b, const char* op, const char* wha
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }  // b > 0; a + b - 1 could overflow
 
-// How an activation (input, output and their gradients) lies in memory. Weights are always K C/G R S.
+// How an activation (input, output and their gradients) lies in memory. Weights are always K C/G R S, on CUDA in either layout.
 enum class Layout { nchw, channels_last };
 
 // Element strides of an activation.

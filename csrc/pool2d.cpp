@@ -311,7 +311,12 @@ Tensor average_forward(const char* op, const Tensor& input, const Pool2dGeometry
       } else {
         pool2d_kernels_for<T>().avg_forward(g, divisor, from, to);
       }
-    }, [&](cuda::Stream stream) { cuda::avg_pool2d_forward(g, divisor, from, to, stream); });
+    }, [&](cuda::Stream stream) {
+      const int64_t bytes = cuda::avg_pool2d_forward_workspace<T>(g);
+      if (bytes == 0) return cuda::avg_pool2d_forward(g, divisor, from, to, nullptr, stream);
+      const Tensor workspace = empty_bytes(input, bytes);
+      cuda::avg_pool2d_forward(g, divisor, from, to, mutable_data_of<void>(workspace), stream);
+    });
   };
   if (input.scalar_type() == ScalarType::Long) {
     run(int64_t());

@@ -136,7 +136,27 @@ CONV2D_CASES = [
     Conv2dCase("large", "several blocks in every direction", (2, 32, 40, 41), (40, 3, 3), padding=1),
     # Thread blocks of a GPU (tiles of 64 or 128 pixels and channels; 16-byte vectors of channels)
     Conv2dCase("block_136_filters", "a large tile and a rest, in every direction", (2, 72, 12, 13), (136, 3, 3), padding=1),
-    Conv2dCase("block_groups_of_8", "a group is one vector of 16-bit channels", (2, 24, 9, 10), (24, 3, 3), stride=2, groups=3),
+    Conv2dCase("block_groups_of_8", "a group is one vector of 16-bit channels", (2, 24, 9, 10), (48, 3, 3), stride=2, groups=3),
+    Conv2dCase("chunks_128", "channels in chunks, all taps of each", (1, 128, 6, 7), (24, 3, 3), stride=2, padding=1),
+    Conv2dCase(
+        "gather_mixed",
+        "nothing symmetric, groups too wide for direct sums",
+        (2, 20, 13, 14),
+        (24, 3, 2),
+        stride=(2, 3),
+        padding=(3, 1),
+        dilation=(2, 3),
+        groups=2,
+    ),
+    Conv2dCase(
+        "gather_phases",
+        "stride and dilation have a common factor, and more channels",
+        (2, 12, 19, 23),
+        (10, 3, 4),
+        stride=(4, 6),
+        padding=(1, 2),
+        dilation=(2, 4),
+    ),
     Conv2dCase("large_grouped", "the same in groups", (2, 32, 24, 24), (48, 3, 3), padding=1, groups=4),
 ]
 
@@ -274,7 +294,8 @@ def conv2d_cases(draw):
     """Any valid convolution of moderate size."""
     side = st.integers(1, 3)
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 5]))
-    channels, filters = groups * draw(st.integers(1, 9)), groups * draw(st.integers(1, 9))
+    of_group = st.sampled_from([*range(1, 10), 12, 20])  # few go to other kernels than many
+    channels, filters = groups * draw(of_group), groups * draw(of_group)
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     dilation = draw(st.tuples(side, side))
     padding = draw(st.tuples(st.integers(0, 6), st.integers(0, 6)))

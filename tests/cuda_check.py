@@ -143,6 +143,10 @@ def check_sass(args):
     """machine code"""
     read = kernels()
     complaints = [complaint for kernel in read for complaint in kernel.complaints()]
+    names = [kernel.name for kernel in read]
+    complaints += [
+        f"no kernel is called {fact[0]}" for fact in cuda_sass.FACTS if not any(re.search(fact[0], name) for name in names)
+    ]
     if complaints:
         raise FailedError("\n".join(complaints))
 
@@ -212,7 +216,8 @@ def check_emulator_others(args):
         ("test_conv2d", ["-m", "not slow", "-k", tests], {"TORCHCNN_EMULATOR_SM": sm, "TORCHCNN_TEST_EXAMPLES": "3"})
         for sm, tests in (("75", f"(exact and float16) or {LARGE_TILES}"), ("90", "half"))
     ]
-    return f"{emulate('fast', runs)} tests of 16-bit numbers and large tiles"
+    runs.append(("test_cuda", ["-m", "not slow", "-k", "tf32"], {"TORCHCNN_EMULATOR_SM": "90"}))
+    return f"{emulate('fast', runs)} tests of 16-bit numbers, TF32 and large tiles"
 
 
 def check_emulator_memory(args):
@@ -226,6 +231,7 @@ def check_emulator_memory(args):
     # Hopper's steps are those of the same kernels: once.
     hopper = {"TORCHCNN_EMULATOR_SM": "90", "TORCHCNN_EMULATOR_ORDER": "random", "TORCHCNN_TEST_EXAMPLES": "3"}
     runs.append(("test_conv2d", ["-m", "not slow", "-k", "half_exact and float16"], hopper))
+    runs.append(("test_cuda", ["-m", "not slow", "-k", "tf32_exact"], hopper))
     return f"{emulate('check', runs)} tests, threads {', '.join(ORDERS)}"
 
 

@@ -33,7 +33,16 @@ def case_named(name):
     return case
 
 
-TF32_CASES = ["plain_3x3", "all_mixed", "large_grouped", "block_136_filters", "pointwise", "stride_2"]
+TF32_CASES = [
+    "plain_3x3",
+    "all_mixed",
+    "large_grouped",
+    "block_136_filters",
+    "pointwise",
+    "stride_2",
+    "chunks_128",
+    "gather_mixed",
+]
 
 
 @pytest.mark.parametrize("name", TF32_CASES)

@@ -340,6 +340,27 @@ def test_global_pooling(size, dtype, layout, device):
     assert_exact(grad_input.cpu(), scatter(grad_output.cpu(), first_maximum, size))
 
 
+# Planes of odd sizes and of whole vectors, of one part and of several, of a warp and of a block; channels that fill no block.
+@pytest.mark.parametrize("layout", [cases.contiguous, cases.channels_last], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("size", [(3, 40, 7, 7), (2, 24, 25, 23), (1, 56, 5, 16)], ids=str)
+def test_whole_planes_exact(size, layout, device):
+    """Aligned or not, of every dtype: sums of small integers are exact, and a divisor of 4 is."""
+    truth = small_integers(size)
+    options = {"kernel_size": size[-2:], "divisor_override": 4}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        aligned = layout(truth.to(device, dtype))
+        unaligned = torch.empty(aligned.numel() + 1, dtype=dtype, device=device)[1:].as_strided(aligned.size(), aligned.stride())
+        for input in (aligned, unaligned.copy_(aligned)):
+            output, grad_output, grad_input = with_gradient(
+                partial(torchcnn.functional.avg_pool2d, **options), input, lambda shape: layout(small_integers(shape))
+            )
+            expected, _, gradient = with_gradient(
+                partial(F.avg_pool2d, **options), truth, lambda _, grad_output=grad_output: grad_output.cpu()
+            )
+            assert_exact(output.cpu(), expected.to(dtype))
+            assert_exact(grad_input.cpu(), gradient)
+
+
 # Max unpooling
 
 

@@ -24,9 +24,7 @@ constexpr int kBlocks = sizeof(Sum) == 4 ? 4 : 3;
 // Elements from row to row in shared memory. A constant, so that a thread reads its pixels at constant distances. Of a tile that
 // is 16 wide the lanes of a warp have two rows kPixels apart: their banks differ by 16.
 template <int kPixels>
-constexpr int kPitch = kPixels == 8   ? 42
-                       : kPixels == 4 ? 44
-                                      : 40;
+constexpr int kPitch = kPixels == 4 ? 44 : 40;
 
 template <class T>
 struct Problem {
@@ -409,13 +407,13 @@ auto with_channels(int written, Use use) {
   constexpr std::integral_constant<int, kLowPixels> low;
   constexpr std::integral_constant<int, 4> four;
   constexpr std::integral_constant<int, 8> eight;
-  if (written <= 1) return use(one, eight, four, low);
-  if (written <= 4) return use(four, eight, four, low);
+  if (written <= 1) return use(one, four, low);
+  if (written <= 4) return use(four, four, low);
   if constexpr (sizeof(T) == 8) {  // sums take two registers each
     return use(eight, four, low);
   } else {
     if (round_up(written, 16) == round_up(written, 8)) return use(std::integral_constant<int, 16>(), four, low);
-    return use(eight, eight, four, low);
+    return use(eight, four, low);
   }
 }
 

@@ -15,6 +15,8 @@
 // while one is multiplied. Where the channels are whole tiles of k, those of all taps follow each other for the same channels:
 // the taps read nearly the same pixels, which are in the L1 cache then. Method: S. Chetlur et al., "cuDNN: Efficient Primitives
 // for Deep Learning", 2014, section 3.
+#include <algorithm>
+
 #include "conv2d_host.cuh"
 #include "conv2d_patches.cuh"
 
@@ -354,6 +356,13 @@ int64_t blocks_of(const GatherProblem<T>& problem, int block_m, int block_n) {
   return ceil_div(pixels, block_m) * ceil_div(problem.channels_written, block_n) * problem.groups;
 }
 
+// The most pixels, or vectors, of a launch. The emulator takes few, so that sizes which it can compute take several launches.
+#ifdef TORCHCNN_CUDA_EMULATOR
+constexpr int64_t kMostOfALaunch = 10000;
+#else
+constexpr int64_t kMostOfALaunch = int64_t(1) << 30;
+#endif
+
 // Launches the kernel for as many images at a time as have numbers of pixels and of vectors in 32 bits, padding included.
 template <class Math>
 void run_gather(const char* op, GatherProblem<typename Math::T>& problem, Stream stream) {
@@ -361,13 +370,14 @@ void run_gather(const char* op, GatherProblem<typename Math::T>& problem, Stream
   const int64_t outputs_h = ceil_div(problem.h.written, problem.h.phases()),
                 outputs_w = ceil_div(problem.w.written, problem.w.phases());
   const int64_t phases = int64_t(problem.h.phases()) * problem.w.phases();
-  const int64_t padded_vectors =
-      checked_mul(problem.from.height + 2 * int64_t(problem.h.pad) + problem.h.kernel * int64_t(problem.h.dilation),
-                  problem.from.stride_h / kVectorSize<typename Math::T>, op, "vectors of an image");
+  const auto padded_vectors = [&](const Axis& axis, int64_t stride) {
+    const int64_t positions = axis.read + 2 * int64_t(axis.pad) + axis.kernel * int64_t(axis.dilation);
+    return checked_mul(positions, stride / kVectorSize<typename Math::T>, op, "vectors of an image");
+  };
+  const int64_t vectors = padded_vectors(problem.h, problem.from.stride_h) + padded_vectors(problem.w, problem.from.stride_w);
   const int64_t image =
-      std::max(as_int(op, "pixels of an image", outputs_h * outputs_w), as_int(op, "vectors of an image", padded_vectors));
-  constexpr int64_t most = (int64_t(1) << 30) - 1;
-  const int64_t images = problem.images, together = std::min<int64_t>(images, most / image);
+      std::max({as_int(op, "pixels of an image", outputs_h * outputs_w), as_int(op, "vectors of an image", vectors), 1});
+  const int64_t images = problem.images, together = std::clamp<int64_t>(kMostOfALaunch / image, 1, std::max<int64_t>(1, images));
   problem.tiles_n = int(ceil_div(problem.channels_written, Shape::block_n));
   GatherProblem<typename Math::T> part = problem;
   for (int64_t n = 0; n < images; n += together) {

@@ -3,10 +3,10 @@
 //   grad_weight[k, c, r, s] = sum over n, p, q of grad_output[n, k, p, q] input[n, c, p stride - pad + r dilation, ...]
 //
 // grad_weight is a matrix product whose rows are output channels, whose columns are taps and input channels, (r S + s) C + c, and
-// whose long sum runs over pixels. The sum is cut into as many parts of whole tiles as fill a GPU (split-K); each part goes to
-// scratch memory of its own and a second kernel adds the parts in order, so that no atomic addition makes the result depend on
-// which block came first. Where the cuts lie depends on the geometry, the dtype and the kind of arithmetic, not on how
-// many multiprocessors there are.
+// whose long sum runs over pixels. The sum is cut into parts of whole tiles (split-K), as many as an estimate of the time says;
+// each part goes to scratch memory of its own and a second kernel adds the parts in order, so that no atomic addition makes the
+// result depend on which block came first. Where the cuts lie depends on the geometry, the dtype and the kind of arithmetic, not
+// on how many multiprocessors there are.
 //
 // A row of shared memory holds one pixel and the channels of the block (Storage::by_k), as channels_last lies in memory; ldmatrix
 // transposes on the way to the tensor cores.

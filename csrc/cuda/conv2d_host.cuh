@@ -153,7 +153,7 @@ void conv2d_grad_input(const Conv2dGeometry&, const T* grad_output, const T* wei
 }  // namespace direct
 
 // A group that writes few channels fills few columns of a matrix product's tile, one that reads few little of its depth. The
-// tensor cores of 16-bit types are so fast that only both together count.
+// tensor cores of 16-bit types are so fast that few channels read do not count if many are written.
 template <class T>
 bool suits_direct(const Conv2dGeometry& g, bool transposed) {
   constexpr int64_t few_read = 4, few_written = 8, not_many = sizeof(T) == 2 ? 16 : INT64_MAX;

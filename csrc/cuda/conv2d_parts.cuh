@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kAddThreads)
     Sum sum[V] = {};
     if (at < count) {
       const Sum* from = parts + number * count + at;
-#pragma unroll 8
+#pragma unroll(V > 1 ? 4 : 8)
       for (int64_t part = number; part < part_count; part += sharers, from += sharers * count) {
         const auto values = load_neighbours<V, true>(from);
 #pragma unroll

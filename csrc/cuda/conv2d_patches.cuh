@@ -1,5 +1,6 @@
-// How a convolution kernel reads an activation as a matrix of patches: row = pixel of the result, column = tap and channel,
-// (i taps_w + j) channels + c. The matrix is never in memory; 16-byte vectors of channels go straight to shared memory.
+// How a convolution kernel reads an activation as a matrix of patches: row = pixel of the result, column = tap and channel
+// (in grad_weight (i taps_w + j) channels + c; conv2d_gather.cu has chunks of channels outermost). The matrix is never in memory;
+// 16-byte vectors of channels go straight to shared memory.
 //
 // Along one axis, result position y meets tap i at position  y step + i tap + origin  of the activation that is read.
 //

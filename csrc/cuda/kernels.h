@@ -5,7 +5,7 @@
 // aligned (256 for convolution, it may depend on how tensors are aligned); its contents need not be initialised. Nothing is
 // allocated, nothing waits, so that a CUDA graph can record every call. A sum has the same order on every run: one build gives
 // the same bits every time on GPUs of one architecture. Tensors that are not aligned to vectors may take another kernel, in
-// depthwise grad_weight and average pools with another order.
+// depthwise grad_weight and average pools of channels_last with another order.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,9 @@ template <class T>  // the integers of 8 to 64 bits and uint8 too
 void extremum_pool2d_forward(const Pool2dGeometry&, Extremum, const T* input, T* output, Positions, Stream);
 
 template <class T>  // int64 too
-void avg_pool2d_forward(const Pool2dGeometry&, Divisor, const T* input, T* output, Stream);
+int64_t avg_pool2d_forward_workspace(const Pool2dGeometry&);
+template <class T>  // int64 too
+void avg_pool2d_forward(const Pool2dGeometry&, Divisor, const T* input, T* output, void* workspace, Stream);
 template <class T>
 void avg_pool2d_grad_input(const Pool2dGeometry&, Divisor, const T* grad_output, T* grad_input, Stream);
 

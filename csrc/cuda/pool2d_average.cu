@@ -4,9 +4,10 @@
 //   grad_input   grad_input[n,c,h,w] = sum of grad_output[n,c,p,q] (1 / divisor) over the windows that contain (h, w)
 //
 // Both gather: what is written is written once, by one thread. Forward has a kernel for windows of 2 x 2 and 3 x 3, whose loads
-// all start at once, and one for teams (pool2d.cuh). grad_input takes the windows in the order of p, then q. bfloat16 and float16
-// are summed in float32 and rounded once; int64, in forward alone, is divided as C++ divides.
-#include "pool2d.cuh"
+// all start at once, and one for teams (pool2d.cuh). grad_input takes the windows in the order of p, then q. Where one window is
+// the whole plane, there are other kernels (pool2d_planes.cuh). bfloat16 and float16 are summed in float32 and rounded once;
+// int64, in forward alone, is divided as C++ divides.
+#include "pool2d_planes.cuh"
 
 namespace torchcnn::cuda {
 
@@ -16,17 +17,6 @@ __device__ T mean_of(T sum, int64_t divisor) {
     if (divisor == -1) return static_cast<T>(-static_cast<std::make_unsigned_t<T>>(sum));  // the least integer has no quotient
   }
   return sum / static_cast<T>(divisor);
-}
-
-template <class T, int V>
-struct Sum {
-  decltype(to_arithmetic(T())) of[V];
-};
-
-template <class T, int V>
-__device__ void add(Sum<T, V>& sum, const Elements<T, V>& elements) {
-#pragma unroll
-  for (int v = 0; v < V; ++v) sum.of[v] += to_arithmetic(elements.of[v]);
 }
 
 // What the sum of a window is divided by.
@@ -155,9 +145,21 @@ void avg_pool2d_forward_of(const Pool2dGeometry& g, Divisor divisor, const T* in
 }
 
 template <class T>
-void avg_pool2d_forward(const Pool2dGeometry& g, Divisor divisor, const T* input, T* output, Stream stream) {
+int64_t avg_pool2d_forward_workspace(const Pool2dGeometry& g) {
+  if (std::is_integral_v<T> || g.layout == Layout::nchw || g.C % kVector<T> != 0 || !is_whole_plane(g)) return 0;
+  const int64_t parts = parts_of(g.H * g.W).count;
+  return parts == 1 ? 0 : g.N * parts * g.C * static_cast<int64_t>(sizeof(SumOf<T>));
+}
+
+template <class T>
+void avg_pool2d_forward(const Pool2dGeometry& g, Divisor divisor, const T* input, T* output, void* workspace, Stream stream) {
   if (g.N * g.P * g.Q == 0) return;
   if constexpr (!std::is_integral_v<T>) {
+    if (is_whole_plane(g)) {
+      const int64_t by = divisor(row_window(g, 0), column_window(g, 0));
+      if (g.layout == Layout::nchw) return average_planes(g, by, input, output, stream);
+      if (g.C % kVector<T> == 0 && aligned(input)) return average_channels(g, by, input, output, workspace, stream);
+    }
     if (in_vectors<T>(g, input, output)) return avg_pool2d_forward_of<kVector<T>>(g, divisor, input, output, stream);
   }
   avg_pool2d_forward_of<1>(g, divisor, input, output, stream);
@@ -166,6 +168,8 @@ void avg_pool2d_forward(const Pool2dGeometry& g, Divisor divisor, const T* input
 template <class T>
 void avg_pool2d_grad_input(const Pool2dGeometry& g, Divisor divisor, const T* grad_output, T* grad_input, Stream stream) {
   if (g.N == 0) return;
+  if (grad_in_whole_planes(g, grad_input))
+    return share_among_planes(g, divisor(row_window(g, 0), column_window(g, 0)), grad_output, grad_input, stream);
   with_gather_shape<T>(g, grad_input, in_vectors<T>(g, grad_output, grad_input),
                        [&]<int V, int X, int rows_over, int columns_over, class I>() {
     const int64_t items = g.N * g.C * g.H * g.W / (V * X);
@@ -174,15 +178,18 @@ void avg_pool2d_grad_input(const Pool2dGeometry& g, Divisor divisor, const T* gr
   });
 }
 
-template void avg_pool2d_forward<int64_t>(const Pool2dGeometry&, Divisor, const int64_t*, int64_t*, Stream);
-
-#define TORCHCNN_INSTANTIATE(T)                                                              \
-  template void avg_pool2d_forward<T>(const Pool2dGeometry&, Divisor, const T*, T*, Stream); \
+#define TORCHCNN_INSTANTIATE_FORWARD(T)                                    \
+  template int64_t avg_pool2d_forward_workspace<T>(const Pool2dGeometry&); \
+  template void avg_pool2d_forward<T>(const Pool2dGeometry&, Divisor, const T*, T*, void*, Stream)
+#define TORCHCNN_INSTANTIATE(T)    \
+  TORCHCNN_INSTANTIATE_FORWARD(T); \
   template void avg_pool2d_grad_input<T>(const Pool2dGeometry&, Divisor, const T*, T*, Stream)
+TORCHCNN_INSTANTIATE_FORWARD(int64_t);
 TORCHCNN_INSTANTIATE(float);
 TORCHCNN_INSTANTIATE(double);
 TORCHCNN_INSTANTIATE(Float16);
 TORCHCNN_INSTANTIATE(BFloat16);
 #undef TORCHCNN_INSTANTIATE
+#undef TORCHCNN_INSTANTIATE_FORWARD
 
 }  // namespace torchcnn::cuda
