@@ -8,7 +8,8 @@ tensor is in the cache then, and a pause lets the call be in the queue before it
 What counts is the median. Each layout of
 torchcnn has a row: the ratio is the time of torch's fastest over torchcnn's; `floor` is what part of torchcnn's time the floor of
 gpu_model.py is, on the GPUs that it knows. The aims stand in floors.py; the exit status is 1 if one is missed or a result is
-wrong.
+wrong. --kernels lists which kernels torchcnn's calls launch and how long each takes instead, which is much faster: cuDNN's
+searches take most of the time.
 """
 
 import collections
@@ -186,6 +187,22 @@ def microseconds(functions, rounds):
     return {name: 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
 
 
+def kernels_of(function):
+    """{name: microseconds} of the CUDA kernels that a call launches, with cold caches; the profiler takes the time."""
+    flush, calls, taken = flush_buffer(), 4, collections.Counter()
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            flush.zero_()
+            function()
+        torch.cuda.synchronize()
+    for event in profile.events():
+        of_flush = "FillFunctor<signed char>" in event.name or "Memset" in event.name
+        if event.device_type == torch.autograd.DeviceType.CUDA and not of_flush:
+            taken[event.name] += event.device_time / calls
+    return taken
+
+
 def aim_of(group, arithmetic):
     """The least geometric mean of a class's ratios; None where there is none."""
     if "pool" in group or group.split()[0] in ("global", "adaptive", "small", "depthwise"):
@@ -270,6 +287,14 @@ def main(args, machine=None):
             functions = peers | {f"torchcnn_{layout}": function for layout, function in ours.items()}
             with counted(seconds, "comparing with float64"):
                 checked = {layout: contenders.check(function(), exact(), dtype, allowed) for layout, function in ours.items()}
+            if args.kernels:
+                for layout, function in ours.items():
+                    kernels = kernels_of(function)
+                    what = f"{case['layer']} {case['direction']} {case['arithmetic']} {layout}"
+                    print(f"\n{what}: {sum(kernels.values()):.1f} us" + "  WRONG" * checked[layout][1])
+                    for name, taken in kernels.items():
+                        print(f"{taken:10.1f}  {name[:140]}", flush=True)
+                continue
             with counted(seconds, "warming up, with cuDNN's searches"):
                 warm_up(functions)
             with counted(seconds, "measuring"):
@@ -288,6 +313,8 @@ def main(args, machine=None):
                     row["floor"] = work.floor(gpu) / mine
                 print(line(row), flush=True)
                 rows.append(row)
+    if args.kernels:
+        return 0
     if not rows:
         raise SystemExit(f"run.py: no case of {args.table} was measured: not one in {', '.join(wanted)} before the time was over")
     lines, passed = verdicts(rows)

@@ -54,6 +54,7 @@ def parse(argv):
     parser.add_argument("--classes", help="only the classes whose names begin with one of these, separated by commas")
     parser.add_argument("--arithmetics", help=f"with --device cuda, only these of {', '.join(ARITHMETICS)}, separated by commas")
     parser.add_argument("--seconds", type=int, help="with --device cuda, begin no case after so many; cuDNN's searches take long")
+    parser.add_argument("--kernels", action="store_true", help="with --device cuda, only the kernels of torchcnn and their times")
     parser.add_argument("--quick", action="store_true", help="no large layers, few rounds, no second process; under a minute")
     parser.add_argument("--csv", help="where to write the rows; a whole run writes into benchmarks/results/ anyway")
     parser.add_argument("--torch-isa", choices=["native", "avx2"], default="native", help="avx2: keep torch from AVX-512 and AMX")
@@ -61,8 +62,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.device == "cuda" and args.table not in ("conv", "pool"):
         parser.error("--device cuda measures conv and pool, in every dtype")
-    if args.device == "cpu" and (args.arithmetics or args.seconds is not None):
-        parser.error("--arithmetics and --seconds are options of --device cuda")
+    if args.device == "cpu" and (args.arithmetics or args.seconds is not None or args.kernels):
+        parser.error("--arithmetics, --seconds and --kernels are options of --device cuda")
     if unknown := set((args.arithmetics or ARITHMETICS[0]).split(",")) - set(ARITHMETICS):
         parser.error(f"--arithmetics must be of {', '.join(ARITHMETICS)}, got {', '.join(sorted(unknown))}")
     if args.device == "cpu":

@@ -1,5 +1,6 @@
 """The model of the CUDA kernels' work against counting, and the benchmark of GPUs as far as it runs without one."""
 
+import contextlib
 import csv
 import importlib
 import itertools
@@ -191,6 +192,26 @@ def test_only_a_whole_run_writes_the_table(harness, without_gpu, monkeypatch, tm
     assert [path.name for path in tmp_path.iterdir()] == ["pool_NVIDIA_A100_SXM4_80GB.csv"]
 
 
+def test_kernels_are_listed(harness, without_gpu, monkeypatch, tmp_path, capsys):
+    """Of the profiler's events those of a GPU, without what empties the cache: a mean over the four calls."""
+    monkeypatch.setattr(harness.gpu, "RESULTS", tmp_path)
+
+    def event(name, time, device=torch.autograd.DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_time=time, device_type=device)
+
+    events = [event("conv", 4.0), event("add", 1.0)] * 4 + [event("void FillFunctor<signed char>", 9.0), event("Memset", 9.0)]
+    events.append(event("aten::conv", 7.0, torch.autograd.DeviceType.CPU))
+    profile = contextlib.nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(harness.gpu, "flush_buffer", lambda: torch.empty(1))
+    without_gpu("pool", "--classes", "max", "--kernels")
+    printed = capsys.readouterr().out
+    layers, directions = len(harness.layers.POOL), len(harness.floors.POOL["max pool"])
+    assert printed.count(": 5.0 us\n       4.0  conv\n       1.0  add\n") == layers * directions * 3 * 2  # arithmetics, layouts
+    assert " mean " not in printed and not list(tmp_path.iterdir())
+
+
 def test_arithmetics_and_time_can_be_chosen(harness, without_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness.gpu, "RESULTS", tmp_path)
     without_gpu("conv", "--arithmetics", "tf32,float16")
@@ -202,6 +223,7 @@ def test_arithmetics_and_time_can_be_chosen(harness, without_gpu, monkeypatch, t
     assert "The rest is left out: 1 seconds are over." in printed and printed.count(" mean ") == 2  # one case, both layouts
     assert not list(tmp_path.iterdir())  # nor is a part taken for the whole
     for options, complaint in (
+        (["--kernels"], "--arithmetics, --seconds and --kernels are options of --device cuda"),
         (["--device", "cuda", "--arithmetics", "float8"], "must be of float32, tf32, float16, bfloat16, got float8"),
         (["--seconds", "1"], "are options of --device cuda"),
     ):
