@@ -36,6 +36,11 @@ def _(grad_output: Any, input: Any, *_: Any, out_shape: Any = None, **__: Any) -
     return 2 * math.prod(grad_output) * math.prod(out_shape[1:])
 
 
+@register_flop_formula(_ops.conv2d_grad_weight_bias)
+def _(grad_output: Any, input: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(grad_output) * math.prod(out_shape[0][1:])  # additions alone do not count
+
+
 class LayerSummary(NamedTuple):
     """A call of a layer."""
 
