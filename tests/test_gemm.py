@@ -75,8 +75,7 @@ def results(case, layout, input, weight, bias, grad_output, relu=False):
     return (
         OPS.conv2d(input, weight, bias, *options, relu),
         OPS.conv2d_grad_input(grad_output, weight, *input.shape[2:], *options, last),
-        OPS.conv2d_grad_weight(grad_output, input, *weight.shape[2:], *options, last),
-        OPS.conv2d_grad_bias(grad_output),
+        *OPS.conv2d_grad_weight_bias(grad_output, input, *weight.shape[2:], *options, last),
     )
 
 
@@ -95,9 +94,13 @@ def truth(case, input, weight, bias, grad_output):
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_small_integers_are_exact(case, layout, dtype):
-    arguments = tensors(case, layout, dtype, integers=True)
-    for result, expected in zip(results(case, layout, *arguments), truth(case, *arguments), strict=True):
+    input, weight, _, grad_output = arguments = tensors(case, layout, dtype, integers=True)
+    exact = truth(case, *arguments)
+    for result, expected in zip(results(case, layout, *arguments), exact, strict=True):
         assert torch.equal(result.double(), expected)
+    of_weight = grad_output, input, *weight.shape[2:], *options_of(case), layout is torch.channels_last
+    alone = OPS.conv2d_grad_weight(*of_weight), OPS.conv2d_grad_bias(grad_output)
+    assert all(torch.equal(result.double(), expected) for result, expected in zip(alone, exact[2:], strict=True))
 
 
 @cases
