@@ -220,11 +220,11 @@ class _Conv2dGradWeightRule:
         ctx.save_for_forward(grad_output, input)
 
     @staticmethod
-    def backward(ctx, saved, needs, v):
+    def backward(ctx, saved, needs, v, v_bias=None):  # v_bias: of the operator that has grad_bias beside
         grad_output, input = saved
         _, _, *options, channels_last = ctx.options
         return (
-            _forward(input, v, None, *options, False) if needs[0] else None,
+            _forward(input, v, v_bias, *options, False) if needs[0] else None,
             _grad_input(grad_output, v, *input.shape[2:], *options, channels_last) if needs[1] else None,
         )
 
@@ -255,15 +255,7 @@ class _Conv2dGradWeightRule:
 class _Conv2dGradWeightBiasRule:
     op = _grad_weight_bias
     setup_context = _Conv2dGradWeightRule.setup_context
-
-    @staticmethod
-    def backward(ctx, saved, needs, v, v_bias):
-        grad_output, input = saved
-        _, _, *options, channels_last = ctx.options
-        return (
-            _forward(input, v, v_bias, *options, False) if needs[0] else None,
-            _grad_input(grad_output, v, *input.shape[2:], *options, channels_last) if needs[1] else None,
-        )
+    backward = _Conv2dGradWeightRule.backward
 
     @staticmethod
     def jvp(ctx, saved, grad_output_tangent, input_tangent, *_):

@@ -47,6 +47,10 @@ __device__ T to_arithmetic(T x) {
 template <class T>
 using SumOf = std::conditional_t<sizeof(T) == 8, double, float>;
 
+// An unsigned integer of the size of T, for elements that are moved alone. All zero bits are zero.
+template <class T>
+using BitsOf = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
 // Rounds to nearest, ties to even.
 template <class T, class A>
 __device__ T from_arithmetic(A x) {

@@ -53,7 +53,7 @@ struct ForwardPacking {
 
 template <class T>
 __global__ void __launch_bounds__(kPackThreads) conv2d_pack_weight(const ForwardPacking<T> packing) {
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Bits = BitsOf<T>;
   __shared__ Bits run[kPackElements];
   int64_t block = blockIdx.x;
   const int first_tap = int(block % packing.tap_runs) * packing.run_taps;
@@ -95,7 +95,7 @@ struct TransposedPacking {
 
 template <class T>
 __global__ void __launch_bounds__(kPackThreads) conv2d_pack_transposed_weight(const TransposedPacking<T> packing) {
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Bits = BitsOf<T>;
   __shared__ Bits tile[kTurnedColumns][kTurnedRows + (sizeof(T) == 2 ? 2 : 1)];
   int64_t block = blockIdx.x;
   const int first_k = int(block % packing.row_tiles) * kTurnedRows;

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kTurnThreads) conv2d_turn_to_vectors(const Vec
   constexpr int V = kVectorSize<T>, channels = 8 * V;         // of a tile
   constexpr int pitch = channels + (sizeof(T) == 2 ? 2 : 1);  // in either direction neighbours lie in different banks
   constexpr int runs = kTurnPixels / X, pair = sizeof(T) == 2 ? 2 : 1;
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Bits = BitsOf<T>;
   __shared__ __align__(8) Bits tile[kTurnPixels * pitch];  // all zero bits are zero
   const int first_channel = int(blockIdx.x % channel_tiles) * channels;
   const int64_t first_pixel = int64_t(blockIdx.x / channel_tiles) * kTurnPixels;
