@@ -109,6 +109,54 @@ def test_indices_of_channels_last_planes(C, dtype, device):
     assert torch.equal(*gradients)
 
 
+GATHERED = [
+    (3, 1, 1),
+    (3, 1, 0),
+    (3, 2, 1),
+    (3, 2, 0),
+    (2, 1, 1),
+    (2, 1, 0),
+    (2, 2, 1),
+    ((1, 3), 2, (0, 1)),
+    ((3, 2), (2, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("window", GATHERED, ids=str)
+@pytest.mark.parametrize("size", [(7, 97), (6, 100), (3, 13), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operator", ["max_pool2d", "relu_max_pool2d"])
+def test_gradients_of_rows_of_several_vectors(operator, dtype, size, window):
+    """Sums of small integers, exact in any order, against the indices that torch finds; ties and negative windows among them."""
+    values = torch.randint(-6, 5, (2, 3, *size)).to(dtype)
+    kernel, stride, padding = window
+    try:
+        expected, indices = torch.nn.functional.max_pool2d(values.double(), kernel, stride, padding, return_indices=True)
+    except RuntimeError:
+        pytest.skip("a window larger than the padded plane")
+    leaf = values.requires_grad_()
+    output = getattr(torchcnn.functional, operator)(leaf, kernel, stride, padding)
+    weights = torch.arange(output.numel()).remainder(7).sub(3).reshape(output.shape)
+    shares = weights.double() * (expected > 0) if operator == "relu_max_pool2d" else weights.double()
+    gradient = torch.zeros(2, 3, size[0] * size[1], dtype=torch.float64)
+    gradient.scatter_add_(-1, indices.flatten(-2), shares.flatten(-2))
+    assert torch.equal(torch.autograd.grad(output, leaf, weights.to(dtype))[0].double(), gradient.reshape(values.shape))
+
+
+@pytest.mark.parametrize("window", [(3, 1, 1), (3, 2, 1), (3, 3, 0), (5, 2, 2)], ids=str)
+@pytest.mark.parametrize("size", [9, 64])
+def test_gradients_do_not_depend_on_the_place_in_the_batch(size, window):
+    input = torch.randn(5, 3, size, size)
+    output = torchcnn.functional.max_pool2d(input, *window)
+    weights = torch.randn_like(output)
+
+    def gradient(images):
+        leaf = input[images].clone().requires_grad_()
+        return torch.autograd.grad(torchcnn.functional.max_pool2d(leaf, *window), leaf, weights[images])[0]
+
+    assert torch.equal(gradient(slice(0, 5)), torch.cat([gradient(slice(i, i + 1)) for i in range(5)]))
+
+
 # Whole planes above and below a vector, of several blocks and with a rest; rows below a vector, whose planes are transposed.
 PLANES = [
     ((3, 41, 7, 7), (7, 1)),

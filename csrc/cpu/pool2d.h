@@ -3,9 +3,9 @@
 //   layout          windows              forward                                   backward
 //   either          of one element       element by element (pool2d_elementwise.h) the same
 //   NCHW            global               vectors over a plane                      filled (pool2d_global_nchw.h)
-//                   sliding, stride 1, 2 vectors over the windows of a row         by rows of the input (average), scatter
-//                                        (pool2d_extremum_nchw.h,                  by offsets (pool2d_offsets_nchw.h)
-//                                        pool2d_average_nchw.h)
+//                   sliding, stride 1, 2 vectors over the windows of a row         by rows of the input; of 2x2 and 3x3 extremes
+//                                        (pool2d_extremum_nchw.h,                  (pool2d_offsets_nchw.h), of others scatter by
+//                                        pool2d_average_nchw.h)                    offsets (pool2d_indexed.h)
 //                   any other, few       vectors over planes (pool2d_planes.h)     runs of columns (average), scatter by offsets
 //   channels_last   any                  vectors over the channels                 gather (pool2d_channels_last.h)
 //
@@ -90,11 +90,11 @@ void offset_pool2d_grad_input(const Pool2dGeometry& geometry, const T* grad_outp
     if (is_one_plane_2x2(g)) return offset_pool2d_grad_input_tiling(as_one_plane(g), grad_output, offsets, grad_input);
     if (g.layout == Layout::nchw && is_tiling_2x2(g)) return offset_pool2d_grad_input_tiling(g, grad_output, offsets, grad_input);
   }
-  if (g.layout == Layout::nchw && windows <= most_gathered_windows && suits_small_planes<Arithmetic<T>>(g))
-    return offset_pool2d_grad_input_small_planes(g, grad_output, offsets, grad_input);
   if constexpr (std::is_same_v<Offset, uint8_t>) {
-    if (g.layout == Layout::nchw && finds_positions<Arithmetic<T>>(g))
-      return offset_pool2d_grad_input_scatter(g, grad_output, offsets, grad_input);
+    if (g.layout == Layout::nchw && is_around_3x3(g))
+      return offset_pool2d_grad_input_around_3x3(g, grad_output, offsets, grad_input);
+    if (g.layout == Layout::nchw && g.Q >= 24 && gather_row_for<T>(g).of_rows[0] != nullptr)
+      return offset_pool2d_grad_input_gather(g, grad_output, offsets, grad_input);
   }
   pool2d_scatter_offsets(g, grad_output, offsets, grad_input);
 }

@@ -7,8 +7,8 @@
 //   gather_offsets   the same for offsets
 //
 // One thread owns a plane (in channels_last, some channels of one image), so the order of every sum is fixed and no atomics are
-// needed. A position outside the plane is never touched: an index there is reported, an offset there counts for nothing, which
-// is how relu_max_pool2d says that no value of the window came through.
+// needed. A position outside the plane is never touched: an index there is reported, an offset there counts for nothing. Nor does
+// an offset of no tap, which is how relu_max_pool2d says that no value of the window came through.
 #pragma once
 
 #include <algorithm>
@@ -104,9 +104,10 @@ template <class Visit>
 }
 
 // Where planes follow each other: as many as the nearest cache holds are zeroed together, or the next one where only few elements
-// are touched again: an addition waits until what memset wrote has arrived.
-template <class T>
-bool pool2d_scatter_add_planes(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input) {
+// are touched again: an addition waits until what memset wrote has arrived. indices_of(nc)(i) is the index of window i of plane
+// nc, of any integer type; one outside the plane as an unsigned number is not touched. Whether there was none such.
+template <class T, class IndicesOf>
+bool pool2d_scatter_add_planes(const Pool2dGeometry& g, const T* grad_output, IndicesOf indices_of, T* grad_input) {
   using A = Arithmetic<T>;
   std::atomic<bool> inside = true;
   const int64_t plane = g.H * g.W, windows = g.P * g.Q, planes = g.N * g.C;
@@ -125,10 +126,11 @@ bool pool2d_scatter_add_planes(const Pool2dGeometry& g, const T* grad_output, co
     for (int64_t nc = first; nc < end; ++nc) {
       A* sums = to + (nc - first) * plane;
       const T* gradient = grad_output + nc * windows;
-      const int64_t* index = indices + nc * windows;
+      const auto index_of = indices_of(nc);
       in_four_parts(windows, [&](int64_t i) {
-        const bool is_inside = static_cast<uint64_t>(index[i]) < static_cast<uint64_t>(plane);
-        if (is_inside) sums[index[i]] += widen(gradient[i]);
+        const auto index = index_of(i);
+        const bool is_inside = static_cast<std::make_unsigned_t<decltype(index_of(i))>>(index) < static_cast<uint64_t>(plane);
+        if (is_inside) sums[index] += widen(gradient[i]);
         all_inside &= is_inside;
       });
     }
@@ -145,7 +147,12 @@ template <class T>
 bool pool2d_scatter_add(const Pool2dGeometry& g, const T* grad_output, const int64_t* indices, T* grad_input) {
   const WorkspaceUse use;
   if (g.N * g.C * g.H * g.W == 0) return g.N * g.C * g.P * g.Q == 0;
-  if (g.layout == Layout::nchw || g.C == 1) return pool2d_scatter_add_planes(g, grad_output, indices, grad_input);
+  if (g.layout == Layout::nchw || g.C == 1) {
+    const auto indices_of = [=, windows = g.P * g.Q](int64_t nc) {
+      return [index = indices + nc * windows](int64_t i) { return index[i]; };
+    };
+    return pool2d_scatter_add_planes(g, grad_output, indices_of, grad_input);
+  }
   std::atomic<bool> inside = true;
   const uint64_t plane = static_cast<uint64_t>(g.H * g.W);
   for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
@@ -227,9 +234,49 @@ inline int64_t index_of_offset(const Pool2dGeometry& g, const Tap* taps, int64_t
   return inside ? h * g.W + w : -1;
 }
 
+// The index of an offset is that of the window's tap (0, 0), which may lie in the padding, and what the tap adds to it: a table
+// each, of numbers below kFar. A byte that stands for no tap leads out of every plane. (A tap left or right of the plane, which
+// no forward pass has chosen, leads into another row of it.)
+class OffsetTables {
+ public:
+  static constexpr int64_t kBytes = 256, kFar = int64_t(1) << 29;
+
+  static bool suit(const Pool2dGeometry& g) {
+    const double rows = static_cast<double>(g.H) + g.pad_h + static_cast<double>(g.dilation_h) * g.R;
+    const double columns = static_cast<double>(g.W) + g.pad_w + static_cast<double>(g.dilation_w) * g.S;
+    return !g.adaptive && g.R * g.S <= kBytes && rows * static_cast<double>(g.W) + columns < kFar;
+  }
+
+  explicit OffsetTables(const Pool2dGeometry& g) : added(workspace<int32_t>(Slot::tables, kBytes + g.P * g.Q)) {
+    origin = added + kBytes;
+    for (int64_t offset = 0; offset < kBytes; ++offset) {
+      const int64_t r = offset / g.S, s = offset % g.S;
+      added[offset] = static_cast<int32_t>(r < g.R ? r * g.dilation_h * g.W + s * g.dilation_w : -2 * kFar);
+    }
+    for (int64_t p = 0; p < g.P; ++p)
+      for (int64_t q = 0; q < g.Q; ++q)
+        origin[p * g.Q + q] = static_cast<int32_t>((p * g.stride_h - g.pad_h) * g.W + q * g.stride_w - g.pad_w);
+  }
+
+  int32_t index(int64_t window, uint8_t offset) const { return origin[window] + added[offset]; }
+
+ private:
+  int32_t *added, *origin;
+};
+
 template <class T, class Offset>
 void pool2d_scatter_offsets(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
   const WorkspaceUse use;
+  if constexpr (std::is_same_v<Offset, uint8_t>) {
+    if (g.layout == Layout::nchw && g.N * g.C * g.H * g.W > 0 && OffsetTables::suit(g)) {
+      const OffsetTables tables(g);
+      const auto indices_of = [=, windows = g.P * g.Q](int64_t nc) {
+        return [tables, offset = offsets + nc * windows](int64_t i) { return tables.index(i, offset[i]); };
+      };
+      pool2d_scatter_add_planes(g, grad_output, indices_of, grad_input);
+      return;
+    }
+  }
   const Tap* taps = taps_of(g);
   for_each_owned(g, [&](int64_t n, int64_t c_begin, int64_t channels) {
     const OwnedPlanes<T> planes(g, grad_input, n, c_begin, channels);

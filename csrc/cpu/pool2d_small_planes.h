@@ -2,8 +2,7 @@
 // that lane l belongs to plane l, and what follows is channels_last with one vector of channels.
 //
 //   lanes[h W + w][l] = input[l][h][w]                                        transposed
-//   extreme    result[p Q + q][l] = best of lanes[h W + w][l] over the window backward: sums[h W + w][l] += gradient[p Q + q][l]
-//                                                                             where offset[p Q + q][l] is that of the tap
+//   extreme    result[p Q + q][l] = best of lanes[h W + w][l] over the window
 //   average    result[p Q + q][l] = sum / divisor(p, q)                       backward: += gradient / divisor(p, q)
 //   output[l][p][q] = result[p Q + q][l]                                      transposed back
 //
@@ -173,45 +172,6 @@ template <class T>
 void extremum_pool2d_small_planes(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, Positions positions) {
   if (positions.kind == PositionKind::none) return extremum_pool2d_small_planes<T, false>(g, extremum, input, output, positions);
   extremum_pool2d_small_planes<T, true>(g, extremum, input, output, positions);
-}
-
-template <class T, class Offset>
-void offset_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
-  using A = Arithmetic<T>;
-  using I = IndexOf<A>;
-  constexpr int64_t L = kLanes<A>;
-  const int64_t plane = g.H * g.W, windows = g.P * g.Q;
-  const T* end = grad_output + g.N * g.C * windows;
-  const Offset* offsets_end = offsets + g.N * g.C * windows;
-  const WindowTables table(g);
-  for_each_small_group<A>(g, [&](int64_t first, int64_t planes) {
-    A* sums = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
-    A* gradients = workspace<A>(Slot::tile, 2 * L * round_up_to_lanes<A>(windows));
-    A* codes = gradients + L * round_up_to_lanes<A>(windows);
-    planes_to_lanes<A>(grad_output, first, planes, windows, [=](const T* at) { return load_wide(at); },
-                       [=](const T* at, int64_t left) { return load_row_end(at, left, end); }, gradients);
-    planes_to_lanes<A>(offsets, first, planes, windows, [=](const Offset* at) {
-      return (Vec<A>)load_unsigned<I>(at);
-    }, [=](const Offset* at, int64_t left) { return (Vec<A>)load_offsets<I>(at, left, offsets_end - at); }, codes);
-    fill_row(sums, L * plane, A(0));
-    with_window_size(g, [&]<int R_, int S_>() {
-      const A *gradient = gradients, *code = codes;
-      for (int64_t p = 0; p < g.P; ++p) {
-        for (int64_t q = 0; q < g.Q; ++q, gradient += L, code += L) {
-          const Window &row = table.row[p], &column = table.column[q];
-          const Vec<I> share = (Vec<I>)load(gradient);
-          const Vec<I> offset = (Vec<I>)load(code) - static_cast<I>(first_code_of(g, false, p, q, row, column));
-          const I row_code = static_cast<I>(R_ > 0 ? S_ : g.S);
-          for_each_tap<R_, S_>(g, row, column, [&](int64_t x, int64_t r, int64_t s) {
-            const Vec<I> chosen = offset == static_cast<I>(r) * row_code + static_cast<I>(s);
-            store(sums + x * L, load(sums + x * L) + (Vec<A>)(share & chosen));
-          });
-        }
-      }
-    });
-    lanes_to_planes<A>(sums, first, planes, plane,
-                       [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(grad_input + to, v, n); });
-  });
 }
 
 // ------------------------------------------------------------------------------------------------------------------ averages
