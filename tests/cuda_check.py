@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +39,7 @@ STRICT = "-Werror=all-warnings -Xptxas=-Werror"
 # the geometries at the borders of tiles, with the threads of a block in three orders; some of these once more under the address
 # sanitizer, for the arrays of a kernel's own.
 OPERATOR_TESTS = ["test_conv2d test_depthwise test_cuda", "test_conv_transpose test_pool2d test_pool_backward"]
-CHECKED_TESTS = ["test_conv2d", "test_pool2d"]
+CHECKED_TESTS = "test_conv2d test_pool2d"
 CHECKED = os.environ.get("TORCHCNN_CHECKED_TESTS", "exact and not sliced and not (float64 and channels_last)")  # pytest -k
 LARGE_TILES = "(test_exact and float32 and block_136_filters)"  # which shared memory before sm_80 has no room for
 SANITIZED = "exact and contiguous and not float64 and not bfloat16"
@@ -184,81 +185,58 @@ def build_emulator():
     run(sys.executable, "tests/cuda_emulator/build.py", "fast", "check", "asan")
 
 
-def emulate(mode, runs):
-    """Makes runs of pytest in a build of the emulator, each (test files, options, environment); how many tests passed."""
+def emulator_runs(full):
+    """The runs of pytest, the longest first: what it is about, build of the emulator or "", test files, options, environment.
+
+    A process takes four seconds before its first test: few of them.
+    """
+
+    def run(kind, mode, tests, keyword, sm="", order="", examples="3"):
+        marks = [] if full and kind in ("operators", "the emulator itself") else ["-m", "not slow"]
+        environment = {"TORCHCNN_EMULATOR_SM": sm, "TORCHCNN_EMULATOR_ORDER": order, "TORCHCNN_TEST_EXAMPLES": examples}
+        keyword = ["-k", keyword] if keyword else []
+        return kind, mode, tests, [*marks, *keyword], {name: value for name, value in environment.items() if value}
+
+    memory = f"memory, threads {', '.join(ORDERS)}"
+    return [
+        *[run("operators", "fast", tests, "", examples="" if full else "5") for tests in OPERATOR_TESTS],
+        *[run(memory, "check", CHECKED_TESTS, "exact" if full else CHECKED, order=order) for order in ORDERS],
+        run("sm_75 and sm_90", "fast", "test_conv2d test_cuda", "half or tf32", sm="90"),
+        run("sm_75 and sm_90", "fast", "test_conv2d", f"(exact and float16) or {LARGE_TILES}", sm="75"),
+        # Hopper's steps are those of the same kernels: once.
+        run(memory, "check", "test_conv2d test_cuda", "(half_exact and float16) or tf32_exact", sm="90", order="random"),
+        run("the address sanitizer", "asan", CHECKED_TESTS, "exact" if full else SANITIZED),
+        run("the emulator itself", "", "test_cuda_emulator", ""),
+    ]
+
+
+def check_emulator_tests(args):
+    """emulator: operators, races, bounds"""
     build_emulator()
     import build
 
-    folder = ROOT / "build" / "cuda-emulator" / mode
-    library = build.asan_environment() if mode == "asan" else {}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
 
-    def passed(tests, options, environment):
-        # From the folder of the package, which then comes before the one in the root.
-        environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **library, **environment}
+    def passed(run_of_pytest):
+        kind, mode, tests, options, environment = run_of_pytest
+        folder = ROOT
+        if mode:  # from the folder of the package, which then comes before the one in the root
+            folder = ROOT / "build" / "cuda-emulator" / mode
+            library = build.asan_environment() if mode == "asan" else {}
+            environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **library, **environment}
         files = [HERE / f"{test}.py" for test in tests.split()]
         output = run(*pytest, *options, *files, folder=folder, **environment)
-        return int(re.search(r"(\d+) passed", output)[1])
+        return kind, int(re.search(r"(\d+) passed", output)[1])
 
+    counts = Counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return sum(pool.map(passed, *zip(*runs, strict=True)))
-
-
-def check_emulator_fast(args):
-    """emulator: operator tests"""
-    options, environment = ([], {}) if args.full else (["-m", "not slow"], {"TORCHCNN_TEST_EXAMPLES": "5"})
-    return f"{emulate('fast', [(tests, options, environment) for tests in OPERATOR_TESTS])} tests"
-
-
-def check_emulator_others(args):
-    """emulator: sm_75 and sm_90"""
-    runs = [
-        ("test_conv2d", ["-m", "not slow", "-k", tests], {"TORCHCNN_EMULATOR_SM": sm, "TORCHCNN_TEST_EXAMPLES": "3"})
-        for sm, tests in (("75", f"(exact and float16) or {LARGE_TILES}"), ("90", "half"))
-    ]
-    runs.append(("test_cuda", ["-m", "not slow", "-k", "tf32"], {"TORCHCNN_EMULATOR_SM": "90"}))
-    return f"{emulate('fast', runs)} tests of 16-bit numbers, TF32 and large tiles"
-
-
-def check_emulator_memory(args):
-    """emulator: races, bounds, memory"""
-    options = ["-m", "not slow", "-k", "exact" if args.full else CHECKED]
-    runs = [
-        (test, options, {"TORCHCNN_EMULATOR_ORDER": order, "TORCHCNN_TEST_EXAMPLES": "3"})
-        for order in ORDERS
-        for test in CHECKED_TESTS
-    ]
-    # Hopper's steps are those of the same kernels: once.
-    hopper = {"TORCHCNN_EMULATOR_SM": "90", "TORCHCNN_EMULATOR_ORDER": "random", "TORCHCNN_TEST_EXAMPLES": "3"}
-    runs.append(("test_conv2d", ["-m", "not slow", "-k", "half_exact and float16"], hopper))
-    runs.append(("test_cuda", ["-m", "not slow", "-k", "tf32_exact"], hopper))
-    return f"{emulate('check', runs)} tests, threads {', '.join(ORDERS)}"
-
-
-def check_emulator_asan(args):
-    """emulator: address sanitizer"""
-    options = ["-m", "not slow", "-k", "exact" if args.full else SANITIZED]
-    return f"{emulate('asan', [(test, options, {'TORCHCNN_TEST_EXAMPLES': '3'}) for test in CHECKED_TESTS])} tests"
-
-
-def check_emulator_selftest(args):
-    """emulator: its own tests"""
-    tests = sorted(HERE.glob("test_cuda_emulator*.py")) + sorted((HERE / "cuda_emulator").glob("test_*.py"))
-    if not tests:
-        raise SkippedError("there are none")
-    marks = [] if args.full else ["-m", "not slow"]
-    return run(sys.executable, "-m", "pytest", "-q", *marks, *tests).strip().splitlines()[-1].strip("= ")
+        for kind, count in pool.map(passed, emulator_runs(args.full)):
+            counts[kind] += count
+    return "; ".join(f"{count} tests of {kind}" for kind, count in counts.items())
 
 
 STEPS = [check_build, check_import, check_model, check_sass, check_docs]
-STEPS += [
-    check_emulator_build,
-    check_emulator_selftest,
-    check_emulator_fast,
-    check_emulator_others,
-    check_emulator_memory,
-    check_emulator_asan,
-]
+STEPS += [check_emulator_build, check_emulator_tests]
 
 
 def main(argv):
