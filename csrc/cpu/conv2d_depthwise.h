@@ -11,11 +11,13 @@
 //
 // Vectors run along the channels (conv2d_depthwise_channels_last.h): no lane is lost where rows are short, and no tap is computed
 // that lies outside the image. NCHW planes, and channels_last tensors of fewer channels than lanes, are put into that order piece
-// by piece (conv2d_depthwise_nchw.h, conv2d_depthwise_transpose.h). Every element is summed in an order that the geometry alone
+// by piece (conv2d_depthwise_nchw.h, conv2d_depthwise_transpose.h), but for 3x3 filters, which meet rows, or small planes, where
+// they lie (conv2d_depthwise_rows.h, conv2d_depthwise_flat.h). Every element is summed in an order that the geometry alone
 // decides. 0 * inf never enters a sum: taps outside the image are left out, or read zeros where that does no harm.
 #pragma once
 
 #include "conv2d_depthwise_channels_last.h"
+#include "conv2d_depthwise_flat.h"
 #include "conv2d_depthwise_nchw.h"
 #include "conv2d_depthwise_rows.h"
 
@@ -30,6 +32,7 @@ bool wide(const Conv2dGeometry& g) {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const Correlation<T> c{forward_axes(g), g.N, g.C, 1, g.K_per_group(), g.R, g.S, input, weight, epilogue, output};
+  if (flat::applies<T>(g) && all_finite(weight, g.K * 9)) return flat::correlate(c, false);
   if (rows::applies<T>(g) && all_finite(weight, g.K * 9)) return rows::conv2d_forward(c, g.stride_h);
   wide<T>(g) ? channels_last::correlate(c) : nchw::correlate(c, g.layout);
 }
@@ -38,6 +41,7 @@ template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const Correlation<T> c{grad_input_axes(g), g.N,       g.C, g.K_per_group(), 1, g.R, g.S, grad_output, weight,
                          {nullptr, false},   grad_input};
+  if (flat::applies<T>(g) && all_finite(weight, g.K * 9)) return flat::correlate(c, true);
   if (rows::applies<T>(g) && all_finite(weight, g.K * 9)) return rows::conv2d_grad_input(c, g.stride_h);
   wide<T>(g) ? channels_last::correlate(c) : nchw::correlate(c, g.layout);
 }
