@@ -4,8 +4,8 @@
 //   output[i] = sum_s inside_s[i] ? sum_r weight[r][s] source[i + (r - 1) W + s - 1] : 0          i = h W + w
 //   inside_s[i]: whether column w + s - 1 lies inside the plane; the sum has met the end of the row above or below otherwise
 //
-// grad_input is the same of grad_output with the filter turned by 180 degrees. Rows above and below the plane are zeros, which the
-// plane is copied between; they do no harm if the weights are finite, which the caller sees to.
+// grad_input is the same of grad_output with the filter turned by 180 degrees. Rows above and below the plane are zeros, between
+// which the plane is copied; they do no harm if the weights are finite, which the caller sees to.
 #pragma once
 
 #include <algorithm>

@@ -108,8 +108,8 @@ template <int S, int stride, int pad, int phase, int s = 0, class A>
   return sum;
 }
 
-// Row h of grad_input from `count` rows of windows, of which the first has h in row r of its taps. `codes` are the offsets of that
-// row, with those of the rows above before them. Up to two vectors are written beyond W.
+// Row h of grad_input from `count` rows of windows, of which the first has h in row r of its taps. `codes`: the offsets of that
+// row, those of the rows above before them. Up to two vectors are written beyond W.
 template <class T, int S, int stride, int pad, int count>
 [[gnu::noinline]] void gather_row(const Pool2dGeometry& g, const Vec<IndexOf<Arithmetic<T>>>* codes, const T* grad_output,
                                   const T* end, const uint8_t* offsets, const uint8_t* offsets_end, T* to) {
