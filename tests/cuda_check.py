@@ -217,7 +217,7 @@ def check_emulator_tests(args):
 
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
 
-    def passed(run_of_pytest):
+    def outcome(run_of_pytest):
         kind, mode, tests, options, environment = run_of_pytest
         folder = ROOT
         if mode:  # from the folder of the package, which then comes before the one in the root
@@ -226,13 +226,24 @@ def check_emulator_tests(args):
             environment = {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", **library, **environment}
         files = [HERE / f"{test}.py" for test in tests.split()]
         output = run(*pytest, *options, *files, folder=folder, **environment)
-        return kind, int(re.search(r"(\d+) passed", output)[1])
+        numbers = {status: int(number) for number, status in re.findall(r"(\d+) (passed|skipped)", output.splitlines()[-1])}
+        if "passed" not in numbers:
+            raise FailedError(f"{output[-1000:]}\nno test of {kind} ran")
+        return kind, numbers
 
-    counts = Counter()
+    passed_tests, skipped_tests, failures = Counter(), Counter(), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for kind, count in pool.map(passed, emulator_runs(args.full)):
-            counts[kind] += count
-    return "; ".join(f"{count} tests of {kind}" for kind, count in counts.items())
+        for done in [pool.submit(outcome, each) for each in emulator_runs(args.full)]:
+            try:
+                kind, numbers = done.result()
+            except FailedError as error:
+                failures.append(str(error))
+                continue
+            passed_tests[kind] += numbers["passed"]
+            skipped_tests[kind] += numbers.get("skipped", 0)
+    if failures:
+        raise FailedError("\n".join(failures))
+    return "; ".join(f"{count} tests of {kind} ({skipped_tests[kind]} skipped)" for kind, count in passed_tests.items())
 
 
 STEPS = [check_build, check_import, check_model, check_sass, check_docs]

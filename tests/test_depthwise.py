@@ -111,7 +111,7 @@ def test_small_integers_are_exact(name, dtype, layout, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["few_planes", "row_of_7", "strided_5", "multiplier_2", "windows"])
+@pytest.mark.parametrize("name", ["few_planes", "row_of_7", "plane_of_196", "strided_5", "multiplier_2", "windows"])
 def test_relu_and_no_bias(name, layout):
     input, weight, bias, _, options = operands(name, torch.float32, LAYOUTS[layout])
     for b in (bias, None):

@@ -15,10 +15,13 @@ CONV2D = {  # large enough to be split among threads in every direction
     "strided_dilated": ((3, 24, 41, 40), (20, 24, 3, 3), {"stride": 2, "dilation": 2, "padding": 1}),
     "grouped": ((3, 32, 24, 25), (64, 8, 3, 3), {"groups": 4, "padding": 1}),
     "depthwise": ((4, 48, 33, 34), (48, 1, 5, 5), {"groups": 48, "padding": 2}),
+    "depthwise_planes": ((9, 70, 14, 14), (70, 1, 3, 3), {"groups": 70, "padding": 1}),
 }
 
 POOLS = {
     "max": lambda x: functional.max_pool2d(x, 3, 2, 1),
+    "max_gathered": lambda x: functional.max_pool2d(torch.cat((x, x), 3), 3, 2, 1),
+    "max_around": lambda x: functional.max_pool2d(x, 3, 1, 1),
     "max_overlapping": lambda x: functional.max_pool2d(x, 5, 1, 2, return_indices=True)[0],
     "max_dilated": lambda x: functional.max_pool2d(x, 3, 1, 1, 2),
     "min": lambda x: functional.min_pool2d(x, 2),

@@ -34,10 +34,12 @@ for size, weight, options in (
         note(lambda x, w, b: f.conv2d(x, w, b, **options), input, integers(*weight), integers(weight[0]))
 for pool in (
     lambda x: f.max_pool2d(x, 3, 2, 1), lambda x: f.min_pool2d(x, 3, 1, 1, 2), lambda x: f.avg_pool2d(x, 2),
+    lambda x: f.max_pool2d(x, 3, 1, 1),
     lambda x: f.avg_pool2d(x, 3, 1, 1, divisor_override=4), lambda x: f.adaptive_max_pool2d(x, (5, 4)),
     lambda x: f.max_pool2d(x, 2, 1, return_indices=True)[1].float() * x[:, :, 1:, 1:],
 ):
     note(pool, integers(2, 19, 12, 21))
+    note(pool, integers(1, 3, 40, 150))
 print(torchcnn.isa(), digest.hexdigest())
 """
 

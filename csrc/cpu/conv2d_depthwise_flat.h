@@ -18,8 +18,8 @@
 
 namespace torchcnn::TORCHCNN_ISA::depthwise::flat {
 
-// Where rows leave lanes of their last vector empty, until the planes are so large that this costs less than the copy. With
-// vectors of 32 bytes: those of 64 cross a cache line at almost every load, for others it has not been measured.
+// Where rows leave lanes of their last vector empty, until the planes are so large that this costs less than the copy. Only with
+// vectors of 32 bytes: those of 64 would cross a cache line at almost every load, and shorter ones have not been measured.
 template <class T>
 bool applies(const Conv2dGeometry& g) {
   constexpr int64_t most_elements = 400;

@@ -3,9 +3,9 @@
 //   layout          windows              forward                                   backward
 //   either          of one element       element by element (pool2d_elementwise.h) the same
 //   NCHW            global               vectors over a plane                      filled (pool2d_global_nchw.h)
-//                   sliding, stride 1, 2 vectors over the windows of a row         by rows of the input; of 2x2 and 3x3 extremes
-//                                        (pool2d_extremum_nchw.h,                  (pool2d_offsets_nchw.h), of others scatter by
-//                                        pool2d_average_nchw.h)                    offsets (pool2d_indexed.h)
+//                   sliding, stride 1, 2 vectors over the windows of a row         by rows of the input; extremes of 2 or 3
+//                                        (pool2d_extremum_nchw.h,                  columns (pool2d_offsets_nchw.h), others
+//                                        pool2d_average_nchw.h)                    scatter by offsets (pool2d_indexed.h)
 //                   any other, few       vectors over planes (pool2d_planes.h)     runs of columns (average), scatter by offsets
 //   channels_last   any                  vectors over the channels                 gather (pool2d_channels_last.h)
 //

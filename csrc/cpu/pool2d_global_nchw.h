@@ -138,7 +138,6 @@ inline Best<Arithmetic<T>> largest_of_plane(const T* plane, int64_t count, Vec<I
   int64_t x = 0;
   for (; x + kBlock<A> <= count; x += kBlock<A>) {
     Vec<A> chain[kChains], sum[kChains];
-    prefetch_row<T, 8192>(plane + x, kBlock<A>);
 #pragma GCC unroll 4
     for (int v = 0; v < kChains; ++v) chain[v] = sum[v] = at(x + v * L);
     for (int64_t next = x + kChains * L; next < x + kBlock<A>; next += kChains * L) {
@@ -264,25 +263,30 @@ void offset_pool2d_grad_input_global(const Pool2dGeometry& g, const T* grad_outp
   });
 }
 
+// The sums of eight vectors side by side over the first `count` elements, a multiple of eight vectors and more than one. Not
+// inline: planes of a few vectors are better off without these registers.
+template <class T>
+[[gnu::noinline]] Vec<Arithmetic<T>> sum_of_long_row(const T* row, int64_t count) {
+  using A = Arithmetic<T>;
+  constexpr int64_t L = kLanes<A>, chains = 8;
+  Vec<A> chain[chains];
+#pragma GCC unroll 8
+  for (int v = 0; v < chains; ++v) chain[v] = load_wide(row + v * L);
+  for (int64_t x = chains * L; x < count; x += chains * L) {
+#pragma GCC unroll 8
+    for (int v = 0; v < chains; ++v) chain[v] += load_wide(row + x + v * L);
+  }
+  return ((chain[0] + chain[1]) + (chain[2] + chain[3])) + ((chain[4] + chain[5]) + (chain[6] + chain[7]));
+}
+
 // The last vector overlaps the one before it: `fresh` are its lanes that do not.
 template <class T>
 inline Vec<Arithmetic<T>> sum_of_plane(const T* plane, int64_t count, Vec<IndexOf<Arithmetic<T>>> fresh) {
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
-  constexpr int64_t L = kLanes<A>, chains = 4;
-  Vec<A> sum = load_wide(plane);
-  int64_t x = L;
-  if (count >= 2 * chains * L) {
-    Vec<A> chain[chains];
-#pragma GCC unroll 4
-    for (int v = 0; v < chains; ++v) chain[v] = load_wide(plane + v * L);
-    for (x = chains * L; x + chains * L <= count; x += chains * L) {
-      prefetch_row<T, 8192>(plane + x, chains * L);
-#pragma GCC unroll 4
-      for (int v = 0; v < chains; ++v) chain[v] += load_wide(plane + x + v * L);
-    }
-    sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
-  }
+  constexpr int64_t L = kLanes<A>, block = 8 * L;
+  int64_t x = count >= 2 * block ? count / block * block : L;
+  Vec<A> sum = x > L ? sum_of_long_row(plane, x) : load_wide(plane);
   for (; x + L <= count; x += L) sum += load_wide(plane + x);
   return x < count ? sum + (Vec<A>)((Vec<I>)load_wide(plane + count - L) & fresh) : sum;
 }

@@ -7,8 +7,9 @@
 //   gather_offsets   the same for offsets
 //
 // One thread owns a plane (in channels_last, some channels of one image), so the order of every sum is fixed and no atomics are
-// needed. A position outside the plane is never touched: an index there is reported, an offset there counts for nothing. Nor does
-// an offset of no tap, which is how relu_max_pool2d says that no value of the window came through.
+// needed. A position outside the plane is never touched: an index there is reported, and an offset of no tap counts for nothing,
+// which is how relu_max_pool2d says that no value of the window came through. Offsets of taps in the padding, which no forward
+// pass writes, count for nothing or lead to another element of the tensor.
 #pragma once
 
 #include <algorithm>
@@ -235,8 +236,7 @@ inline int64_t index_of_offset(const Pool2dGeometry& g, const Tap* taps, int64_t
 }
 
 // The index of an offset is that of the window's tap (0, 0), which may lie in the padding, and what the tap adds to it: a table
-// each, of numbers below kFar. A byte that stands for no tap leads out of every plane. (A tap left or right of the plane, which
-// no forward pass has chosen, leads into another row of it.)
+// each, of numbers below kFar. A byte that stands for no tap leads out of every plane.
 class OffsetTables {
  public:
   static constexpr int64_t kBytes = 256, kFar = int64_t(1) << 29;
@@ -244,7 +244,8 @@ class OffsetTables {
   static bool suit(const Pool2dGeometry& g) {
     const double rows = static_cast<double>(g.H) + g.pad_h + static_cast<double>(g.dilation_h) * g.R;
     const double columns = static_cast<double>(g.W) + g.pad_w + static_cast<double>(g.dilation_w) * g.S;
-    return !g.adaptive && g.R * g.S <= kBytes && rows * static_cast<double>(g.W) + columns < kFar;
+    constexpr int64_t most_windows = 1 << 20;  // the table is kept with the other scratch memory
+    return !g.adaptive && g.R * g.S <= kBytes && g.P <= most_windows / g.Q && rows * static_cast<double>(g.W) + columns < kFar;
   }
 
   explicit OffsetTables(const Pool2dGeometry& g) : added(workspace<int32_t>(Slot::tables, kBytes + g.P * g.Q)) {

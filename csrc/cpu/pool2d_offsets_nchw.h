@@ -51,11 +51,12 @@ void offset_pool2d_grad_input_around_3x3(const Pool2dGeometry& g, const T* grad_
     const int64_t begin = task * elements_of_task, end = std::min(count, begin + elements_of_task);
     const auto at_the_ends = [&](int64_t i_begin, int64_t i_end) {
       for (int64_t i = i_begin; i < i_end; ++i) {
-        A row_sums[3] = {};
+        A row_sums[3];
         for (int64_t r = 0; r < 3; ++r) {
           for (int64_t s = 0; s < 3; ++s) {
             const int64_t j = i + (1 - r) * W + 1 - s;
-            if (j >= 0 && j < count && offsets[j] == 3 * r + s) row_sums[r] += widen(grad_output[j]);
+            const A chosen = j >= 0 && j < count && offsets[j] == 3 * r + s ? widen(grad_output[j]) : A(0);
+            row_sums[r] = s == 0 ? chosen : row_sums[r] + chosen;  // as in vectors, of zeros too
           }
         }
         grad_input[i] = narrow<T>(row_sums[0] + row_sums[1] + row_sums[2]);
@@ -85,9 +86,13 @@ void offset_pool2d_grad_input_around_3x3(const Pool2dGeometry& g, const T* grad_
 template <int distance, class A>
 [[gnu::always_inline]] inline Vec<A> shifted(Vec<A> previous, Vec<A> current, Vec<A> next) {
   constexpr int L = static_cast<int>(kLanes<A>);
-  if constexpr (distance == 0) return current;
-  if constexpr (distance < 0) return shuffled<A, L>(previous, current, [](int i) { return i + L + distance; }, kEachLane<A>);
-  return shuffled<A, L>(current, next, [](int i) { return i + distance; }, kEachLane<A>);
+  if constexpr (distance < 0) {
+    return shuffled<A, L>(previous, current, [](int i) { return i + L + distance; }, kEachLane<A>);
+  } else if constexpr (distance > 0) {
+    return shuffled<A, L>(current, next, [](int i) { return i + distance; }, kEachLane<A>);
+  } else {
+    return current;
+  }
 }
 
 template <class A, int S>

@@ -130,7 +130,6 @@ void extremum_pool2d_planes(const Pool2dGeometry& g, Extremum extremum, const T*
         I first_code = static_cast<I>(row.begin * g.W);
         if (!of_plane) first_code = static_cast<I>((row.begin - p * g.stride_h + g.pad_h) / g.dilation_h * g.S);
         const T* plane = input + (first + l) * plane_size + row.begin * g.W;
-        for (int64_t r = 0; r < taps; ++r) prefetch_row<T, 8192>(plane + r * step, g.W);
         for_each_columns<A>(g.W, [&]<int vectors>(const int64_t* at) {
           Best<A> best[vectors];
 #pragma GCC unroll 4
@@ -237,7 +236,6 @@ void avg_pool2d_planes(const Pool2dGeometry& g, const Divisor& divisor, const T*
         const Window row = row_window(g, p);
         const int64_t to = ((p - p_begin) * L + l) * pitch;
         const T* plane = input + (first + l) * plane_size + row.begin * g.W;
-        for (int64_t h = row.begin; h < row.end; ++h) prefetch_row<T, 8192>(plane + (h - row.begin) * g.W, g.W);
         for_each_columns<A>(g.W, [&]<int vectors>(const int64_t* at) {
           Vec<A> sum[vectors];
 #pragma GCC unroll 4
