@@ -90,10 +90,11 @@ void offset_pool2d_grad_input(const Pool2dGeometry& geometry, const T* grad_outp
     if (is_one_plane_2x2(g)) return offset_pool2d_grad_input_tiling(as_one_plane(g), grad_output, offsets, grad_input);
     if (g.layout == Layout::nchw && is_tiling_2x2(g)) return offset_pool2d_grad_input_tiling(g, grad_output, offsets, grad_input);
   }
+  constexpr int64_t shortest_gathered_row = 24;  // windows: below, a row costs more than they do one by one
   if constexpr (std::is_same_v<Offset, uint8_t>) {
     if (g.layout == Layout::nchw && is_around_3x3(g))
       return offset_pool2d_grad_input_around_3x3(g, grad_output, offsets, grad_input);
-    if (g.layout == Layout::nchw && g.Q >= 24 && gather_row_for<T>(g).of_rows[0] != nullptr)
+    if (g.layout == Layout::nchw && g.Q >= shortest_gathered_row && gather_row_for<T>(g).of_rows[0] != nullptr)
       return offset_pool2d_grad_input_gather(g, grad_output, offsets, grad_input);
   }
   pool2d_scatter_offsets(g, grad_output, offsets, grad_input);

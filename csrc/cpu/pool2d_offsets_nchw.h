@@ -161,7 +161,8 @@ template <class T, int S, int stride, int pad, int count>
   }
 }
 
-inline constexpr int kMostGatheredRows = 3, kMostTaps = 48;  // rows of windows that contain a row of the plane
+inline constexpr int kMostGatheredRows = 3;  // of windows that contain a row of the plane
+inline constexpr int kMostTaps = 48;         // of a window
 
 // By the number of rows of windows, from 1 on.
 template <class T>
