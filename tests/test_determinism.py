@@ -14,6 +14,7 @@ CONV2D = {  # large enough to be split among threads in every direction
     "patches": ((3, 20, 46, 44), (48, 20, 2, 2), {"stride": 2}),
     "strided_dilated": ((3, 24, 41, 40), (20, 24, 3, 3), {"stride": 2, "dilation": 2, "padding": 1}),
     "grouped": ((3, 32, 24, 25), (64, 8, 3, 3), {"groups": 4, "padding": 1}),
+    "small_groups": ((5, 64, 15, 28), (64, 8, 3, 3), {"groups": 8, "stride": 2, "padding": 1}),
     "depthwise": ((4, 48, 33, 34), (48, 1, 5, 5), {"groups": 48, "padding": 2}),
     "depthwise_planes": ((9, 70, 14, 14), (70, 1, 3, 3), {"groups": 70, "padding": 1}),
 }

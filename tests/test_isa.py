@@ -28,6 +28,7 @@ for size, weight, options in (
     ((1, 261, 5, 7), (8, 261, 1, 1), dict()),
     ((2, 12, 13, 14), (12, 1, 3, 3), dict(groups=12, padding=1)),
     ((2, 12, 9, 9), (18, 4, 3, 3), dict(groups=3)),
+    ((2, 48, 9, 14), (48, 8, 3, 3), dict(groups=6, padding=1)),
 ):
     for layout in (torch.contiguous_format, torch.channels_last):
         input = integers(*size).contiguous(memory_format=layout)

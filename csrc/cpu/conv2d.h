@@ -32,6 +32,15 @@ template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias);
 }  // namespace depthwise
 
+namespace grouped {  // conv2d_grouped.h, likewise
+template <class T>
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output);
+template <class T>
+void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input);
+template <class T>
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight);
+}  // namespace grouped
+
 // Calls call(tile) with the tile of a Winograd algorithm, false if `algorithm` is none.
 template <bool of_grad_input, class Call>
 bool with_winograd_tile(Algorithm algorithm, Call call) {
@@ -73,6 +82,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
         return small_channels::filters::conv2d_forward(g, input, weight, epilogue, output);
       return small_channels::conv2d_forward(g, input, weight, epilogue, output);
     case Algorithm::depthwise: return depthwise::conv2d_forward(g, input, weight, epilogue, output);
+    case Algorithm::grouped: return grouped::conv2d_forward(g, input, weight, epilogue, output);
     default: return implicit_gemm::conv2d_forward(g, input, weight, epilogue, output);
   }
 }
@@ -89,6 +99,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
     case Algorithm::pointwise: return pointwise::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::small_channels: return small_channels::conv2d_grad_input(g, grad_output, weight, grad_input);
     case Algorithm::depthwise: return depthwise::conv2d_grad_input(g, grad_output, weight, grad_input);
+    case Algorithm::grouped: return grouped::conv2d_grad_input(g, grad_output, weight, grad_input);
     default: return implicit_gemm::conv2d_grad_input(g, grad_output, weight, grad_input);
   }
 }
@@ -102,6 +113,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const bool by_filters = algorithm == Algorithm::small_channels && suits_vectors_of_filters(g, Direction::grad_weight);
   if (algorithm == Algorithm::direct) {
     reference::conv2d_grad_weight(g, grad_output, input, grad_weight);
+  } else if (algorithm == Algorithm::grouped) {
+    grouped::conv2d_grad_weight(g, grad_output, input, grad_weight);
   } else if (by_filters) {
     small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight);
   } else if (!with_winograd_tile<false>(

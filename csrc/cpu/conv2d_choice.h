@@ -23,6 +23,7 @@ enum class Algorithm {
   direct,
   implicit_gemm,
   depthwise,
+  grouped,
   pointwise,
   small_channels,
   winograd_2x2_3x3,
@@ -42,6 +43,7 @@ inline const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
     case Algorithm::direct: return "direct";
     case Algorithm::depthwise: return "depthwise";
+    case Algorithm::grouped: return "grouped";
     case Algorithm::pointwise: return "pointwise";
     case Algorithm::small_channels: return "small_channels";
     case Algorithm::winograd_2x2_3x3: return "winograd_2x2_3x3";
@@ -183,6 +185,18 @@ inline bool are_patches(const Conv2dGeometry& g) {
   return g.pad_h == 0 && g.pad_w == 0 && g.R == g.stride_h && g.S == g.stride_w && g.dilation_h == 1 && g.dilation_w == 1;
 }
 
+// Whether vectors of channels that hold whole groups, or hold one together, beat the kernels for few channels: in channels_last,
+// and in NCHW where rows are short, or strides spoil vectors of pixels (grad_input has phases for these).
+inline bool suits_grouped(const Conv2dGeometry& g, Direction direction) {
+  const int64_t M = g.C_per_group();
+  if (g.C != g.K || M < 2 || M > 16 || (M & (M - 1)) != 0 || g.R != 3 || g.S != 3) return false;
+  if (g.dilation_h > 1 || g.dilation_w > 1 || g.stride_h > 4 || g.stride_w > 4) return false;
+  if (std::max(g.W, g.Q) > 2048) return false;             // whole rows are packed
+  if (ceil_div(g.C, 16) * 16 * 7 > g.C * 8) return false;  // more than an eighth of the lanes would be empty
+  if (g.layout == Layout::channels_last) return true;
+  return M <= 8 && (g.Q <= 16 || (g.stride_w > 1 && direction != Direction::grad_input));
+}
+
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   if (g.C == 0) return {Algorithm::direct, "no input channels: the sums are empty"};
   if (outsizes(g.H, g.R, g.stride_h, g.pad_h, g.dilation_h) || outsizes(g.W, g.S, g.stride_w, g.pad_w, g.dilation_w))
@@ -190,6 +204,8 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
     return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
   if (const Choice winograd = choose_winograd(g, direction); winograd.reason != nullptr) return winograd;
+  if (suits_grouped(g, direction))
+    return {Algorithm::grouped, "small groups: vectors of channels, in which the members of a group change places"};
   const bool few = suits_small_channels(g, direction);
   if (g.layout == Layout::nchw && g.pad_h == 0 && g.pad_w == 0 && g.C_per_group() * g.R * g.S >= 8 && g.K_per_group() >= 8) {
     if (g.R * g.S == 1 && !(few && direction == Direction::grad_weight))

@@ -20,6 +20,7 @@
 #include "conv2d_depthwise_flat.h"
 #include "conv2d_depthwise_nchw.h"
 #include "conv2d_depthwise_rows.h"
+#include "conv2d_grouped.h"
 
 namespace torchcnn::TORCHCNN_ISA::depthwise {
 

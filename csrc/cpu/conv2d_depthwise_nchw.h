@@ -141,6 +141,11 @@ template <class T>
     const Range having = planes.having(rows.begin + row);
     if (planes.pixel == 1 && having.begin == 0 && having.end == planes.count) {
       pack_planes<T>({from, planes.stride, planes.count}, end - begin, [=](int64_t x) { return at + x * lanes; });
+    } else if (planes.stride == 1) {
+      for (int64_t x = 0; x < end - begin; ++x) {
+        store(at + x * lanes, load_partial(from + x * planes.pixel, planes.count));
+        __builtin_prefetch(from + x * planes.pixel + lanes);  // of the next vector of channels
+      }
     } else {
       fill_vectors(at, end - begin);
       for (int64_t x = 0; x < end - begin; ++x)
@@ -162,6 +167,8 @@ void unpack_rows(const T* from, int64_t pitch, const Lanes<T>& planes, int64_t w
     const int64_t having = planes.having(row).end;
     if (planes.pixel == 1) {
       unpack_planes<T>(from, count, {to, planes.stride, having});
+    } else if (planes.stride == 1) {
+      for (int64_t x = 0; x < count; ++x) store_partial(to + x * planes.pixel, load(from + x * lanes), having);
     } else {
       for (int64_t x = 0; x < count; ++x)
         for (int64_t lane = 0; lane < having; ++lane) to[x * planes.pixel + lane * planes.stride] = from[x * lanes + lane];
