@@ -247,6 +247,7 @@ py::dict all_winograd_matrices() {
   all[name_of(Algorithm::winograd_2x2_5x5)] = winograd_matrices<scalar::winograd::Transform<2, 5>>();
   all[name_of(Algorithm::winograd_2x2_stride_2)] = winograd_matrices<scalar::winograd::Stride2<2>>();
   all[name_of(Algorithm::winograd_4x4_stride_2)] = winograd_matrices<scalar::winograd::Stride2<4>>();
+  all[name_of(Algorithm::winograd_3x3_4x4_phases)] = winograd_matrices<scalar::winograd::Transform<3, 4>>();
   all[name_of(Algorithm::winograd_1x3_1x7)] = winograd_matrices<scalar::winograd::Halves<3, 4>>();
   all["winograd_2x2_stride_2 grad_input"] = winograd_matrices<scalar::winograd::Stride2GradInput<2>>();
   all["winograd_4x4_stride_2 grad_input"] = winograd_matrices<scalar::winograd::Stride2GradInput<4>>();

@@ -33,6 +33,10 @@ ALGORITHMS = {
     "winograd_1x3_1x7": (Axis(1, 1), Axis(3, 7)),
     "winograd_3x1_7x1": (Axis(3, 7), Axis(1, 1)),
 }
+OF_PHASES = {  # forward and grad_weight; test_winograd_phases.py
+    "winograd_4x4_3x3_phases": (Axis(4, 3), Axis(4, 3)),
+    "winograd_3x3_4x4_phases": (Axis(3, 4), Axis(3, 4)),
+}
 POINTS = {  # and infinity
     3: ("0", "1"),
     4: ("0", "1", "-1"),
@@ -53,6 +57,8 @@ BOUNDS = {
     "winograd_2x1_5x1": (17, 17, 14),
     "winograd_1x3_1x7": (30, 30, 15),
     "winograd_3x1_7x1": (30, 30, 15),
+    "winograd_4x4_3x3_phases": (205, 205, 232),
+    "winograd_3x3_4x4_phases": (232, 232, 205),
 }
 
 
@@ -148,10 +154,10 @@ def algorithms(case):
     return [line.split()[1] for line in text.splitlines()]
 
 
-def magnitudes(x, w, dy, case):
+def magnitudes(x, w, dy, case, names=None):
     """What c eps L multiplies: sums of absolute values, the largest source of any tile around a result in place of each."""
     kernel, (pad_h, pad_w), d, groups = case.kernel, case.padding, case.dilation, case.groups
-    forward, grad_input, grad_weight = ([axis.m for axis in ALGORITHMS[name]] for name in algorithms(case))
+    forward, grad_input, grad_weight = ([axis.m for axis in (ALGORITHMS | OF_PHASES)[name]] for name in names or algorithms(case))
     tap_sum = w.double().abs().sum((2, 3), keepdim=True)
 
     def largest(t, m, padding, stride):
@@ -268,7 +274,7 @@ def exact_matrices(axis, of_grad_input=False, wanted=None):
 
 
 # The axes of all algorithms, once each, by the names of algorithms that have them.
-AXES = {name: next(axis for axis in ALGORITHMS[name.split()[0]] if axis.r > 1) for name in _C.winograd_matrices()}
+AXES = {name: next(axis for axis in (ALGORITHMS | OF_PHASES)[name.split()[0]] if axis.r > 1) for name in _C.winograd_matrices()}
 
 
 @pytest.fixture(autouse=True)
@@ -312,10 +318,10 @@ def test_products_of_cut_tiles(name):
 
 def test_axes_are_those_of_all_algorithms():
     assert {"winograd_2x2_stride_2 grad_input", "winograd_4x4_stride_2 grad_input"} <= set(AXES)
-    assert {axis for axes in ALGORITHMS.values() for axis in axes if axis.r > 1} == set(AXES.values())
+    assert {axis for axes in (ALGORITHMS | OF_PHASES).values() for axis in axes if axis.r > 1} == set(AXES.values())
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", ALGORITHMS | OF_PHASES)
 def test_bounds_follow_from_matrices(name):
     def amplification(outer, inner, B_T):
         rows = zip(outer, B_T, inner, strict=True)
@@ -331,7 +337,7 @@ def test_bounds_follow_from_matrices(name):
         return max(amplifications)
 
     exact = [1, 1, 1]
-    for axis in ALGORITHMS[name]:
+    for axis in (ALGORITHMS | OF_PHASES)[name]:
         exact[0] *= largest(axis, False)
         exact[1] *= largest(axis, True)
         exact[2] *= largest(axis, False, of_grad_weight=True)

@@ -68,11 +68,25 @@ bool with_winograd_tile(Algorithm algorithm, Call call) {
   }
 }
 
+// The same for those of the phases of a stride.
+template <class Call>
+bool with_winograd_tile_of_phases(Algorithm algorithm, Call call) {
+  using namespace winograd;
+  switch (algorithm) {
+    case Algorithm::winograd_4x4_3x3_phases: call(Tile<Transform<4, 3>>{}); return true;
+    case Algorithm::winograd_3x3_4x4_phases: call(Tile<Transform<3, 4>>{}); return true;
+    default: return false;
+  }
+}
+
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const WorkspaceUse use;
   const Algorithm algorithm = choose_conv2d(g, Direction::forward).algorithm;
   if (with_winograd_tile<false>(algorithm, [&]<class F>(F) { winograd::conv2d_forward<F>(g, input, weight, epilogue, output); }))
+    return;
+  if (with_winograd_tile_of_phases(
+          algorithm, [&]<class F>(F) { winograd::conv2d_forward_of_phases<F>(g, input, weight, epilogue, output); }))
     return;
   switch (algorithm) {
     case Algorithm::direct: return reference::conv2d_forward(g, input, weight, epilogue, output);
@@ -110,23 +124,27 @@ template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   const WorkspaceUse use;
   const Algorithm algorithm = choose_conv2d(g, Direction::grad_weight).algorithm;
-  const bool by_filters = algorithm == Algorithm::small_channels && suits_vectors_of_filters(g, Direction::grad_weight);
-  if (algorithm == Algorithm::direct) {
-    reference::conv2d_grad_weight(g, grad_output, input, grad_weight);
-  } else if (algorithm == Algorithm::grouped) {
-    grouped::conv2d_grad_weight(g, grad_output, input, grad_weight);
-  } else if (by_filters) {
-    small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight);
-  } else if (!with_winograd_tile<false>(
-                 algorithm, [&]<class F>(F) { winograd::conv2d_grad_weight<F>(g, grad_output, input, grad_weight); })) {
+  bool bias_done = grad_bias == nullptr;
+  const bool by_winograd = with_winograd_tile<false>(algorithm, [&]<class F>(F) {
+    bias_done |= winograd::conv2d_grad_weight<F>(g, grad_output, input, grad_weight, grad_bias);
+  }) || with_winograd_tile_of_phases(algorithm, [&]<class F>(F) {
+    bias_done |= winograd::conv2d_grad_weight_of_phases<F>(g, grad_output, input, grad_weight, grad_bias);
+  });
+  if (!by_winograd) {
     switch (algorithm) {
-      case Algorithm::small_channels: return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
+      case Algorithm::direct: reference::conv2d_grad_weight(g, grad_output, input, grad_weight); break;
+      case Algorithm::grouped: grouped::conv2d_grad_weight(g, grad_output, input, grad_weight); break;
+      case Algorithm::small_channels:
+        if (!suits_vectors_of_filters(g, Direction::grad_weight))
+          return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
+        small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight);
+        break;
       case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
       case Algorithm::pointwise: return pointwise::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
       default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
     }
   }
-  if (grad_bias != nullptr) conv2d_grad_bias(g, grad_output, grad_bias);
+  if (!bias_done) conv2d_grad_bias(g, grad_output, grad_bias);
 }
 
 // A constant: nothing of this instruction set may run at load time, on a processor that may lack it.

@@ -31,6 +31,8 @@ enum class Algorithm {
   winograd_2x2_5x5,
   winograd_2x2_stride_2,
   winograd_4x4_stride_2,
+  winograd_4x4_3x3_phases,
+  winograd_3x3_4x4_phases,
   winograd_1x4_1x3,
   winograd_4x1_3x1,
   winograd_1x2_1x5,
@@ -51,6 +53,8 @@ inline const char* name_of(Algorithm algorithm) {
     case Algorithm::winograd_2x2_5x5: return "winograd_2x2_5x5";
     case Algorithm::winograd_2x2_stride_2: return "winograd_2x2_stride_2";
     case Algorithm::winograd_4x4_stride_2: return "winograd_4x4_stride_2";
+    case Algorithm::winograd_4x4_3x3_phases: return "winograd_4x4_3x3_phases";
+    case Algorithm::winograd_3x3_4x4_phases: return "winograd_3x3_4x4_phases";
     case Algorithm::winograd_1x4_1x3: return "winograd_1x4_1x3";
     case Algorithm::winograd_4x1_3x1: return "winograd_4x1_3x1";
     case Algorithm::winograd_1x2_1x5: return "winograd_1x2_1x5";
@@ -102,12 +106,31 @@ inline Choice choose_winograd_of_one_axis(const Conv2dGeometry& g, int64_t rows,
   return none;
 }
 
+// Filters whose stride leaves 3 or 4 taps a phase, the phases as channels of a convolution of stride 1: the first layers of
+// networks. With so few channels, what a tile costs beside its products counts: about 300 of them for every filter. That is
+// dearer in forward, where all of it is written, by rows of pixels.
+inline Choice choose_winograd_of_phases(const Conv2dGeometry& g, Direction direction) {
+  const Choice none{Algorithm::implicit_gemm, nullptr};
+  const int64_t taps = ceil_div(g.R, g.stride_h), stride = g.stride_h * g.stride_w;
+  if (direction == Direction::grad_input || g.dilation_h > 1 || g.dilation_w > 1 || stride == 1 || stride > 256) return none;
+  if (g.K_per_group() < 32 || taps != ceil_div(g.S, g.stride_w) || (taps != 3 && taps != 4)) return none;
+  const int64_t m = taps == 3 ? 4 : 3, direct = g.P * g.Q * g.C_per_group() * g.R * g.S;
+  const int64_t products = winograd_products(g.P, 1, m, 6) * winograd_products(g.Q, 1, m, 6) * g.C_per_group() * stride;
+  const int64_t work = products + 300 * ceil_div(g.P, m) * ceil_div(g.Q, m);
+  if (direction == Direction::forward ? work * 5 > direct * 3 : work * 4 > direct * 3) return none;
+  if (taps == 3)
+    return {Algorithm::winograd_4x4_3x3_phases, "3x3 taps a phase of the stride: 36 products for 4x4 outputs instead of 144"};
+  return {Algorithm::winograd_3x3_4x4_phases, "4x4 taps a phase of the stride: 36 products for 3x3 outputs instead of 144"};
+}
+
 // The Winograd algorithm with the fewest products, if it has few enough to pay for its transforms; at stride 2 with many filters
 // the one with fewer transformed weights.
 inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   const Choice none{Algorithm::implicit_gemm, nullptr};
   const bool dilated = g.dilation_h > 1 || g.dilation_w > 1, back = direction == Direction::grad_input;
-  if (!allow_winograd() || g.C_per_group() < 16 || g.K_per_group() < 16) return none;
+  if (!allow_winograd()) return none;
+  if (const Choice phases = choose_winograd_of_phases(g, direction); phases.reason != nullptr) return phases;
+  if (g.C_per_group() < 16 || g.K_per_group() < 16) return none;
   const int64_t rows = back ? g.H : g.P, columns = back ? g.W : g.Q;
   if ((g.R == 1) != (g.S == 1)) return choose_winograd_of_one_axis(g, rows, columns);
   if (g.R != g.S || (g.R != 3 && g.R != 5) || g.stride_h != g.stride_w) return none;

@@ -22,6 +22,8 @@ namespace torchcnn::TORCHCNN_ISA::depthwise::channels_last {
 // Output pixels in a register tile: 8 accumulators, enough to hide the latency of a multiply-add, + at most 7 weights of a filter
 // row + 1 of 16 registers.
 inline constexpr int64_t tile_pixels = 8;
+// Rows of 7, 14, 28, ... are cut into tiles of 7 where so few still hide the latency: vectors of 64 bytes take two cycles each.
+inline constexpr int64_t tile_of_7 = TORCHCNN_VECTOR_BYTES == 64 ? 7 : tile_pixels;
 
 // The vectors of `channels` channels.
 template <class T>
@@ -83,9 +85,9 @@ struct Image {
 
 // Row positions `i` of phase fh, column positions `j` of phase fw and vectors v of channels. known_column: the number of
 // channels, or 0 if that is known only when this runs.
-template <class T, int64_t taps, int64_t step, int64_t known_column>
-[[gnu::noinline]] void correlate_rows(const Axes& axes, int64_t S, const Image<T>& image, int64_t fh, int64_t fw,
-                                      const Range& i_range, const Range& j_range, const Range& v_range) {
+template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t tile_pixels>
+[[gnu::noinline]] void correlate_tiles(const Axes& axes, int64_t S, const Image<T>& image, int64_t fh, int64_t fw,
+                                       const Range& i_range, const Range& j_range, const Range& v_range) {
   constexpr int64_t columns = (tile_pixels - 1) * step + taps;
   const Axis &h = axes.h, &w = axes.w;
   const Phase phase_h = h.phase[fh], phase_w = w.phase[fw];
@@ -172,6 +174,16 @@ template <class T, int64_t taps, int64_t step, int64_t known_column>
       }
     }
   }
+}
+
+template <class T, int64_t taps, int64_t step, int64_t known_column>
+void correlate_rows(const Axes& axes, int64_t S, const Image<T>& image, int64_t fh, int64_t fw, const Range& i_range,
+                    const Range& j_range, const Range& v_range) {
+  constexpr int64_t seven = taps == 5 || taps == 7 ? tile_of_7 : tile_pixels;
+  if ((j_range.end - j_range.begin) % seven == 0)
+    correlate_tiles<T, taps, step, known_column, seven>(axes, S, image, fh, fw, i_range, j_range, v_range);
+  else
+    correlate_tiles<T, taps, step, known_column, tile_pixels>(axes, S, image, fh, fw, i_range, j_range, v_range);
 }
 
 // to[t][x] = from[x / repeated mod channels][t] for x < pitch, `from` with filters channel_stride apart.

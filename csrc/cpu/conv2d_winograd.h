@@ -9,7 +9,10 @@
 //
 // The strides of tiles and positions are kept off the powers of two, which would fall into few cache sets. A dilated convolution
 // is one of stride 1 for each phase (p mod dilation_h, q mod dilation_w), whose tiles have their elements so far apart. Tiles
-// that the right or the bottom edge cuts off take part in the products that the rest of them needs.
+// that the right or the bottom edge cuts off take part in the products that the rest of them needs. Large filters of a stride above
+// 1, as first layers have them, are filters of stride 1 on the phases of the input, which are channels then:
+//
+//   output[p][q] = sum_{a,b} sum_{t,u} weight[t stride + a][u stride + b] input[(p + t) stride + a - pad][(q + u) stride + b - pad]
 //
 // Tiles do not cross images and every element is summed over c in one order, so results depend neither on the number of threads
 // nor, for an image, on the others. Intermediate values mix all elements of a tile, so that one Inf or NaN would spread over it:
@@ -254,11 +257,11 @@ Panels panels_of(int64_t part, int64_t parts, int64_t K) {
 }
 
 // One group of channels, of N images: forward, or grad_input with source = grad_output.
-template <class T>
+template <class T, class Source = Images<const T>>
 struct Correlation {
   int64_t N, C, K;
   Tiling tiling;
-  Images<const T> source;
+  Source source;
   Images<T> result;
   const T* weight;
   int64_t k_stride, c_stride;
@@ -267,14 +270,14 @@ struct Correlation {
 };
 
 // to + place row + xi position_stride = B^T x B of tiles begin ... end - 1, for all channels.
-template <class F, class T>
-void transform_inputs(const Images<const T>& images, const Tiling& tiling, int64_t channels, int64_t begin, int64_t end,
+template <class F, class T, class Source>
+void transform_inputs(const Source& images, const Tiling& tiling, int64_t channels, int64_t begin, int64_t end,
                       const Places& places, T* to, int64_t row, int64_t position_stride) {
   constexpr int64_t L = kLanes<T>, beside = std::max<int64_t>(1, 64 / TORCHCNN_VECTOR_BYTES);  // vectors of a cache line
   alignas(64) T band[beside][band_in<F, T>];
   for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
     const int64_t columns = (run.count - 1) * F::W::step + F::W::in;
-    const Patch patch(images, run.n, run.source_h, run.source_w, F::H::in, columns);
+    const auto patch = patch_of(images, run.n, run.source_h, run.source_w, F::H::in, columns);
     const auto place = places.of_run(tile, run.count);
     const int64_t last = run.count - 1;
     const bool bottom = tiling.is_bottom(tile), right = tiling.is_right(tile + last);
@@ -295,8 +298,8 @@ void transform_inputs(const Images<const T>& images, const Tiling& tiling, int64
 // U of some panels, for channels c_begin ... c_end - 1, at to + xi position_stride + ((panel - of.begin) channels + c - c_begin)
 // nr. In grad_input the filters of one channel follow each other, and are read as they lie; but not the last ones where a filter
 // is shorter than what is read of it.
-template <class F, bool flipped, class T>
-void transform_weights(const Correlation<T>& x, const Panels& of, int64_t c_begin, int64_t c_end, T* to,
+template <class F, bool flipped, class T, class Source>
+void transform_weights(const Correlation<T, Source>& x, const Panels& of, int64_t c_begin, int64_t c_end, T* to,
                        int64_t position_stride) {
   constexpr int64_t L = kLanes<T>, taps = F::taps;
   constexpr int64_t together = channels_together, row = together_row<T, taps>;
@@ -351,9 +354,9 @@ void multiply(const Places& places, int64_t panels, int64_t channels, const T* V
 }
 
 // The results of `filters` filters from k_begin on at tiles begin ... end - 1.
-template <class F, class T>
-void store_outputs(const Correlation<T>& x, int64_t begin, int64_t end, const Places& places, int64_t k_begin, int64_t filters,
-                   const T* M, int64_t M_row, int64_t M_position) {
+template <class F, class T, class Source>
+void store_outputs(const Correlation<T, Source>& x, int64_t begin, int64_t end, const Places& places, int64_t k_begin,
+                   int64_t filters, const T* M, int64_t M_row, int64_t M_position) {
   constexpr int64_t L = kLanes<T>;
   alignas(64) T band[band_out<F, T>];
   for_each_run<F>(x.tiling, begin, end, [&](int64_t tile, const Run& run) {
@@ -373,11 +376,12 @@ void store_outputs(const Correlation<T>& x, int64_t begin, int64_t end, const Pl
   });
 }
 
-template <class F, bool flipped, class T>
-void correlate(const Correlation<T>& x) {
+template <class F, bool flipped, class T, class Source>
+void correlate(const Correlation<T, Source>& x) {
   constexpr int64_t positions = F::positions;
   const int64_t tiles = x.N * x.tiling.per_image(), panels = ceil_div(x.K, nr<T>), panel_size = x.C * nr<T>;
-  const int64_t V_row = padded_stride<T>(x.C), threads = thread_count();
+  const int64_t channels = std::max(x.C, kLanes<T>);  // of V, whose vectors are whole
+  const int64_t V_row = padded_stride<T>(channels), threads = thread_count();
   const int64_t transform_cost = positions * 8;  // of one tile and vector of channels, about
   const int64_t U_bytes = positions * panels * panel_size * int64_t(sizeof(T)),
                 V_bytes = positions * tiles * V_row * int64_t(sizeof(T));
@@ -394,7 +398,7 @@ void correlate(const Correlation<T>& x) {
       const int64_t begin = part * tiles / parts, end = (part + 1) * tiles / parts, V_position = (end - begin) * V_row + 16;
       const Places places(x.tiling, begin, end);
       T* V = workspace<T>(Slot::patches, positions * V_position);
-      transform_inputs<F>(x.source, x.tiling, x.C, begin, end, places, V, V_row, V_position);
+      transform_inputs<F>(x.source, x.tiling, channels, begin, end, places, V, V_row, V_position);
       const int64_t k_parts = ceil_div(full_panels<T>(x.K), max_filters<T> / nr<T>);
       for (int64_t k_part = 0; k_part < k_parts; ++k_part) {
         const Panels of = panels_of<T>(k_part, k_parts, x.K);
@@ -421,7 +425,7 @@ void correlate(const Correlation<T>& x) {
     const int64_t runs = ceil_div(count, max_run<F>);
     parallel_for(runs, max_run<F> * x.C * transform_cost / kLanes<T>, [&](int64_t index) {
       const int64_t begin = chunk_begin + index * max_run<F>, end = std::min(chunk_end, begin + max_run<F>);
-      transform_inputs<F>(x.source, x.tiling, x.C, begin, end, places, V, V_row, V_position);
+      transform_inputs<F>(x.source, x.tiling, channels, begin, end, places, V, V_row, V_position);
     });
     const int64_t parts = parts_of(full_panels<T>(x.K), max_filters<T> / nr<T>);
     parallel_for(parts, ceil_div(panels, parts) * panel_size * positions, [&](int64_t part) {
@@ -431,12 +435,12 @@ void correlate(const Correlation<T>& x) {
       // M is gone through once for each block of channels: worth it only where it stays in L2 as well.
       const int64_t fitting = streamed_bytes / (positions * part_panels * nr<T> * int64_t(sizeof(T)));
       const bool M_stays = positions * M_position * int64_t(sizeof(T)) <= streamed_bytes;
-      const int64_t channels = M_stays ? std::clamp<int64_t>(fitting / 8 * 8, 8, x.C) : x.C;
-      const int64_t U_position = part_panels * channels * nr<T> + 16;
+      const int64_t at_once = M_stays ? std::clamp<int64_t>(fitting / 8 * 8, 8, x.C) : x.C;
+      const int64_t U_position = part_panels * at_once * nr<T> + 16;
       T* M = workspace<T>(Slot::tile, positions * M_position);
       T* U = workspace<T>(Slot::packed_weight, positions * U_position);
-      for (int64_t c = 0; c < x.C; c += channels) {
-        const int64_t c_count = std::min(channels, x.C - c);
+      for (int64_t c = 0; c < x.C; c += at_once) {
+        const int64_t c_count = std::min(at_once, x.C - c);
         transform_weights<F, flipped>(x, of, c, c + c_count, U, U_position);
         multiply<F>(places, part_panels, c_count, V + c, V_row, V_position, U, c_count * nr<T>, U_position, c > 0, M, M_row,
                     M_position);
@@ -508,6 +512,59 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
   Conv2dGeometry one = g;
   one.N = 1;
   recompute_tiles<F>(g.N, g.G, K, tiling, result, not_finite,
+                     [&](int64_t n, T* image) { implicit_gemm::conv2d_forward(one, input + n * in.n, weight, epilogue, image); });
+}
+
+// The phases of a stride as channels.
+template <class T>
+PhaseImages<const T> phase_images(const Conv2dGeometry& g, const T* input, int64_t group) {
+  const Strides in = g.input_strides();
+  const int64_t C = g.C_per_group();
+  return {input + group * C * in.c, g.H, g.W, in, g.stride_h, g.stride_w, g.pad_h, g.pad_w, C};
+}
+
+// Calls visit(place in the weight, place in the filters of the phases) for every tap of every filter. The latter have more taps,
+// zeros, unless the stride divides the kernel.
+template <class F, class Visit>
+void for_each_tap_of_phases(const Conv2dGeometry& g, const Visit& visit) {
+  const int64_t C = g.C_per_group(), stride_h = g.stride_h, stride_w = g.stride_w;
+  for (int64_t k = 0; k < g.K; ++k)
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t r = 0; r < g.R; ++r)
+        for (int64_t s = 0; s < g.S; ++s) {
+          const int64_t channel = ((k * stride_h + r % stride_h) * C + c) * stride_w + s % stride_w;
+          visit(((k * C + c) * g.R + r) * g.S + s, (channel * F::H::r + r / stride_h) * F::W::r + s / stride_w);
+        }
+}
+
+template <class F, class T>
+void conv2d_forward_of_phases(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  const Strides in = g.input_strides(), out = g.output_strides();
+  const int64_t C = g.C_per_group() * g.stride_h * g.stride_w, K = g.K_per_group(), taps = F::taps;
+  const Tiling tiling{output_axis<typename F::H>(g.P, 1, 0), output_axis<typename F::W>(g.Q, 1, 0)};
+  const int64_t tiles = g.N * tiling.per_image();
+  unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
+  T* const filters = workspace<T>(Slot::filter_rows, g.K * C * taps);
+  fill(filters, g.K * C * taps, T(0));
+  for_each_tap_of_phases<F>(g, [&](int64_t of_weight, int64_t of_phase) { filters[of_phase] = weight[of_weight]; });
+  for (int64_t group = 0; group < g.G; ++group) {
+    const Epilogue<T> end{epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K, epilogue.relu};
+    const Correlation<T, PhaseImages<const T>> x{g.N,
+                                                 C,
+                                                 K,
+                                                 tiling,
+                                                 phase_images(g, input, group),
+                                                 {output + group * K * out.c, g.P, g.Q, out, g.layout, 1, 1},
+                                                 filters + group * K * C * taps,
+                                                 C * taps,
+                                                 taps,
+                                                 end,
+                                                 not_finite + group * tiles};
+    correlate<F, false>(x);
+  }
+  Conv2dGeometry one = g;
+  one.N = 1;
+  recompute_tiles<F>(g.N, g.G, K, tiling, Images<T>{output, g.P, g.Q, out, g.layout, 1, 1}, not_finite,
                      [&](int64_t n, T* image) { implicit_gemm::conv2d_forward(one, input + n * in.n, weight, epilogue, image); });
 }
 

@@ -17,10 +17,23 @@
 
 namespace torchcnn::TORCHCNN_ISA::winograd {
 
-// D of some tiles, as conv2d_winograd.h makes V of them.
+// Lane by lane.
+template <class T>
+Vec<T> band_sum(const T* band, int64_t vectors) {
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> sum[4] = {};
+  int64_t x = 0;
+  for (; x + 4 <= vectors; x += 4)
+    for (int64_t i = 0; i < 4; ++i) sum[i] += load(band + (x + i) * L);
+  for (; x < vectors; ++x) sum[0] += load(band + x * L);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// D of some tiles, as conv2d_winograd.h makes V of them. Their sums are added to bias_sums, unless it is null: a vector for each of
+// for_each_vector, of which the last may repeat filters.
 template <class F, class T>
 void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling, int64_t filters, int64_t begin, int64_t end,
-                            const Places& places, T* to, int64_t row, int64_t position_stride) {
+                            const Places& places, T* to, int64_t row, int64_t position_stride, T* bias_sums) {
   constexpr int64_t L = kLanes<T>;
   alignas(64) T band[band_out<F, T>];
   for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
@@ -29,6 +42,10 @@ void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling,
     const auto place = places.of_run(tile, run.count);
     for_each_vector<T>(filters, [&](int64_t k) {
       read_band(images, patch, k, band);
+      if (bias_sums != nullptr) {
+        T* const total = bias_sums + ceil_div(k, L) * L;
+        store(total, load(total) + band_sum(band, F::H::out * columns));
+      }
       for (int64_t t = 0; t < run.count; ++t)
         transform_tile<F, false>(band + t * F::W::out * L, columns * L, to + place(t) * row + k, position_stride);
     });
@@ -42,19 +59,17 @@ inline constexpr int64_t slices_bytes = int64_t(10) << 20;  // of the sums of al
 inline constexpr int64_t part_channels = 16 * mr;
 inline constexpr int64_t sum_bytes = int64_t(40) << 20;  // of U: more is computed in parts of the filters
 
-// grad_weight of K filters from first_k, all in one group. False where it is not finite.
-template <class F, class T>
-bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, int64_t first_k, int64_t K,
-                            T* grad_weight) {
-  constexpr int64_t positions = F::positions;
-  const int64_t C = g.C_per_group(), taps = g.R * g.S, group = first_k / g.K_per_group();
-  const Tiling tiling{output_axis<typename F::H>(g.P, g.dilation_h, g.pad_h),
-                      output_axis<typename F::W>(g.Q, g.dilation_w, g.pad_w)};
-  const Strides in = g.input_strides(), out = g.output_strides();
-  const Images<const T> x{input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
-  const Images<const T> dy{grad_output + first_k * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
-  const int64_t tiles = g.N * tiling.per_image(), panels = ceil_div(K, nr<T>);
-  const int64_t V_row = padded_stride<T>(C), D_row = padded_stride<T>(panels * nr<T>);
+struct Accumulated {
+  bool finite = true, bias = true;  // whether grad_weight is finite, and grad_bias was added up
+};
+
+// grad_weight of K filters of C channels, and grad_bias, unless null, where the tiles are summed in slices.
+template <class F, class T, class Source>
+Accumulated accumulate_grad_weight(int64_t N, int64_t C, int64_t K, const Tiling& tiling, const Source& x,
+                                   const Images<const T>& dy, T* grad_weight, T* grad_bias) {
+  constexpr int64_t positions = F::positions, taps = F::taps;
+  const int64_t tiles = N * tiling.per_image(), panels = ceil_div(K, nr<T>), V_channels = std::max(C, kLanes<T>);
+  const int64_t V_row = padded_stride<T>(V_channels), D_row = padded_stride<T>(panels * nr<T>);
 
   // U of channels c_begin ... c_end - 1 and panels panel_begin ... panel_end - 1: U + xi position + ((panel - panel_begin) rows +
   // (c - c_begin)) nr.
@@ -118,7 +133,7 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
                 U + ((panel - part.panel_begin) * part.rows + (c + i - part.c_begin)) * nr<T> + (k - panel * nr<T>),
                 part.position, together + i * taps, row, zero);
           for (int64_t lane = 0; lane < std::min(L, K - k); ++lane)
-            implicit_gemm::copy_row(together + lane * row, channels * taps, grad_weight + ((first_k + k + lane) * C + c) * taps);
+            implicit_gemm::copy_row(together + lane * row, channels * taps, grad_weight + ((k + lane) * C + c) * taps);
         }
         for (int64_t lane = 0; lane < std::min(L, K - k); ++lane) finite &= zero[lane] == T(0);
       }
@@ -151,6 +166,9 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
   const int64_t slices = fitting >= 8 ? 8 : fitting >= 4 ? 4 : fitting >= 2 ? 2 : 1;
   if (slices > 1) {
     T* partial = workspace<T>(Slot::partial_sums, slices * U_size);
+    const int64_t bias_size = ceil_div(K, kLanes<T>) * kLanes<T>;
+    T* bias_sums = grad_bias == nullptr ? nullptr : workspace<T>(Slot::bias_sums, slices * bias_size);
+    if (grad_bias != nullptr) fill(bias_sums, slices * bias_size, T(0));
     parallel_for(slices, tiles / slices * positions * C * panels, [&](int64_t slice) {
       const int64_t begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
       for (int64_t tile = begin; tile < end; tile += slice_block) {
@@ -158,13 +176,20 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
         const Places places(tiling, tile, tile + count);
         T* V = workspace<T>(Slot::patches, positions * (V_position + D_position));
         T* D = V + positions * V_position;
-        transform_inputs<F>(x, tiling, C, tile, tile + count, places, V, V_row, V_position);
-        transform_grad_outputs<F>(dy, tiling, K, tile, tile + count, places, D, D_row, D_position);
+        transform_inputs<F>(x, tiling, V_channels, tile, tile + count, places, V, V_row, V_position);
+        transform_grad_outputs<F>(dy, tiling, K, tile, tile + count, places, D, D_row, D_position,
+                                  grad_bias == nullptr ? nullptr : bias_sums + slice * bias_size);
         multiply(whole, 0, positions, V, V_position, D, D_position, places, true, tile > begin, partial + slice * U_size);
       }
     });
     finish_all(partial, slices);
-    return not_finite == 0;
+    for (int64_t k = 0; grad_bias != nullptr && k < K; ++k) {
+      const int64_t v = k / kLanes<T>, lane = k - std::min(v * kLanes<T>, K - kLanes<T>);
+      T sum = 0;
+      for (int64_t slice = 0; slice < slices; ++slice) sum += bias_sums[slice * bias_size + v * kLanes<T> + lane];
+      grad_bias[k] = sum;
+    }
+    return {not_finite == 0, true};
   }
 
   // All of V and D where they are small; else a chunk at a time.
@@ -181,8 +206,8 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
     const int64_t runs = ceil_div(count, max_run<F>);
     parallel_for(runs, max_run<F> * (C + K) / kLanes<T> * positions * 8, [&](int64_t index) {
       const int64_t begin = chunk_begin + index * max_run<F>, end = std::min(chunk_begin + count, begin + max_run<F>);
-      transform_inputs<F>(x, tiling, C, begin, end, places, V, V_row, V_position);
-      transform_grad_outputs<F>(dy, tiling, K, begin, end, places, D, D_row, D_position);
+      transform_inputs<F>(x, tiling, V_channels, begin, end, places, V, V_row, V_position);
+      transform_grad_outputs<F>(dy, tiling, K, begin, end, places, D, D_row, D_position, static_cast<T*>(nullptr));
     });
 
     if (chunks > 1) {  // each thread takes some of the positions, of which nothing is needed for the others
@@ -209,23 +234,59 @@ bool accumulate_grad_weight(const Conv2dGeometry& g, const T* grad_output, const
     });
   }
   if (chunks > 1) finish_all(U, 1);
-  return not_finite == 0;
+  return {not_finite == 0, false};
 }
 
-template <class F, class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
-  const int64_t C = g.C_per_group(), K = g.K_per_group();
-  const int64_t parts = ceil_div(F::positions * C * K * int64_t(sizeof(T)), sum_bytes);
-  bool finite = true;
-  for (int64_t group = 0; group < g.G; ++group) {
-    for (int64_t part = 0; part < std::min(parts, full_panels<T>(K)); ++part) {
-      const Panels of = panels_of<T>(part, std::min(parts, full_panels<T>(K)), K);
+// Calls accumulate(group, first_k, filters) for the filters of every group, so many at a time that U has at most sum_bytes.
+template <class F, class T, class Accumulate>
+Accumulated accumulate_groups(int64_t groups, int64_t C, int64_t K, const Accumulate& accumulate) {
+  const int64_t parts = std::min(ceil_div(F::positions * C * K * int64_t(sizeof(T)), sum_bytes), full_panels<T>(K));
+  Accumulated all;
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const Panels of = panels_of<T>(part, parts, K);
       const int64_t first = of.begin * nr<T>;
-      finite &=
-          accumulate_grad_weight<F>(g, grad_output, input, group * K + first, std::min(K, of.end * nr<T>) - first, grad_weight);
+      const Accumulated some = accumulate(group, group * K + first, std::min(K, of.end * nr<T>) - first);
+      all.finite &= some.finite, all.bias &= some.bias;
     }
   }
-  if (!finite) implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
+  return all;
+}
+
+// Of the bias too, where grad_bias is not null and this returns true.
+template <class F, class T>
+bool conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
+  const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
+  const Tiling tiling{output_axis<typename F::H>(g.P, g.dilation_h, g.pad_h),
+                      output_axis<typename F::W>(g.Q, g.dilation_w, g.pad_w)};
+  const Strides in = g.input_strides(), out = g.output_strides();
+  const Accumulated done = accumulate_groups<F, T>(g.G, C, K, [&](int64_t group, int64_t k, int64_t filters) {
+    const Images<const T> x{input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
+    const Images<const T> dy{grad_output + k * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
+    return accumulate_grad_weight<F>(g.N, C, filters, tiling, x, dy, grad_weight + k * C * taps,
+                                     grad_bias == nullptr ? nullptr : grad_bias + k);
+  });
+  if (!done.finite) implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
+  return done.bias;
+}
+
+// For strides above 1, as conv2d_forward_of_phases.
+template <class F, class T>
+bool conv2d_grad_weight_of_phases(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
+  const int64_t K = g.K_per_group(), C = g.C_per_group() * g.stride_h * g.stride_w;
+  const Tiling tiling{output_axis<typename F::H>(g.P, 1, 0), output_axis<typename F::W>(g.Q, 1, 0)};
+  const Strides out = g.output_strides();
+  T* const of_phases = workspace<T>(Slot::filter_rows, g.K * C * F::taps);
+  const Accumulated done = accumulate_groups<F, T>(g.G, C, K, [&](int64_t group, int64_t k, int64_t filters) {
+    const Images<const T> dy{grad_output + k * out.c, g.P, g.Q, out, g.layout, 1, 1};
+    return accumulate_grad_weight<F>(g.N, C, filters, tiling, phase_images(g, input, group), dy, of_phases + k * C * F::taps,
+                                     grad_bias == nullptr ? nullptr : grad_bias + k);
+  });
+  if (done.finite)
+    for_each_tap_of_phases<F>(g, [&](int64_t of_weight, int64_t of_phase) { grad_weight[of_weight] = of_phases[of_phase]; });
+  else
+    implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
+  return done.bias;
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::winograd

@@ -33,9 +33,19 @@ struct Images {
   int64_t dilation_h, dilation_w;  // between neighbours in a tile
 };
 
+// The phases of a stride, as channels of images that a filter of stride 1 meets: channel (a, c, b) has at (i, j) the element
+// (i stride_h + a - pad_h, j stride_w + b - pad_w) of channel c < C, zero outside.
+template <class T>
+struct PhaseImages {
+  T* data;
+  int64_t rows, columns;
+  Strides strides;
+  int64_t stride_h, stride_w, pad_h, pad_w, C;
+};
+
 // Tiles in a run: 8 tiles of 4x4 are two vectors of 16 columns wide, and their band of 6 x 34 vectors has 13 KiB.
 template <class F>
-inline constexpr int64_t max_run = F::W::points == 1 ? 16 : 32 / std::max({4, F::W::step, F::W::out});
+inline constexpr int64_t max_run = F::W::points == 1 || F::W::r == 4 ? 16 : 32 / std::max({4, F::W::step, F::W::out});
 
 template <class F, class T>
 inline constexpr int64_t band_in = F::H::in * ((max_run<F> - 1) * F::W::step + F::W::in) * kLanes<T>;
@@ -214,6 +224,52 @@ void read_band(const Images<const T>& images, const Patch& patch, int64_t c, T* 
       read_columns(from, s.c, images.dilation_w, right - left, band + left * L);
     } else {
       for (int64_t j = left; j < right; ++j, from += images.dilation_w * s.w) store(band + j * L, load(from));
+    }
+  }
+}
+
+// Which part of them: rows x columns elements from (h, w) on of image n.
+struct PhasePatch {
+  int64_t n, h, w, rows, columns;
+};
+template <class T>
+PhasePatch patch_of(const PhaseImages<T>&, int64_t n, int64_t h, int64_t w, int64_t rows, int64_t columns) {
+  return {n, h, w, rows, columns};
+}
+template <class T>
+Patch patch_of(const Images<T>& images, int64_t n, int64_t h, int64_t w, int64_t rows, int64_t columns) {
+  return {images, n, h, w, rows, columns};
+}
+
+// to[j to_step ...] = from[j from_step ...], `size` elements each: those of one row that the phases of a window's columns take.
+template <class T, int64_t size>
+void copy_units(const T* from, int64_t count, T* to, int64_t to_step) {
+  for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * to_step, from + j * size, size * sizeof(T));
+}
+
+// The same; lanes beyond the channels are zeros. Phases of neighbouring columns lie side by side in NCHW.
+template <class T>
+void read_band(const PhaseImages<const T>& images, const PhasePatch& patch, int64_t channel, T* band) {
+  constexpr int64_t L = kLanes<T>;
+  const Strides& s = images.strides;
+  const int64_t S = images.stride_w, channels = images.stride_h * images.C * S, first = patch.w * S - images.pad_w;
+  const bool inside = s.w == 1 && first >= 0 && first + patch.columns * S <= images.columns;
+  for (int64_t x = 0; x < patch.rows * patch.columns; ++x) store(band + x * L, Vec<T>{});
+  for (int64_t lane = 0, together = 1; lane < std::min(L, channels - channel); lane += together) {
+    const int64_t b = (channel + lane) % S, c = (channel + lane) / S % images.C, a = (channel + lane) / S / images.C;
+    const int64_t first_row = patch.h * images.stride_h + a - images.pad_h;
+    const Inside row(first_row, images.stride_h, patch.rows, images.rows), column(first + b, S, patch.columns, images.columns);
+    const T* from = images.data + patch.n * s.n + c * s.c + first_row * s.h + (first + b) * s.w;
+    together = inside && b == 0 && lane + S <= L && (S == 2 || S == 4) ? S : 1;
+    for (int64_t i = row.begin; i < row.end; ++i) {
+      const T* at = from + i * images.stride_h * s.h;
+      T* to = band + i * patch.columns * L + lane;
+      switch (together) {
+        case 2: copy_units<T, 2>(at, patch.columns, to, L); break;
+        case 4: copy_units<T, 4>(at, patch.columns, to, L); break;
+        default:
+          for (int64_t j = column.begin; j < column.end; ++j) to[j * L] = at[j * S * s.w];
+      }
     }
   }
 }
