@@ -99,7 +99,7 @@ def test_bias_and_relu(name, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["pairs", "fours", "half_a_vector", "stride_2", "sixteens"])
 def test_what_is_not_finite_stays_in_its_group(name, layout):
-    """All other groups have the bits that they have without it, and within grad_weight the taps that do not see it."""
+    """All other groups have the bits that they have without it."""
     input_size, weight_size, *options = GEOMETRIES[name]
     tensors = make_tensors(input_size, weight_size, options, torch.randn)
     members, groups = weight_size[1], options[-1]

@@ -492,6 +492,41 @@ def test_not_finite(case, where, place, value, layout):
 
 
 @needs_winograd
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 17, 40, 37, 21, 3, (1, 1)),  # tiles enough for slices, which add up grad_bias; filters no multiple of a vector
+        Case(2, 40, 41, 36, 42, 3, (1, 1), groups=2),
+        Case(4, 36, 44, 40, 37, 3, (1, 1), stride=2),
+        Case(2, 48, 33, 40, 50, 1, (0, 1), S=3),
+        Case(2, 3, 60, 64, 37, 7, (3, 3), stride=2),
+        Case(3, 8, 70, 66, 66, 11, (2, 2), groups=2, stride=4),
+        Case(1, 16, 7, 7, 21, 3, (1, 1)),  # few tiles, where it is a sum of its own
+    ],
+    ids=str,
+)
+def test_grad_bias_beside_grad_weight(case, dtype, layout):
+    x, w, b, dy = tensors(case, dtype)
+    assert algorithms(case)[2].startswith("winograd")
+
+    def grad_bias(dy):
+        leaves = w.detach().requires_grad_(), b.detach().requires_grad_()
+        return torch.autograd.grad(torchcnn.functional.conv2d(layout(x), *leaves, *options(case)), leaves, layout(dy))[1]
+
+    positions = dy.numel() // case.K
+    tiers.assert_bound(grad_bias(dy), dy.double().sum((0, 2, 3)), dy.double().abs().sum((0, 2, 3)), positions)
+    if dtype == torch.float32:  # summed in double: all errors of a float32 sum would have one sign
+        constant = torch.full_like(dy, 0.1)
+        exact = constant.double().sum((0, 2, 3))
+        assert ((grad_bias(constant) - exact).abs() <= 2 * torch.finfo(dtype).eps * exact).all()
+    integers = torch.randint(-3, 4, dy.shape).to(dtype)
+    tiers.assert_exact(grad_bias(integers), integers.double().sum((0, 2, 3)))
+    integers[-1, 3, 1, 2] = torch.inf
+    spoilt = grad_bias(integers)
+    assert spoilt[3] == torch.inf and spoilt.isfinite().sum() == case.K - 1
+
+
+@needs_winograd
 def test_switch():
     case = CASES[0]
     assert backends.allow_winograd is True

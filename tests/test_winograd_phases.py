@@ -20,6 +20,7 @@ from test_winograd import (  # noqa: F401  winograd: the fixture that allows it
     winograd,
 )
 
+import torchcnn
 from torchcnn import backends
 
 # Few channels and many; tails of channels, of filters and of tiles; padding none, one side of a phase and beyond the filter.
@@ -28,14 +29,15 @@ CASES = [
     Case(2, 3, 91, 87, 64, 11, (2, 2), stride=4),  # AlexNet
     Case(3, 3, 40, 39, 33, 8, (1, 0), stride=2),
     Case(2, 5, 31, 36, 48, 5, (2, 2), stride=2),
-    Case(1, 17, 30, 33, 37, 6, (0, 5), stride=2),
+    Case(1, 16, 30, 33, 37, 6, (0, 5), stride=2),
     Case(2, 4, 47, 50, 65, 9, (4, 1), stride=3),
     Case(1, 2, 66, 70, 34, 12, (7, 0), stride=3),
     Case(2, 6, 40, 41, 80, 7, (3, 2), stride=2, groups=2),
     Case(1, 3, 15, 131, 40, 7, (3, 3), stride=2),
     Case(2, 3, 60, 21, 40, 7, (0, 3), stride=2),
     Case(2, 3, 34, 35, 40, 7, (9, 8), stride=2),
-    Case(1, 40, 24, 25, 130, 5, (2, 2), stride=2),
+    Case(1, 13, 34, 33, 130, 5, (2, 2), stride=2),
+    Case(8, 4, 41, 43, 37, 7, (3, 3), stride=2),  # so many tiles that they are summed in slices, grad_bias beside
 ]
 
 
@@ -85,16 +87,51 @@ def test_small_integers(case, dtype, layout):
         tiers.assert_exact(result.round(), exact)
 
 
+@pytest.mark.parametrize(
+    ("input_size", "weight_size", "stride", "padding"),
+    [
+        ((2, 8, 36, 41), (64, 8, 7, 4), (2, 1), (3, 1)),
+        ((2, 3, 40, 77), (40, 3, 4, 15), (1, 4), (0, 2)),
+        ((1, 8, 51, 42), (72, 4, 12, 6), (4, 2), (1, 5)),  # in two groups
+        ((2, 3, 44, 39), (33, 3, 6, 3), (2, 1), (1, 0)),
+        ((1, 8, 30, 28), (64, 8, 3, 5), (1, 2), (1, 2)),
+    ],
+    ids=str,
+)
+def test_axes_are_not_exchanged(input_size, weight_size, stride, padding, layout):
+    """Kernels, strides and paddings that differ along height and width; few phases, fewer than a vector."""
+    groups = input_size[1] // weight_size[1]
+    if torchcnn.isa() != "reference":
+        text = torchcnn.explain(input_size, weight_size, stride, padding, groups=groups)
+        assert "phases" in text.splitlines()[2], text
+    x, w = tiers.small_integers(input_size), tiers.small_integers(weight_size)
+
+    def directions(conv2d, x, w):
+        w = w.detach().requires_grad_()
+        output = conv2d(x, w, None, stride, padding, 1, groups)
+        torch.manual_seed(0)
+        dy = (tiers.small_integers(output.shape) * (torch.rand(output.shape) < 0.3)).to(output.dtype)
+        return output.detach(), torch.autograd.grad(output, w, dy)[0]
+
+    actual = directions(torchcnn.functional.conv2d, layout(x.float()), w.float())
+    for result, exact in zip(actual, directions(F.conv2d, x, w), strict=True):
+        tiers.assert_exact(result.round(), exact)
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(7, 2), (5, 2), (11, 4)])
 def test_tiles_cut_to_every_size(kernel, stride, layout):
     large = Case(2, 3, 80, 80, 64, kernel, (3, 3), stride=stride)
     ours(*(torch.full_like(t, torch.nan) for t in tensors(large, torch.float32)), large)  # leaves NaN in scratch memory
-    for H in range(kernel * 2, kernel * 2 + 8 * stride):
-        case = Case(2, 16 if kernel == 5 else 3, H, kernel * 4 + 7 * H % (8 * stride), 36, kernel, (2, 3), stride=stride)
+    taken = set()
+    for step in range(4 * stride):
+        H, W = 16 * stride + kernel + step, 14 * stride + kernel + 7 * step % (4 * stride)
+        case = Case(2, 8, H, W, 36, kernel, (2, 3), stride=stride)
         x, w, b, dy = tensors(case, torch.float64, lambda *shape: tiers.small_integers(shape))
         expected = truth(x, w, b, dy, case)
         for result, exact in zip(ours(layout(x.float()), w.float(), b.float(), layout(dy.float()), case), expected, strict=True):
             tiers.assert_exact(result.round(), exact)
+        taken |= {name.endswith("phases") for name in algorithms(case)[::2]}
+    assert taken == {torchcnn.isa() != "reference"}
 
 
 @needs_winograd
@@ -165,16 +202,17 @@ def test_not_finite(case, where, value, layout):
 @pytest.mark.parametrize(
     ("size", "weight", "stride", "dilation"),
     [
-        ((1, 1, 64, 64), (64, 1, 7, 7), 2, 1),  # too few channels for so much around them
+        ((1, 1, 64, 64), (64, 1, 5, 5), 2, 1),  # too few channels for so much around them
         ((1, 3, 64, 64), (16, 3, 7, 7), 2, 1),  # too few filters
         ((1, 3, 64, 64), (64, 3, 7, 7), 2, 2),
         ((1, 3, 64, 64), (64, 3, 7, 3), 2, 1),
         ((1, 3, 64, 64), (64, 3, 9, 9), 2, 1),
         ((1, 3, 64, 64), (64, 3, 4, 4), 4, 1),
-        ((1, 3, 9, 9), (64, 3, 7, 7), 2, 1),  # tiles of a few outputs
+        ((1, 3, 9, 9), (64, 3, 7, 7), 2, 1),  # a few tiles
+        ((1, 17, 64, 64), (64, 17, 7, 7), 2, 1),  # so many channels that weights could cost more than tiles
     ],
     ids=str,
 )
 def test_other_geometries_do_not(size, weight, stride, dilation):
     case = Case(*size, weight[0], weight[2], (0, 0), stride=stride, dilation=(dilation, dilation), S=weight[3])
-    assert not any(name.endswith("phases") for name in algorithms(case)[:2])
+    assert not any(name.endswith("phases") for name in algorithms(case)[::2])

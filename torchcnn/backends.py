@@ -2,7 +2,8 @@
 
 `torchcnn.backends.allow_winograd` is a bool to read and to assign, True at import, of the whole process. Where it is True,
 3x3 and 5x5 convolutions of stride 1, those of stride 1 with 3, 5 or 7 taps along one axis, and 3x3 ones of stride 2, with enough
-channels, use Winograd's algorithm: up to four times fewer multiplications, and an error bounded by the largest input near an
+channels, and first layers (at most 16 channels, stride 2 and above, 3 or 4 taps for each step of it: 7x7 of stride 2, 11x11 of
+stride 4) use Winograd's algorithm: up to four times fewer multiplications, and an error bounded by the largest input near an
 output instead of the inputs that the output is made of, so that outputs beside a much larger value lose relative accuracy. Where
 it is False, they are direct sums, as in torch's own error bound.
 

@@ -107,16 +107,17 @@ inline Choice choose_winograd_of_one_axis(const Conv2dGeometry& g, int64_t rows,
 }
 
 // Filters whose stride leaves 3 or 4 taps a phase, the phases as channels of a convolution of stride 1: the first layers of
-// networks. With so few channels, what a tile costs beside its products counts: about 300 of them for every filter. That is
-// dearer in forward, where all of it is written, by rows of pixels.
+// networks, with few channels and so many tiles that transforming the filters costs little. What a tile costs beside its products
+// counts then: about 300 of them for every filter, and more in forward, where all of its outputs are written.
 inline Choice choose_winograd_of_phases(const Conv2dGeometry& g, Direction direction) {
   const Choice none{Algorithm::implicit_gemm, nullptr};
   const int64_t taps = ceil_div(g.R, g.stride_h), stride = g.stride_h * g.stride_w;
   if (direction == Direction::grad_input || g.dilation_h > 1 || g.dilation_w > 1 || stride == 1 || stride > 256) return none;
   if (g.K_per_group() < 32 || taps != ceil_div(g.S, g.stride_w) || (taps != 3 && taps != 4)) return none;
-  const int64_t m = taps == 3 ? 4 : 3, direct = g.P * g.Q * g.C_per_group() * g.R * g.S;
-  const int64_t products = winograd_products(g.P, 1, m, 6) * winograd_products(g.Q, 1, m, 6) * g.C_per_group() * stride;
-  const int64_t work = products + 300 * ceil_div(g.P, m) * ceil_div(g.Q, m);
+  const int64_t C = g.C_per_group(), m = taps == 3 ? 4 : 3, tiles = ceil_div(g.P, m) * ceil_div(g.Q, m);
+  if (C > 16 || tiles < 16 || tiles > int64_t(1) << 32) return none;
+  const int64_t products = winograd_products(g.P, 1, m, 6) * winograd_products(g.Q, 1, m, 6) * C * stride;
+  const int64_t work = products + 300 * tiles, direct = g.P * g.Q * C * g.R * g.S;
   if (direction == Direction::forward ? work * 5 > direct * 3 : work * 4 > direct * 3) return none;
   if (taps == 3)
     return {Algorithm::winograd_4x4_3x3_phases, "3x3 taps a phase of the stride: 36 products for 4x4 outputs instead of 144"};

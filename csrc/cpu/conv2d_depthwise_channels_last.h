@@ -22,7 +22,8 @@ namespace torchcnn::TORCHCNN_ISA::depthwise::channels_last {
 // Output pixels in a register tile: 8 accumulators, enough to hide the latency of a multiply-add, + at most 7 weights of a filter
 // row + 1 of 16 registers.
 inline constexpr int64_t tile_pixels = 8;
-// Rows of 7, 14, 28, ... are cut into tiles of 7 where so few still hide the latency: vectors of 64 bytes take two cycles each.
+// Rows of 7, 14, 28, ... are cut into tiles of 7 where so few still hide the latency: vectors of 64 bytes take two cycles each. Of
+// 3 taps the sums wait for memory in any case.
 inline constexpr int64_t tile_of_7 = TORCHCNN_VECTOR_BYTES == 64 ? 7 : tile_pixels;
 
 // The vectors of `channels` channels.
@@ -85,10 +86,10 @@ struct Image {
 
 // Row positions `i` of phase fh, column positions `j` of phase fw and vectors v of channels. known_column: the number of
 // channels, or 0 if that is known only when this runs.
-template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t tile_pixels>
+template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pixels_of_tile>
 [[gnu::noinline]] void correlate_tiles(const Axes& axes, int64_t S, const Image<T>& image, int64_t fh, int64_t fw,
                                        const Range& i_range, const Range& j_range, const Range& v_range) {
-  constexpr int64_t columns = (tile_pixels - 1) * step + taps;
+  constexpr int64_t columns = (pixels_of_tile - 1) * step + taps;
   const Axis &h = axes.h, &w = axes.w;
   const Phase phase_h = h.phase[fh], phase_w = w.phase[fw];
   const int64_t column = known_column > 0 ? known_column : image.channels, column_step = taps > 0 ? step : w.step;
@@ -107,16 +108,16 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t til
     const T* const weights =
         image.weight + ((phase_h.index + range.begin * phase_h.index_step) * S + phase_w.index) * image.weight_pitch;
     T* const outputs = image.output + (i * h.phases + fh) * image.output_row + fw * column;
-    for (int64_t j = j_range.begin; j < j_range.end; j += tile_pixels) {
-      const int64_t first = j * column_step + phase_w.offset, count = std::min(tile_pixels, j_range.end - j);
+    for (int64_t j = j_range.begin; j < j_range.end; j += pixels_of_tile) {
+      const int64_t first = j * column_step + phase_w.offset, count = std::min(pixels_of_tile, j_range.end - j);
       const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, width - first);
       const auto tile = [&](int64_t c, auto clipped) __attribute__((always_inline)) {
         T* const output = outputs + j * output_column + c;
-        Vec<T> sum[tile_pixels];
+        Vec<T> sum[pixels_of_tile];
         const Vec<T> start = bias == nullptr ? Vec<T>{} : load(bias + c);
-        unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
+        unrolled<pixels_of_tile>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
         if (accumulate)
-          unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
+          unrolled<pixels_of_tile>([&](auto v) __attribute__((always_inline)) {
             if (v < count) sum[v] = load(output + v * output_column);
           });
         const T* from = source + j * column_step * column + c;
@@ -128,12 +129,12 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t til
             unrolled<taps>([&](auto s) __attribute__((always_inline)) { tap[s] = load(at), advance(at, weight_column); });
             at = from;
             if (known_column == 0 && a + h.step >= range.end)
-              unrolled<tile_pixels * step>(
+              unrolled<pixels_of_tile * step>(
                   [&](auto d) __attribute__((always_inline)) { __builtin_prefetch(at + d * column + ahead, 0, 2); });
             unrolled<columns>([&](auto d) __attribute__((always_inline)) {
               if (!clipped || (d >= begin && d < end)) {
                 const Vec<T> input = load_once(at);
-                unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
+                unrolled<pixels_of_tile>([&](auto v) __attribute__((always_inline)) {
                   constexpr int64_t s = d - v * step;
                   if constexpr (s >= 0 && s < taps) sum[v] += tap[s] * input;
                 });
@@ -143,28 +144,28 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t til
           } else {
             for (int64_t b = 0; b < phase_w.count; ++b) {
               const Range valid =
-                  padded ? Range{j, j + tile_pixels} : inside(w, phase_w, phase_w.offset + b * phase_w.offset_step);
+                  padded ? Range{j, j + pixels_of_tile} : inside(w, phase_w, phase_w.offset + b * phase_w.offset_step);
               const T* at = from + b * phase_w.offset_step * column;
               const Vec<T> tap = load(weight + b * weight_column);
               const auto add = [&](auto v)
                                    __attribute__((always_inline)) { sum[v] += tap * load(at + v * column_step * column); };
-              if (valid.begin <= j && j + tile_pixels <= valid.end)
-                unrolled<tile_pixels>(add);
+              if (valid.begin <= j && j + pixels_of_tile <= valid.end)
+                unrolled<pixels_of_tile>(add);
               else
-                unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
+                unrolled<pixels_of_tile>([&](auto v) __attribute__((always_inline)) {
                   if (j + v >= valid.begin && j + v < std::min(valid.end, j + count)) add(v);
                 });
             }
           }
         }
-        unrolled<tile_pixels>([&](auto v) __attribute__((always_inline)) {
+        unrolled<pixels_of_tile>([&](auto v) __attribute__((always_inline)) {
           if (v < count) {
             store(output + v * output_column, relu ? rectified<T>(sum[v]) : sum[v]);
             if (known_column == 0) __builtin_prefetch(output + v * output_column + ahead, 1, 2);
           }
         });
       };
-      const bool whole = taps > 0 && (padded || (begin == 0 && end == columns && count == tile_pixels));
+      const bool whole = taps > 0 && (padded || (begin == 0 && end == columns && count == pixels_of_tile));
       if constexpr (known_column == kLanes<T>) {
         whole ? tile(0, std::false_type{}) : tile(0, std::true_type{});
       } else if (whole) {
@@ -180,10 +181,11 @@ template <class T, int64_t taps, int64_t step, int64_t known_column>
 void correlate_rows(const Axes& axes, int64_t S, const Image<T>& image, int64_t fh, int64_t fw, const Range& i_range,
                     const Range& j_range, const Range& v_range) {
   constexpr int64_t seven = taps == 5 || taps == 7 ? tile_of_7 : tile_pixels;
-  if ((j_range.end - j_range.begin) % seven == 0)
-    correlate_tiles<T, taps, step, known_column, seven>(axes, S, image, fh, fw, i_range, j_range, v_range);
-  else
-    correlate_tiles<T, taps, step, known_column, tile_pixels>(axes, S, image, fh, fw, i_range, j_range, v_range);
+  if constexpr (seven != tile_pixels) {
+    if ((j_range.end - j_range.begin) % seven == 0)
+      return correlate_tiles<T, taps, step, known_column, seven>(axes, S, image, fh, fw, i_range, j_range, v_range);
+  }
+  correlate_tiles<T, taps, step, known_column, tile_pixels>(axes, S, image, fh, fw, i_range, j_range, v_range);
 }
 
 // to[t][x] = from[x / repeated mod channels][t] for x < pitch, `from` with filters channel_stride apart.

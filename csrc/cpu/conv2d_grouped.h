@@ -14,6 +14,7 @@
 //
 // If M is above the number of lanes, a group is several vectors, and the upper bits of d choose among these. Both layouts are
 // brought into rows of vectors with zeros around (conv2d_depthwise_nchw.h), which is little work beside M depthwise convolutions.
+// The zeros of the padding are multiplied, as in all kernels that copy rows: 0 * inf is NaN.
 #pragma once
 
 #include <algorithm>
@@ -157,13 +158,17 @@ struct PackedRows {
   int64_t first_column, pitch, rows;  // `rows` of each part
   const int32_t* place;
 
-  PackedRows(const Axes& axes, int64_t strip) {
+  static int64_t pitch_of(const Axis& w) {
+    return std::max(w.reads(0, std::max(w.phase[0].positions, longest_tile)).end, w.source_size) - std::min<int64_t>(w.first, 0);
+  }
+  PackedRows(const Axes& axes, int64_t strip, Layout layout) {
     const Axis& w = axes.w;
-    const int64_t read = w.reads(0, std::max(w.phase[0].positions, longest_tile)).end;
     first_column = std::min<int64_t>(w.first, 0);
-    pitch = std::max(read, w.source_size) - first_column;
+    pitch = pitch_of(w);
     rows = (strip - 1) * axes.h.step + axes.h.span() + 1;
-    place = depthwise::nchw::Cut<T>::place_of(Slot::offsets, std::min(rows, axes.h.source_size), w.source_size, pitch);
+    place = layout == Layout::channels_last
+                ? nullptr
+                : depthwise::nchw::Cut<T>::place_of(Slot::offsets, std::min(rows, axes.h.source_size), w.source_size, pitch);
   }
   int64_t row() const { return pitch * kLanes<T>; }
   int64_t part() const { return rows * row(); }
@@ -227,10 +232,10 @@ void correlate(const Conv2dGeometry& g, const Axes& axes, const T* source, const
   pack_weight(blocks, weight, filter, turned, packed);
 
   // Rows of a task: as many as leave their packed source in a part of L2; rows may be split at will, since that changes no sum.
-  const int64_t row_bytes = (w.source_size + w.span()) * blocks.width * int64_t(sizeof(T)) * h.step;
+  const int64_t row_bytes = PackedRows<T>::pitch_of(w) * blocks.width * int64_t(sizeof(T)) * h.step;
   const int64_t share = ceil_div(g.N * blocks.count * rows, 4 * thread_count());
   const int64_t strip = std::clamp<int64_t>(std::min((64 << 10) / row_bytes, share), 1, rows), strips = ceil_div(rows, strip);
-  const PackedRows<T> from(axes, strip);
+  const PackedRows<T> from(axes, strip, g.layout);
   const int64_t to_rows = strip * h.phases, to_part = to_rows * w.output_size * L;
   parallel_for(g.N * strips * blocks.count, strip * w.output_size * blocks.members * filter * blocks.parts, [&](int64_t task) {
     const int64_t block = task % blocks.count, n = task / blocks.count / strips;
@@ -368,9 +373,10 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t size = blocks.parts * blocks.members * filter * L;
   const int64_t strips = ceil_div(g.P, std::clamp<int64_t>(256 / g.Q, 1, g.P)), strip = ceil_div(g.P, strips);
   const int64_t units = g.N * strips;
-  const PackedRows<T> from(axes, strip);
+  const PackedRows<T> from(axes, strip, g.layout);
   const int64_t gradient_part = strip * g.Q * L;
-  const int32_t* const place = depthwise::nchw::Cut<T>::place_of(Slot::positions, strip, g.Q, g.Q);
+  const int32_t* const place =
+      from.place == nullptr ? nullptr : depthwise::nchw::Cut<T>::place_of(Slot::positions, strip, g.Q, g.Q);
   // In channels_last a task takes neighbouring blocks, which share cache lines and pages.
   const int64_t line_blocks = std::max<int64_t>(1, 256 / (blocks.width * int64_t(sizeof(T))));
   const int64_t bundle = g.layout == Layout::nchw ? 1 : line_blocks, bundles = ceil_div(blocks.count, bundle);

@@ -17,7 +17,7 @@
 // Tiles do not cross images and every element is summed over c in one order, so results depend neither on the number of threads
 // nor, for an image, on the others. Intermediate values mix all elements of a tile, so that one Inf or NaN would spread over it:
 // a tile whose result is not finite is computed again by implicit GEMM. The caller guarantees the filter and stride of F and at
-// least kLanes<T> channels and filters in a group. grad_weight: conv2d_winograd_grad_weight.h.
+// least kLanes<T> filters in a group, and as many channels but for phases. grad_weight: conv2d_winograd_grad_weight.h.
 #pragma once
 
 #include <algorithm>
@@ -435,7 +435,7 @@ void correlate(const Correlation<T, Source>& x) {
       // M is gone through once for each block of channels: worth it only where it stays in L2 as well.
       const int64_t fitting = streamed_bytes / (positions * part_panels * nr<T> * int64_t(sizeof(T)));
       const bool M_stays = positions * M_position * int64_t(sizeof(T)) <= streamed_bytes;
-      const int64_t at_once = M_stays ? std::clamp<int64_t>(fitting / 8 * 8, 8, x.C) : x.C;
+      const int64_t at_once = M_stays ? std::min(x.C, std::max<int64_t>(8, fitting / 8 * 8)) : x.C;
       const int64_t U_position = part_panels * at_once * nr<T> + 16;
       T* M = workspace<T>(Slot::tile, positions * M_position);
       T* U = workspace<T>(Slot::packed_weight, positions * U_position);
@@ -528,13 +528,14 @@ PhaseImages<const T> phase_images(const Conv2dGeometry& g, const T* input, int64
 template <class F, class Visit>
 void for_each_tap_of_phases(const Conv2dGeometry& g, const Visit& visit) {
   const int64_t C = g.C_per_group(), stride_h = g.stride_h, stride_w = g.stride_w;
-  for (int64_t k = 0; k < g.K; ++k)
+  parallel_for(g.K, C * g.R * g.S, [&](int64_t k) {
     for (int64_t c = 0; c < C; ++c)
       for (int64_t r = 0; r < g.R; ++r)
         for (int64_t s = 0; s < g.S; ++s) {
           const int64_t channel = ((k * stride_h + r % stride_h) * C + c) * stride_w + s % stride_w;
           visit(((k * C + c) * g.R + r) * g.S + s, (channel * F::H::r + r / stride_h) * F::W::r + s / stride_w);
         }
+  });
 }
 
 template <class F, class T>

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../geometry.h"
+#include "conv2d_grad_bias.h"
 #include "conv2d_implicit_gemm_grad_weight.h"
 #include "conv2d_winograd.h"
 #include "runtime.h"
@@ -17,23 +18,11 @@
 
 namespace torchcnn::TORCHCNN_ISA::winograd {
 
-// Lane by lane.
-template <class T>
-Vec<T> band_sum(const T* band, int64_t vectors) {
-  constexpr int64_t L = kLanes<T>;
-  Vec<T> sum[4] = {};
-  int64_t x = 0;
-  for (; x + 4 <= vectors; x += 4)
-    for (int64_t i = 0; i < 4; ++i) sum[i] += load(band + (x + i) * L);
-  for (; x < vectors; ++x) sum[0] += load(band + x * L);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
 // D of some tiles, as conv2d_winograd.h makes V of them. Their sums are added to bias_sums, unless it is null: a vector for each of
 // for_each_vector, of which the last may repeat filters.
 template <class F, class T>
 void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling, int64_t filters, int64_t begin, int64_t end,
-                            const Places& places, T* to, int64_t row, int64_t position_stride, T* bias_sums) {
+                            const Places& places, T* to, int64_t row, int64_t position_stride, double* bias_sums) {
   constexpr int64_t L = kLanes<T>;
   alignas(64) T band[band_out<F, T>];
   for_each_run<F>(tiling, begin, end, [&](int64_t tile, const Run& run) {
@@ -43,8 +32,10 @@ void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling,
     for_each_vector<T>(filters, [&](int64_t k) {
       read_band(images, patch, k, band);
       if (bias_sums != nullptr) {
-        T* const total = bias_sums + ceil_div(k, L) * L;
-        store(total, load(total) + band_sum(band, F::H::out * columns));
+        double* const total = bias_sums + ceil_div(k, L) * L;
+        int64_t x = 0;
+        for (; x + 4 <= F::H::out * columns; x += 4) add_in_double<T>(sum_of_four(band + x * L, L), total);
+        for (; x < F::H::out * columns; ++x) add_in_double<T>(load(band + x * L), total);
       }
       for (int64_t t = 0; t < run.count; ++t)
         transform_tile<F, false>(band + t * F::W::out * L, columns * L, to + place(t) * row + k, position_stride);
@@ -167,8 +158,8 @@ Accumulated accumulate_grad_weight(int64_t N, int64_t C, int64_t K, const Tiling
   if (slices > 1) {
     T* partial = workspace<T>(Slot::partial_sums, slices * U_size);
     const int64_t bias_size = ceil_div(K, kLanes<T>) * kLanes<T>;
-    T* bias_sums = grad_bias == nullptr ? nullptr : workspace<T>(Slot::bias_sums, slices * bias_size);
-    if (grad_bias != nullptr) fill(bias_sums, slices * bias_size, T(0));
+    double* bias_sums = grad_bias == nullptr ? nullptr : workspace<double>(Slot::bias_sums, slices * bias_size);
+    if (grad_bias != nullptr) fill(bias_sums, slices * bias_size, 0.0);
     parallel_for(slices, tiles / slices * positions * C * panels, [&](int64_t slice) {
       const int64_t begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
       for (int64_t tile = begin; tile < end; tile += slice_block) {
@@ -185,9 +176,9 @@ Accumulated accumulate_grad_weight(int64_t N, int64_t C, int64_t K, const Tiling
     finish_all(partial, slices);
     for (int64_t k = 0; grad_bias != nullptr && k < K; ++k) {
       const int64_t v = k / kLanes<T>, lane = k - std::min(v * kLanes<T>, K - kLanes<T>);
-      T sum = 0;
+      double sum = 0;
       for (int64_t slice = 0; slice < slices; ++slice) sum += bias_sums[slice * bias_size + v * kLanes<T> + lane];
-      grad_bias[k] = sum;
+      grad_bias[k] = static_cast<T>(sum);
     }
     return {not_finite == 0, true};
   }
@@ -207,7 +198,7 @@ Accumulated accumulate_grad_weight(int64_t N, int64_t C, int64_t K, const Tiling
     parallel_for(runs, max_run<F> * (C + K) / kLanes<T> * positions * 8, [&](int64_t index) {
       const int64_t begin = chunk_begin + index * max_run<F>, end = std::min(chunk_begin + count, begin + max_run<F>);
       transform_inputs<F>(x, tiling, V_channels, begin, end, places, V, V_row, V_position);
-      transform_grad_outputs<F>(dy, tiling, K, begin, end, places, D, D_row, D_position, static_cast<T*>(nullptr));
+      transform_grad_outputs<F>(dy, tiling, K, begin, end, places, D, D_row, D_position, nullptr);
     });
 
     if (chunks > 1) {  // each thread takes some of the positions, of which nothing is needed for the others

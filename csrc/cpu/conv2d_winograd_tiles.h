@@ -44,6 +44,7 @@ struct PhaseImages {
 };
 
 // Tiles in a run: 8 tiles of 4x4 are two vectors of 16 columns wide, and their band of 6 x 34 vectors has 13 KiB.
+// Of 3x3 outputs from 4x4 taps (phases), and of single rows or columns, 16: more of the lines that they write are whole.
 template <class F>
 inline constexpr int64_t max_run = F::W::points == 1 || F::W::r == 4 ? 16 : 32 / std::max({4, F::W::step, F::W::out});
 
@@ -247,7 +248,8 @@ void copy_units(const T* from, int64_t count, T* to, int64_t to_step) {
   for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * to_step, from + j * size, size * sizeof(T));
 }
 
-// The same; lanes beyond the channels are zeros. Phases of neighbouring columns lie side by side in NCHW.
+// band = the patch, of kLanes<T> channels of phases; lanes beyond the last are zeros. In NCHW the phases of neighbouring columns lie
+// side by side.
 template <class T>
 void read_band(const PhaseImages<const T>& images, const PhasePatch& patch, int64_t channel, T* band) {
   constexpr int64_t L = kLanes<T>;

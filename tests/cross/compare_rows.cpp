@@ -163,9 +163,10 @@ std::vector<Conv2dGeometry> named_conv2d(Layout layout) {
       layer(1, 50, 22, 9, 49, 5, 1, {1, 1, 2, 1, 1, 1, 1}),
       layer(2, 52, 6, 45, 60, 1, 7, {1, 1, 0, 5, 1, 2, 1}),
       layer(1, 49, 26, 18, 50, 7, 1, {1, 1, 3, 0, 1, 1, 1}),
-      layer(2, 3, 31, 42, 64, 7, 7, {2, 2, 3, 3, 1, 1, 1}),    // Winograd of the phases of a stride: 4x4 taps each, 3x3 taps
+      layer(2, 3, 31, 42, 64, 7, 7, {2, 2, 3, 3, 1, 1, 1}),  // Winograd of the phases of a stride: 4x4 taps each, 3x3 taps
       layer(1, 3, 47, 51, 36, 11, 11, {4, 4, 2, 1, 1, 1, 1}),
-      layer(2, 34, 17, 20, 70, 5, 6, {2, 2, 2, 4, 1, 1, 2}),
+      layer(2, 30, 33, 37, 70, 5, 6, {2, 2, 2, 4, 1, 1, 2}),
+      layer(1, 3, 44, 39, 33, 6, 3, {2, 1, 1, 0, 1, 1, 1}),   // fewer phases than a vector has lanes
       layer(2, 48, 9, 15, 48, 3, 3, {1, 1, 1, 1, 1, 1, 24}),  // groups of 2, 4, 8 and 16 whose lanes change places
       layer(2, 56, 14, 9, 56, 3, 3, {1, 1, 1, 0, 1, 1, 14}),
       layer(2, 56, 19, 33, 56, 3, 3, {2, 2, 1, 1, 1, 1, 7}),
