@@ -62,7 +62,7 @@ def of_phases(x, w, case):
 
 def test_the_phases_are_the_same_convolution():
     for case in CASES:
-        x, w, b, dy = tensors(case, torch.float64, lambda *shape: tiers.small_integers(shape))
+        x, w, b, _ = tensors(case, torch.float64, lambda *shape: tiers.small_integers(shape))
         folded_x, folded_w, folded = of_phases(x, w, case)
         assert torch.equal(F.conv2d(folded_x, folded_w, b, groups=folded.groups), F.conv2d(x, w, b, *options(case)))
 

@@ -22,8 +22,8 @@ namespace torchcnn::TORCHCNN_ISA::depthwise::channels_last {
 // Output pixels in a register tile: 8 accumulators, enough to hide the latency of a multiply-add, + at most 7 weights of a filter
 // row + 1 of 16 registers.
 inline constexpr int64_t tile_pixels = 8;
-// Rows of 7, 14, 28, ... are cut into tiles of 7 where so few still hide the latency: vectors of 64 bytes take two cycles each. Of
-// 3 taps the sums wait for memory in any case.
+// Rows of 7, 14, 28, ... are cut into tiles of 7 where so few still hide the latency: vectors of 64 bytes take two cycles each.
+// With 3 taps the sums wait for memory in any case.
 inline constexpr int64_t tile_of_7 = TORCHCNN_VECTOR_BYTES == 64 ? 7 : tile_pixels;
 
 // The vectors of `channels` channels.

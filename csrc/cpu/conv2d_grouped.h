@@ -302,7 +302,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 
 // Pixels of grad_output in a register tile of grad_weight: 3 x 3 sums + 4 pixels + 1 of 16 registers.
 inline constexpr int64_t dot_pixels = 4;
-// Pixels whose products are added before they meet the rest of the sum, which keeps rounding errors small: of whole rows, if short.
+// Pixels whose products are added before they meet the rest of the sum, which keeps rounding errors small; whole rows, if short.
 inline constexpr int64_t run_pixels = 48;
 
 // Rows of grad_output and of the input under them.

@@ -9,10 +9,10 @@
 //
 // The strides of tiles and positions are kept off the powers of two, which would fall into few cache sets. A dilated convolution
 // is one of stride 1 for each phase (p mod dilation_h, q mod dilation_w), whose tiles have their elements so far apart. Tiles
-// that the right or the bottom edge cuts off take part in the products that the rest of them needs. Large filters of a stride above
-// 1, as first layers have them, are filters of stride 1 on the phases of the input, which are channels then:
+// that the right or the bottom edge cuts off take part in the products that the rest of them needs. Large filters of a stride s
+// above 1, as first layers have them, are filters of stride 1 on the phases (a, b) of the input, which are channels then:
 //
-//   output[p][q] = sum_{a,b} sum_{t,u} weight[t stride + a][u stride + b] input[(p + t) stride + a - pad][(q + u) stride + b - pad]
+//   output[p][q] = sum_{a,b} sum_{t,u} weight[t s + a][u s + b] input[(p + t) s + a - pad][(q + u) s + b - pad]
 //
 // Tiles do not cross images and every element is summed over c in one order, so results depend neither on the number of threads
 // nor, for an image, on the others. Intermediate values mix all elements of a tile, so that one Inf or NaN would spread over it:

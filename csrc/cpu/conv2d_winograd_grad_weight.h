@@ -18,8 +18,8 @@
 
 namespace torchcnn::TORCHCNN_ISA::winograd {
 
-// D of some tiles, as conv2d_winograd.h makes V of them. Their sums are added to bias_sums, unless it is null: a vector for each of
-// for_each_vector, of which the last may repeat filters.
+// D of some tiles, as conv2d_winograd.h makes V of them. Their sums are added to bias_sums, unless it is null: a vector for each
+// one of for_each_vector, of which the last may repeat filters.
 template <class F, class T>
 void transform_grad_outputs(const Images<const T>& images, const Tiling& tiling, int64_t filters, int64_t begin, int64_t end,
                             const Places& places, T* to, int64_t row, int64_t position_stride, double* bias_sums) {

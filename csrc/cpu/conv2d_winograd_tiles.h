@@ -248,8 +248,8 @@ void copy_units(const T* from, int64_t count, T* to, int64_t to_step) {
   for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * to_step, from + j * size, size * sizeof(T));
 }
 
-// band = the patch, of kLanes<T> channels of phases; lanes beyond the last are zeros. In NCHW the phases of neighbouring columns lie
-// side by side.
+// band = the patch, of kLanes<T> channels of phases; lanes beyond the last are zeros. In NCHW the phases of neighbouring columns
+// lie side by side.
 template <class T>
 void read_band(const PhaseImages<const T>& images, const PhasePatch& patch, int64_t channel, T* band) {
   constexpr int64_t L = kLanes<T>;

@@ -13,7 +13,8 @@
 //
 // The points are 0, 1 where there are two of them, 0, +-1 for three, 0, +-3/4, 2 for four and 0, +-5/8, +-3/2 for five: exact in
 // binary, as is every entry of A and B; four and five of them have half of the error of the textbook's. Error bound, elementwise,
-// with L >= 16 the number of terms of the direct sum (of phases: with the taps that they lack) and X the largest input of the tiles around an output:
+// with L >= 16 the number of terms of the direct sum (of phases: with the taps that they lack) and X the largest input of the
+// tiles around an output:
 //
 //   |error| <= c eps L sum X |filter|,   c = the product over both axes of max_j sum_i |A_ij| b_i max_s |G_is|,
 //                                        b_i = sum_j |B^T_ij|
