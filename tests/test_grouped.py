@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_small_channels import DIRECTIONS, LAYOUTS, check_exact, make_tensors, move, results
-from tiers import assert_bound, assert_exact, assert_no_worse_than_torch, small_integers
+from test_small_channels import DIRECTIONS, LAYOUTS, check_exact, check_rounding, make_tensors, move, results
+from tiers import assert_exact, small_integers
 
 import torchcnn
 
@@ -68,21 +68,7 @@ def test_exact(name, dtype, layout):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_rounding(name, layout):
     input_size, weight_size, *options = GEOMETRIES[name]
-    tensors = move(make_tensors(input_size, weight_size, options, torch.randn), torch.float32, LAYOUTS[layout])
-    doubles = [x.double() for x in tensors]
-    K, C, R, S = weight_size
-    lengths = (C * R * S + 1, K // options[-1] * R * S, tensors[3].numel() // K)
-    for direction, result, of_torch, truth, magnitude, length in zip(
-        DIRECTIONS,
-        results(torchcnn.functional.conv2d, tensors, options),
-        results(F.conv2d, tensors, options),
-        results(F.conv2d, doubles, options),
-        results(F.conv2d, [x.abs() for x in doubles], options),
-        lengths,
-        strict=True,
-    ):
-        assert_bound(result, truth, magnitude, length, direction)
-        assert_no_worse_than_torch(result, of_torch, truth, direction)
+    check_rounding(input_size, weight_size, options, LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

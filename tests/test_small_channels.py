@@ -104,14 +104,12 @@ def test_exact(name, dtype, memory_format):
     check_exact(input_size, weight_size, options, dtype, memory_format)
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_rounding(name, memory_format):
-    input_size, weight_size, *options = GEOMETRIES[name]
+def check_rounding(input_size, weight_size, options, memory_format):
+    """Tiers 2 and 3, float32."""
     tensors = move(make_tensors(input_size, weight_size, options, torch.randn), torch.float32, memory_format)
     doubles = [x.double() for x in tensors]
     K, C, R, S = weight_size
-    pixels = tensors[3].numel() // K
-    lengths = (C * R * S + 1, K // options[-1] * R * S, pixels)
+    lengths = (C * R * S + 1, K // options[-1] * R * S, tensors[3].numel() // K)
     for direction, result, of_torch, truth, magnitude, length in zip(
         DIRECTIONS,
         results(torchcnn.functional.conv2d, tensors, options),
@@ -123,6 +121,12 @@ def test_rounding(name, memory_format):
     ):
         assert_bound(result, truth, magnitude, length, direction)
         assert_no_worse_than_torch(result, of_torch, truth, direction)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_rounding(name, memory_format):
+    input_size, weight_size, *options = GEOMETRIES[name]
+    check_rounding(input_size, weight_size, options, memory_format)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -484,35 +484,47 @@ unsigned char* cleared_flags(int64_t count) {
   return flags;
 }
 
-template <class F, class T>
-void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
-  const Strides in = g.input_strides(), out = g.output_strides();
-  const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
-  const Tiling tiling{output_axis<typename F::H>(g.P, g.dilation_h, g.pad_h),
-                      output_axis<typename F::W>(g.Q, g.dilation_w, g.pad_w)};
-  const int64_t tiles = g.N * tiling.per_image();
+// All groups: filters[k][C] on the channels that source_of(group) has; where an output is not finite, weight on input.
+template <class F, class T, class SourceOf>
+void correlate_groups(const Conv2dGeometry& g, const Tiling& tiling, int64_t C, const SourceOf& source_of, const T* filters,
+                      const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  const Strides out = g.output_strides();
+  const int64_t K = g.K_per_group(), tiles = g.N * tiling.per_image();
   unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
-  const Images<T> result{output, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
+  const auto images = [&](T* data) { return Images<T>{data, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w}; };
   for (int64_t group = 0; group < g.G; ++group) {
-    const T* w = weight + group * K * C * taps;
     const Epilogue<T> end{epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K, epilogue.relu};
-    const Correlation<T> x{g.N,
-                           C,
-                           K,
-                           tiling,
-                           {input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w},
-                           {output + group * K * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w},
-                           w,
-                           C * taps,
-                           taps,
-                           end,
-                           not_finite + group * tiles};
+    const auto source = source_of(group);
+    const Correlation<T, std::remove_const_t<decltype(source)>> x{g.N,
+                                                                  C,
+                                                                  K,
+                                                                  tiling,
+                                                                  source,
+                                                                  images(output + group * K * out.c),
+                                                                  filters + group * K * C * F::taps,
+                                                                  C * F::taps,
+                                                                  F::taps,
+                                                                  end,
+                                                                  not_finite + group * tiles};
     correlate<F, false>(x);
   }
   Conv2dGeometry one = g;
   one.N = 1;
-  recompute_tiles<F>(g.N, g.G, K, tiling, result, not_finite,
-                     [&](int64_t n, T* image) { implicit_gemm::conv2d_forward(one, input + n * in.n, weight, epilogue, image); });
+  recompute_tiles<F>(g.N, g.G, K, tiling, images(output), not_finite, [&](int64_t n, T* image) {
+    implicit_gemm::conv2d_forward(one, input + n * g.input_strides().n, weight, epilogue, image);
+  });
+}
+
+template <class F, class T>
+void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+  const Strides in = g.input_strides();
+  const int64_t C = g.C_per_group();
+  const Tiling tiling{output_axis<typename F::H>(g.P, g.dilation_h, g.pad_h),
+                      output_axis<typename F::W>(g.Q, g.dilation_w, g.pad_w)};
+  const auto source_of = [&](int64_t group) {
+    return Images<const T>{input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
+  };
+  correlate_groups<F>(g, tiling, C, source_of, weight, input, weight, epilogue, output);
 }
 
 // The phases of a stride as channels.
@@ -540,33 +552,13 @@ void for_each_tap_of_phases(const Conv2dGeometry& g, const Visit& visit) {
 
 template <class F, class T>
 void conv2d_forward_of_phases(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
-  const Strides in = g.input_strides(), out = g.output_strides();
-  const int64_t C = g.C_per_group() * g.stride_h * g.stride_w, K = g.K_per_group(), taps = F::taps;
+  const int64_t C = g.C_per_group() * g.stride_h * g.stride_w, size = g.K * C * F::taps;
   const Tiling tiling{output_axis<typename F::H>(g.P, 1, 0), output_axis<typename F::W>(g.Q, 1, 0)};
-  const int64_t tiles = g.N * tiling.per_image();
-  unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
-  T* const filters = workspace<T>(Slot::filter_rows, g.K * C * taps);
-  fill(filters, g.K * C * taps, T(0));
+  T* const filters = workspace<T>(Slot::filter_rows, size);
+  fill(filters, size, T(0));
   for_each_tap_of_phases<F>(g, [&](int64_t of_weight, int64_t of_phase) { filters[of_phase] = weight[of_weight]; });
-  for (int64_t group = 0; group < g.G; ++group) {
-    const Epilogue<T> end{epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K, epilogue.relu};
-    const Correlation<T, PhaseImages<const T>> x{g.N,
-                                                 C,
-                                                 K,
-                                                 tiling,
-                                                 phase_images(g, input, group),
-                                                 {output + group * K * out.c, g.P, g.Q, out, g.layout, 1, 1},
-                                                 filters + group * K * C * taps,
-                                                 C * taps,
-                                                 taps,
-                                                 end,
-                                                 not_finite + group * tiles};
-    correlate<F, false>(x);
-  }
-  Conv2dGeometry one = g;
-  one.N = 1;
-  recompute_tiles<F>(g.N, g.G, K, tiling, Images<T>{output, g.P, g.Q, out, g.layout, 1, 1}, not_finite,
-                     [&](int64_t n, T* image) { implicit_gemm::conv2d_forward(one, input + n * in.n, weight, epilogue, image); });
+  const auto source_of = [&](int64_t group) { return phase_images(g, input, group); };
+  correlate_groups<F>(g, tiling, C, source_of, static_cast<const T*>(filters), input, weight, epilogue, output);
 }
 
 template <class F, class T>
