@@ -33,6 +33,7 @@ using gemm::max_depth;
 using gemm::mr;
 using gemm::nr;
 
+inline constexpr int64_t most_lines = 64;    // 64 KiB of pixels, sorted by the taps that see them
 inline constexpr int64_t block_panels = 16;  // A is read from memory once for so many
 template <class T>
 inline constexpr int64_t panel_size = max_depth<T> * nr<T> + 64 / sizeof(T);  // not all panels in the same sets of L1
@@ -46,7 +47,10 @@ struct Planes {
   Strides strides;
   int64_t step_h, step_w;
   int64_t R = 1, S = 1;
-  T* at(int64_t y) const { return data + y / (R * S) * strides.c + y % (R * S) / S * strides.h + y % S * strides.w; }
+  T* at(int64_t y) const {
+    if (R * S == 1) return data + y * strides.c;  // divisions take longer than gathering a few pixels
+    return data + y / (R * S) * strides.c + y % (R * S) / S * strides.h + y % S * strides.w;
+  }
 };
 
 // Element (m, k) of A is at (m / panel) panel_stride + (m % panel) row_stride + k step.
@@ -77,9 +81,9 @@ struct Terms {
   bool add, relu;
 };
 
-template <class T, int rows>
+template <class T, int rows, int vectors>
 [[gnu::noinline]] void tile_product(const Terms& terms, const T* a, const T* b, T* c, int64_t c_row, const T* start) {
-  gemm::Tile<T, rows, 2> tile;
+  gemm::Tile<T, rows, vectors> tile;
   tile.start_at(start);
   gemm::StridedA<T> left{a, terms.a_row, terms.a_step};
   gemm::PackedB<T> right{b, nr<T>};
@@ -87,6 +91,20 @@ template <class T, int rows>
   if (terms.add) tile.add_from(c, c_row);
   if (terms.relu) tile.rectify();
   tile.store_to(c, c_row);
+}
+
+// to[t to_row + x] = from[x step + t]: taps side by side of `count` windows. Writes whole vectors, beyond the last window too.
+template <class T>
+void gather_taps(const T* from, int64_t step, int64_t taps, int64_t count, T* to, int64_t to_row) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t t = 0; t < taps; t += L)
+    for (int64_t x = 0; x < count; x += L) {
+      Vec<T> v[L];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < L; ++l) v[l] = load_partial(from + std::min(x + l, count - 1) * step + t, taps - t);
+      gemm::transpose<T>(v);
+      for (int64_t l = 0; l < std::min(L, taps - t); ++l) store(to + (t + l) * to_row + x, v[l]);
+    }
 }
 
 // result[m][x] = sum_k A(m, k) source[k][x] over x = (n, i, j), for one group of so many planes on either side.
@@ -106,6 +124,8 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
   int64_t parts = 1;
   while (parts < a_panels && blocks * parts < 4 * threads && blocks * parts % threads != 0) ++parts;
   const int64_t part_filters = ceil_div(a_panels, parts) * a_panel;
+  // A source beyond the caches is asked for a block ahead. Of patches that would be too much: it pushes out what is in use.
+  const bool prefetches = source.R * source.S == 1 && N * source.strides.n * int64_t(sizeof(T)) > int64_t(8) << 20;
   parallel_for(blocks * parts, block_panels * 2 * part_filters * channels, [&](int64_t task) {
     const int64_t block = task / parts, first_panel = block * panels / blocks,
                   count = (block + 1) * panels / blocks - first_panel;
@@ -121,20 +141,29 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
       const int64_t x = x_begin + j * nr<T>;
       return result_dense && x + nr<T> <= x_end && x / plane == (x + nr<T> - 1) / plane;
     };
-    Piece* from_piece = workspace<Piece>(Slot::tables, 2 * block_panels * nr<T>);
-    Piece* to_piece = from_piece + block_panels * nr<T>;
-    int64_t from_pieces = 0, to_pieces = 0;
-    for (int64_t x = x_begin, longest = source_dense ? plane : columns, width = 0; x < x_end; x += width) {
-      width = std::min(longest - x % longest, x_end - x);
-      from_piece[from_pieces++] = {offset_of(source, x), x - x_begin, width};
-    }
+    const auto cut_source = [&](int64_t begin, int64_t end, Piece* to) {
+      int64_t pieces = 0;
+      for (int64_t x = begin, longest = source_dense ? plane : columns, width = 0; x < end; x += width) {
+        width = std::min(longest - x % longest, end - x);
+        to[pieces++] = {offset_of(source, x), x - begin, width};
+      }
+      return pieces;
+    };
+    Piece* from_piece = workspace<Piece>(Slot::tables, 3 * block_panels * nr<T>);
+    Piece* after_piece = from_piece + block_panels * nr<T>;  // of the next block
+    Piece* to_piece = after_piece + block_panels * nr<T>;
+    const int64_t from_pieces = cut_source(x_begin, x_end, from_piece);
+    const int64_t after_pieces = cut_source(x_end, std::min(positions, x_end + count * nr<T>), after_piece);
+    int64_t to_pieces = 0;
     for (int64_t x = x_begin, longest = result_dense ? plane : columns, width = 0; x < x_end; x += width) {
       width = std::min({longest - x % longest, nr<T> - (x - x_begin) % nr<T>, x_end - x});
       if (!in_result((x - x_begin) / nr<T>)) to_piece[to_pieces++] = {offset_of(result, x), x - x_begin, width};
     }
 
-    T* line = workspace<T>(Slot::gradient, count * nr<T>);  // one channel of the block
-    std::fill(line + (x_end - x_begin), line + count * nr<T>, T(0));
+    // One channel of the block, or as many as windows have taps side by side.
+    const int64_t line_size = count * nr<T> + kLanes<T>, lines = source.S > 2 ? std::min(source.S, most_lines) : 1;
+    T* line = workspace<T>(Slot::gradient, lines * line_size);
+    std::fill(line, line + lines * line_size, T(0));
     T* b = workspace<T>(Slot::patches, block_panels * panel_size<T>);
     T* tiles = workspace<T>(Slot::tile, count * part_filters * nr<T> + kLanes<T>);
     struct Target {  // of a panel: row m of it at first + m row
@@ -147,18 +176,37 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     const int64_t depths = ceil_div(channels, max_depth<T>);
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t k = d * channels / depths, depth = (d + 1) * channels / depths - k;
-      for (int64_t c = 0; c < depth; ++c) {  // plane by plane: the panels of a block are one stretch of it
+      for (int64_t c = 0, taps = 0; c < depth; c += taps) {  // plane by plane: the panels of a block are one stretch of it
+        const int64_t s = source.S == 1 ? 0 : (k + c) % source.S;
+        taps = std::min({lines, source.S - s, depth - c});
         const T* from = source.at(k + c);
         const bool in_place = source_dense && from_pieces == 1 && x_end - x_begin == count * nr<T>;
-        for (int64_t i = 0; i < from_pieces; ++i)
-          gemm::prefetch(from + 4 * source.strides.c + from_piece[i].at, from_piece[i].width * source.step_w);
-        for (int64_t i = 0; i < (in_place ? 0 : from_pieces); ++i)
-          gather_strided(from + from_piece[i].at, source.step_w, from_piece[i].width, line + from_piece[i].x);
-        const T* pixels = in_place ? from + from_piece[0].at : line;
-        T* to = b + c * nr<T>;
-        for (int64_t j = 0; j < count; ++j, to += panel_size<T>)
-          for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(pixels + j * nr<T> + v));
+        if (s == 0) {  // taps side by side see the same pixels
+          const T* const ahead = source.at(k + c + 4 * source.S);
+          for (int64_t i = 0; i < from_pieces; ++i) gemm::prefetch(ahead + from_piece[i].at, from_piece[i].width * source.step_w);
+        }
+        for (int64_t i = 0; i < (in_place ? 0 : from_pieces); ++i) {
+          const Piece& piece = from_piece[i];
+          if (lines > 1)
+            gather_taps(from + piece.at, source.step_w, taps, piece.width, line + piece.x, line_size);
+          else
+            gather_strided(from + piece.at, source.step_w, piece.width, line + piece.x);
+        }
+        for (int64_t t = 0; t < taps; ++t) {
+          const T* pixels = in_place ? from + from_piece[0].at : line + t * line_size;
+          T* to = b + (c + t) * nr<T>;
+          for (int64_t j = 0; j < count; ++j, to += panel_size<T>)
+            for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(pixels + j * nr<T> + v));
+        }
       }
+      // What is packed next comes from memory while these channels are multiplied: `share` pieces of it for each panel that meets
+      // a chunk of the filters.
+      const bool same_block = d + 1 < depths;
+      const Piece* const next_piece = same_block ? from_piece : after_piece;
+      const int64_t next_pieces = !prefetches ? 0 : same_block ? from_pieces : after_pieces;
+      const int64_t next_channels = ceil_div(channels, depths);
+      const int64_t share = ceil_div(next_pieces * next_channels, count * ceil_div(m_end - m_begin, a_panel));
+      int64_t next_channel = same_block ? k + depth : 0, next = 0;
       const bool packs = weight.is_row_by_row();
       T* const packed = packs ? workspace<T>(Slot::packed_weight, max_depth<T> * a_panel) : nullptr;
       const Terms terms{depth, weight.row_stride, packs ? a_panel : weight.step, d > 0, epilogue.relu && d + 1 == depths};
@@ -166,16 +214,29 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
         const int64_t chunk_end = std::min(m_end, chunk + a_panel);
         const T* const a = weight.at(chunk, k);
         if (packs) pack_weights(a, chunk_end - chunk, weight.step, depth, packed);
-        for (int64_t j = 0; j < count; ++j) {
-          const Target to = target[j];
+        const auto multiply = [&]<int most, int vectors>(const Target& to, const T* panel) {
           for (int64_t m = chunk, rows = 0; m < chunk_end; m += rows) {
-            rows = gemm::tile_rows(chunk_end - m);
+            rows = gemm::tile_rows(chunk_end - m, most);
+            for (int64_t i = m; i < (depth > 96 && to.row != nr<T> ? m + rows : m); ++i) {  // lines that come meanwhile
+              __builtin_prefetch(to.first + i * to.row, 1);
+              __builtin_prefetch(to.first + i * to.row + vectors * kLanes<T> - 1, 1);
+            }
             const T* start = epilogue.bias == nullptr || d > 0 ? nullptr : epilogue.bias + m;
-            gemm::with_rows(rows, [&]<int count>(std::integral_constant<int, count>) {
-              tile_product<T, count>(terms, (packs ? packed : a) + (m - chunk) * weight.row_stride, b + j * panel_size<T>,
-                                     to.first + m * to.row, to.row, start);
+            gemm::with_rows<most>(rows, [&]<int count>(std::integral_constant<int, count>) {
+              tile_product<T, count, vectors>(terms, (packs ? packed : a) + (m - chunk) * weight.row_stride, panel,
+                                              to.first + m * to.row, to.row, start);
             });
           }
+        };
+        for (int64_t j = 0; j < count; ++j) {
+          for (int64_t i = 0; i < share && next_channel < channels; ++i) {
+            gemm::prefetch(source.at(next_channel) + next_piece[next].at, next_piece[next].width * source.step_w);
+            if (++next == next_pieces) ++next_channel, next = 0;
+          }
+          if (x_end - x_begin - j * nr<T> > kLanes<T>)
+            multiply.template operator()<mr, 2>(target[j], b + j * panel_size<T>);
+          else  // the last panel of all
+            multiply.template operator()<gemm::narrow_mr, 1>(target[j], b + j * panel_size<T>);
         }
       }
     }
@@ -249,10 +310,30 @@ void pack_taps(const Planes<const T>& image, int64_t y, int64_t lanes, int64_t i
   const auto in_order = [](int64_t x) { return x; };
   if (image.R * image.S == 1 && image.step_h == 1 && image.step_w == 1)  // the taps are planes, which lie side by side
     return gemm::pack_transposed(image.at(y) + first, image.strides.c, lanes, count, to, in_order);
-  for (int64_t lane = 0; lane < lanes; ++lane)
-    for (int64_t i = 0; i < rows; ++i)
-      gather_strided(image.at(y + lane) + first + i * image.step_h * image.strides.h, image.step_w, columns,
-                     line + lane * count + i * columns);
+  const int64_t row_step = image.step_h * image.strides.h;
+  if (image.S > 2) {  // as far as taps lie side by side in the image, they do so in the panel
+    int64_t lane = 0;
+    for (int64_t taps = 0; lane < lanes; lane += taps) {
+      const int64_t s = (y + lane) % image.S;
+      taps = std::min(lanes - lane, image.S - s);
+      const T *from = image.at(y + lane) + first, *ahead = image.at(y + lane + 4 * image.S) + first;
+      T* row = to + lane;
+      for (int64_t i = 0; i < rows; ++i, from += row_step, ahead += row_step) {
+        if (s == 0) gemm::prefetch(ahead, columns * image.step_w);
+        for (int64_t j = 0; j < columns; ++j, row += nr<T>) implicit_gemm::copy_row(from + j * image.step_w, taps, row);
+      }
+    }
+    for (; lane < nr<T>; ++lane)
+      for (int64_t x = 0; x < count; ++x) to[x * nr<T> + lane] = T(0);
+    return;
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const T *from = image.at(y + lane) + first, *ahead = image.at(y + lane + 4) + first;
+    for (int64_t i = 0; i < rows; ++i, from += row_step, ahead += row_step) {
+      gemm::prefetch(ahead, columns * image.step_w);
+      gather_strided(from, image.step_w, columns, line + lane * count + i * columns);
+    }
+  }
   gemm::pack_transposed(line, count, lanes, count, to, in_order);
 }
 
