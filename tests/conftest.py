@@ -1,6 +1,8 @@
 """Fixtures: device x dtype x memory layout. The instruction set is chosen for the whole run by TORCHCNN_ISA."""
 
+import ctypes
 import os
+import sys
 
 import cases
 import hypothesis
@@ -18,6 +20,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("torchcnn")
+
+
+# What a kernel leaves unwritten should be seen: glibc fills fresh memory with 0xfe, the numbers -1.7e38 and -5e303.
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    M_PERTURB = -6
+    ctypes.CDLL(None).mallopt(M_PERTURB, 1)
 
 
 # On a GPU; test_cuda.py allows it. Here, because PyTorch's own test helpers (test_torch_cases.py) bar the switch once imported.

@@ -135,6 +135,7 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     // Those of the result leave out the panels that lie in one plane of it: they are stored straight.
     struct Piece {
       int64_t at, x, width;
+      bool ends_before_gap = false;  // of the result: a pixel of its row follows that no window has
     };
     const int64_t x_begin = first_panel * nr<T>, x_end = std::min(positions, x_begin + count * nr<T>);
     const auto in_result = [&](int64_t j) {
@@ -157,7 +158,8 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     int64_t to_pieces = 0;
     for (int64_t x = x_begin, longest = result_dense ? plane : columns, width = 0; x < x_end; x += width) {
       width = std::min({longest - x % longest, nr<T> - (x - x_begin) % nr<T>, x_end - x});
-      if (!in_result((x - x_begin) / nr<T>)) to_piece[to_pieces++] = {offset_of(result, x), x - x_begin, width};
+      const bool gap = result.step_w == 2 && 2 * (x % columns + width) - 1 < result.strides.h;
+      if (!in_result((x - x_begin) / nr<T>)) to_piece[to_pieces++] = {offset_of(result, x), x - x_begin, width, gap};
     }
 
     // One channel of the block, or as many as windows have taps side by side.
@@ -248,6 +250,7 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
         T* to = result.at(m) + piece.at;
         if (result.S == 1) {
           scatter_strided(from, result.step_w, piece.width, to);
+          if (piece.ends_before_gap) to[2 * piece.width - 1] = T(0);
         } else if (pairs) {
           for (int64_t x = 0; x < piece.width; x += kLanes<T>) {
             const Vec<T> even = load(from + x), odd = load(from + nr<T> + x);
@@ -281,7 +284,12 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   const Strides in = g.input_strides(), out = g.output_strides();
   const int64_t C = g.C_per_group(), K = g.K_per_group(), terms = C * g.R * g.S, panels = ceil_div(terms, a_panel);
   if (g.P * g.R < g.H || g.Q * g.S < g.W)
-    parallel_for(g.N * g.C, in.c / kLanes<T>, [&](int64_t i) { fill(grad_input + i * in.c, in.c, T(0)); });
+    parallel_for(g.N * g.C, in.c / kLanes<T>, [&](int64_t i) {
+      T* const to = grad_input + i * in.c;
+      if (g.S > 1 || g.stride_w != 2) return fill(to, in.c, T(0));
+      for (int64_t h = 0; h < g.H; ++h)  // the product writes whole rows
+        if (h % g.stride_h > 0 || h / g.stride_h >= g.P) fill(to + h * in.h, g.W, T(0));
+    });
   const bool packs_ahead = g.N * g.P * g.Q > 2 * block_panels * nr<T>;
   T* packed = packs_ahead ? workspace<T>(Slot::packed_weight, panels * K * a_panel + kLanes<T>) : nullptr;
   for (int64_t group = 0; group < g.G; ++group) {

@@ -188,7 +188,10 @@ inline void gather_even(const T* from, int64_t count, T* to) {
 template <class T, int lanes = int(kLanes<T>)>
 inline void scatter_even(const T* from, int64_t count, T* to) {
   if constexpr (lanes < 4) {
-    for (int64_t j = 0; j < count; ++j) to[2 * j] = from[j];
+    for (int64_t j = 0; j < count; ++j) {
+      to[2 * j] = from[j];
+      if (j + 1 < count) to[2 * j + 1] = T(0);
+    }
   } else {
     if (count < lanes) return scatter_even<T, lanes / 2>(from, count, to);
     for (int64_t next = 0; next < count; next += lanes) {
@@ -201,6 +204,7 @@ inline void scatter_even(const T* from, int64_t count, T* to) {
       const auto b = shuffled<T, lanes>(v, decltype(v){}, second, std::make_index_sequence<lanes>{});
       std::memcpy(to + 2 * j, &a, sizeof a);
       std::memcpy(to + 2 * j + lanes - 1, &b, sizeof b);
+      if (j > 0) to[2 * j - 1] = T(0);
     }
   }
 }
