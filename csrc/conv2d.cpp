@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cpu/conv2d_choice.h"
 #include "cpu/kernels.h"
 #include "cpu/runtime.h"
 #include "device.h"
@@ -129,9 +130,9 @@ struct Run<S> {
   }
 };
 
-// The CPU kernels read weights in NCHW, the CUDA kernels in both layouts.
-Tensor in_weight_layout(const Tensor& weight) {
-  return in_layout(weight, kHasCuda && runs_on_cuda(weight) ? layout_of(weight) : Layout::nchw);
+// The layout in which kernels on the device of `like` read the weights, or write their gradient, that a tensor has or wants.
+Layout weight_layout_for(const Conv2dGeometry& g, Direction direction, const Tensor& like, Layout layout) {
+  return (kHasCuda && runs_on_cuda(like)) || reads_any_weight_layout(g, direction) ? layout : Layout::nchw;
 }
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h,
@@ -139,19 +140,20 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t s
   const char* op = "conv2d";
   require_conv2d_tensors(op, input, weight, bias);
   const Layout layout = either_channels_last(input, weight);
-  const Conv2dGeometry g =
+  Conv2dGeometry g =
       conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), weight.size(0), weight.size(1),
                       weight.size(2), weight.size(3), {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
+  g.weight_layout = weight_layout_for(g, Direction::forward, weight, layout_of(weight));
   Tensor output;
   for_float_type(op, input.scalar_type(), [&]<class T>(T) {
     output = empty_activation(input, g.N, g.K, g.P, g.Q, layout);
     if (g.N == 0) return;
-    const Tensor in = in_layout(input, layout), w = in_weight_layout(weight);
+    const Tensor in = in_layout(input, layout), w = in_layout(weight, g.weight_layout);
     const Tensor b = bias ? torch::stable::contiguous(*bias) : w;
     const T* bias_data = bias ? data_of<T>(b) : nullptr;
     on_device_of(input, [&] { Run<T>::forward(g, data_of<T>(in), data_of<T>(w), bias_data, relu, mutable_data_of<T>(output)); },
                  [&](cuda::Stream stream) {
-      const Layout w_layout = layout_of(w);
+      const Layout w_layout = g.weight_layout;
       const Tensor workspace = empty_bytes(input, cuda::conv2d_forward_workspace<T>(g, data_of<T>(in), data_of<T>(w), w_layout));
       cuda::conv2d_forward<T>(g, data_of<T>(in), data_of<T>(w), w_layout, {bias_data, relu}, mutable_data_of<T>(output),
                               float32_precision<T>(), mutable_data_of<void>(workspace), stream);
@@ -178,16 +180,17 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, int64_t H, int64_t W
   require_rank(op, "weight", weight, 4);
   require_same_kind(op, "grad_output", grad_output, "weight", weight);
   const Layout layout = layout_from(channels_last);
-  const Conv2dGeometry g = conv2d_geometry(op, grad_output.size(0), checked_mul(weight.size(1), groups, op, "input channels"), H,
-                                           W, weight.size(0), weight.size(1), weight.size(2), weight.size(3),
-                                           {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
+  Conv2dGeometry g = conv2d_geometry(op, grad_output.size(0), checked_mul(weight.size(1), groups, op, "input channels"), H, W,
+                                     weight.size(0), weight.size(1), weight.size(2), weight.size(3),
+                                     {stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, layout);
+  g.weight_layout = weight_layout_for(g, Direction::grad_input, weight, layout_of(weight));
   require_grad_output(op, grad_output, g);
   require_numel_fits(op, "number of input bytes", g.N, g.C, g.H, g.W);
   Tensor grad_input;
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
     grad_input = empty_activation(grad_output, g.N, g.C, g.H, g.W, layout);
     if (g.N == 0 || g.C == 0) return;
-    const Tensor gradient = in_layout(grad_output, layout), w = in_weight_layout(weight);
+    const Tensor gradient = in_layout(grad_output, layout), w = in_layout(weight, g.weight_layout);
     on_device_of(grad_output, [&] { Run<T>::grad_input(g, data_of<T>(gradient), data_of<T>(w), mutable_data_of<T>(grad_input)); },
                  [&](cuda::Stream stream) { grad_input_on_cuda<T>(g, gradient, w, nullptr, grad_input, stream); });
   });
@@ -234,7 +237,7 @@ Tensor conv_transpose2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
     for_float_type(op, input.scalar_type(), [&]<class T>(T) {
       output = empty_activation(input, g.N, g.C, g.H, g.W, layout);
       if (output.numel() == 0) return;
-      const Tensor in = in_layout(input, layout), w = in_weight_layout(weight), b = torch::stable::contiguous(*bias);
+      const Tensor in = in_layout(input, layout), w = in_layout(weight, layout_of(weight)), b = torch::stable::contiguous(*bias);
       on_device_of(input, [] {}, [&](cuda::Stream stream) { grad_input_on_cuda<T>(g, in, w, data_of<T>(b), output, stream); });
     });
     return output;
@@ -264,15 +267,14 @@ Tensor grad_weight_of(const char* op, const Tensor& grad_output, const Tensor& i
   require_same_kind(op, "grad_output", grad_output, "input", input);
   require(options.groups > 0, op, "groups must be at least 1, got ", options.groups);
   const Layout layout = layout_of(input.size(1) == 1 ? grad_output : input);  // one channel fits both layouts
-  const Conv2dGeometry g = conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), grad_output.size(1),
-                                           input.size(1) / options.groups, R, S, options, layout);
+  Conv2dGeometry g = conv2d_geometry(op, input.size(0), input.size(1), input.size(2), input.size(3), grad_output.size(1),
+                                     input.size(1) / options.groups, R, S, options, layout);
+  g.weight_layout = weight_layout_for(g, Direction::grad_weight, input, layout_from(channels_last));
   require_grad_output(op, grad_output, g);
   require_numel_fits(op, "number of weight bytes", g.K, g.C_per_group(), g.R, g.S);
   Tensor grad_weight;
   for_float_type(op, grad_output.scalar_type(), [&]<class T>(T) {
-    // The CUDA kernels write either layout.
-    const Layout written = kHasCuda && runs_on_cuda(input) ? layout_from(channels_last) : Layout::nchw;
-    grad_weight = empty_activation(grad_output, g.K, g.C_per_group(), g.R, g.S, written);
+    grad_weight = empty_activation(grad_output, g.K, g.C_per_group(), g.R, g.S, g.weight_layout);
     if (g.C == 0) return;
     T* to = mutable_data_of<T>(grad_weight);
     if (g.N == 0) {
@@ -284,7 +286,7 @@ Tensor grad_weight_of(const char* op, const Tensor& grad_output, const Tensor& i
     on_device_of(input, [&] { Run<T>::grad_weight(g, data_of<T>(gradient), data_of<T>(in), to, bias); },
                  [&](cuda::Stream stream) {
       const Tensor workspace = empty_bytes(input, cuda::conv2d_grad_weight_workspace<T>(g, data_of<T>(gradient), data_of<T>(in)));
-      cuda::conv2d_grad_weight<T>(g, data_of<T>(gradient), data_of<T>(in), to, written, float32_precision<T>(),
+      cuda::conv2d_grad_weight<T>(g, data_of<T>(gradient), data_of<T>(in), to, g.weight_layout, float32_precision<T>(),
                                   mutable_data_of<void>(workspace), stream);
     });
   });

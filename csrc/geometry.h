@@ -92,11 +92,13 @@ struct Conv2dGeometry {
   int64_t G;           // groups
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Layout layout;
+  Layout weight_layout = Layout::nchw;  // channels_last for the CPU kernels that reads_any_weight_layout names
 
   int64_t C_per_group() const { return C / G; }
   int64_t K_per_group() const { return K / G; }
   Strides input_strides() const { return activation_strides(layout, C, H, W); }
   Strides output_strides() const { return activation_strides(layout, K, P, Q); }
+  Strides weight_strides() const { return activation_strides(weight_layout, C_per_group(), R, S); }  // n: one filter
 };
 
 // What happens to an output element before it is written: the bias of its channel is added (null: none), then

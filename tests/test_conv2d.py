@@ -217,3 +217,21 @@ def test_expanded_and_overlapping_input():
     weight = small_integers((4, 3, 3, 3)).float()
     for input in (torch.ones(1, 1, 1, 9).expand(2, 3, 8, 9), torch.arange(40.0).as_strided((2, 3, 5, 6), (3, 2, 4, 1))):
         assert torch.equal(torchcnn.functional.conv2d(input, weight), F.conv2d(input.double(), weight.double()).float())
+
+
+@pytest.mark.cpu_kernels("which read either layout into the same sums")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_weights_in_channels_last_where_kernels_read_them_so(dtype):
+    """Of any instruction set: Winograd kernels and those of reference do, the others get a copy."""
+    x, w, dy = (torch.randn(size, dtype=dtype) for size in ((2, 18, 9, 10), (20, 18, 3, 3), (2, 20, 9, 10)))
+
+    def directions(weight):
+        leaves = x.requires_grad_(), weight.detach().requires_grad_()
+        with torchcnn.backends.flags(allow_winograd=True):
+            output = torchcnn.functional.conv2d(*leaves, padding=1)
+            return output.detach(), *torch.autograd.grad(output, leaves, dy)
+
+    last = directions(w.contiguous(memory_format=torch.channels_last))
+    assert last[2].is_contiguous(memory_format=torch.channels_last)
+    for result, expected in zip(last, directions(w), strict=True):
+        assert torch.equal(result, expected)

@@ -433,12 +433,17 @@ def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
         torch.set_num_threads(1)
         one = ours(x, w, b, dy, case)
         last = {"memory_format": torch.channels_last}
-        for result, expected in zip(ours(x.contiguous(**last), w, b, dy.contiguous(**last), case), one, strict=True):
-            assert torch.equal(result, expected)
+        laid_out = [t.contiguous(**last) for t in (x, w, dy)]
+        for weight in (w, laid_out[1]):
+            results = ours(laid_out[0], weight, b, laid_out[2], case)
+            for result, expected in zip(results, one, strict=True):
+                assert torch.equal(result, expected)
+            assert results[2].is_contiguous(**last)
         for count in (2, 3, 8):
             torch.set_num_threads(count)
-            for result, expected in zip(ours(x, w, b, dy, case), one, strict=True):
-                assert torch.equal(result, expected)
+            for weight in (w, laid_out[1]):
+                for result, expected in zip(ours(x, weight, b, dy, case), one, strict=True):
+                    assert torch.equal(result, expected)
     finally:
         torch.set_num_threads(threads)
     for n in range(min(3, len(x))):
@@ -473,9 +478,9 @@ def test_not_finite(case, where, place, value, layout):
     clean = ours(layout(x), w, b, layout(dy), case)
     hit = {"input": x[1, 3], "weight": w[5, 2], "grad_output": dy[1, 4]}[where]
     hit[min(place[0], len(hit) - 1) % len(hit), min(place[1], len(hit[0]) - 1) % len(hit[0])] = value
-    actual = ours(layout(x), w, b, layout(dy), case)
+    actual = ours(layout(x), layout(w), b, layout(dy), case)
     with backends.flags(allow_winograd=False):
-        direct = ours(layout(x), w, b, layout(dy), case)
+        direct = ours(layout(x), layout(w), b, layout(dy), case)
     for result, expected, before in zip(actual, direct, clean, strict=True):
         assert torch.equal(result.isnan(), expected.isnan())
         assert torch.equal(result.isinf(), expected.isinf())

@@ -164,7 +164,7 @@ def test_same_bits_for_every_thread_count_layout_and_neighbour(case, dtype):
         torch.set_num_threads(1)
         one = ours(x, w, b, dy, case)
         last = {"memory_format": torch.channels_last}
-        other_layout = ours(x.contiguous(**last), w, b, dy.contiguous(**last), case)
+        other_layout = ours(*(t.contiguous(**last) for t in (x, w)), b, dy.contiguous(**last), case)
         for direction, name in enumerate(algorithms(case)):
             if name.endswith("phases"):
                 assert torch.equal(other_layout[direction], one[direction])

@@ -65,6 +65,8 @@ inline const char* name_of(Algorithm algorithm) {
   }
 }
 
+inline bool is_winograd(Algorithm algorithm) { return algorithm >= Algorithm::winograd_2x2_3x3; }
+
 struct Choice {
   Algorithm algorithm;
   const char* reason;
@@ -249,6 +251,11 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   if (direction == Direction::grad_weight)
     return {Algorithm::implicit_gemm, "dot products of grad_output and packed patches, for any geometry"};
   return {Algorithm::implicit_gemm, "weights times packed patches, for any geometry"};
+}
+
+// Whether the kernels take weights in channels_last too (reference kernels always do), and write their gradients so.
+inline bool reads_any_weight_layout(const Conv2dGeometry& g, Direction direction) {
+  return is_winograd(choose_conv2d(g, direction).algorithm);
 }
 
 }  // namespace torchcnn

@@ -20,7 +20,7 @@ namespace torchcnn::reference {
 // Calls visit(input offset, weight offset, output offset, k) for every product of the sums above.
 template <class Visit>
 void conv2d_products(const Conv2dGeometry& g, Visit visit) {
-  const Strides in = g.input_strides(), out = g.output_strides();
+  const Strides in = g.input_strides(), out = g.output_strides(), of_weight = g.weight_strides();
   for (int64_t n = 0; n < g.N; ++n) {
     for (int64_t k = 0; k < g.K; ++k) {
       const int64_t first_channel = k / g.K_per_group() * g.C_per_group();
@@ -35,7 +35,7 @@ void conv2d_products(const Conv2dGeometry& g, Visit visit) {
                 const int64_t w = q * g.stride_w - g.pad_w + s * g.dilation_w;
                 if (w < 0 || w >= g.W) continue;
                 const int64_t input = n * in.n + (first_channel + c) * in.c + h * in.h + w * in.w;
-                const int64_t weight = ((k * g.C_per_group() + c) * g.R + r) * g.S + s;
+                const int64_t weight = k * of_weight.n + c * of_weight.c + r * of_weight.h + s * of_weight.w;
                 visit(input, weight, output, k);
               }
             }

@@ -55,6 +55,8 @@ inline constexpr int64_t streamed_bytes = int64_t(1) << 19;
 // Filters of so many channels are transformed, or their gradients put together, at a time: filters can lie powers of two apart,
 // which would fall into few cache sets.
 inline constexpr int64_t channels_together = 8;
+template <class T>
+inline constexpr int64_t line_channels = 64 / sizeof(T);  // of a cache line, in channels_last weights
 template <class T, int taps>
 inline constexpr int64_t together_row = (channels_together * taps * sizeof(T) / 64 + 1) * 64 / sizeof(T) + 16 / sizeof(T);
 
@@ -264,7 +266,7 @@ struct Correlation {
   Source source;
   Images<T> result;
   const T* weight;
-  int64_t k_stride, c_stride;
+  int64_t k_stride, c_stride, tap_stride;
   Epilogue<T> epilogue;
   unsigned char* not_finite;  // one for each tile
 };
@@ -295,6 +297,46 @@ void transform_inputs(const Source& images, const Tiling& tiling, int64_t channe
   });
 }
 
+// transform_weights for weights in channels_last. Lanes lie side by side in grad_input; in forward they are brought there, a line
+// of the cache of each filter and tap at a time.
+template <class F, bool flipped, class T, class Source>
+void transform_channels_last_weights(const Correlation<T, Source>& x, const Panels& of, int64_t c_begin, int64_t c_end, T* to,
+                                     int64_t position_stride) {
+  constexpr int64_t L = kLanes<T>, taps = F::taps;
+  const auto U = [&](int64_t panel, int64_t c) { return to + ((panel - of.begin) * (c_end - c_begin) + c - c_begin) * nr<T>; };
+  const int64_t k_begin = of.begin * nr<T>, k_end = std::min(of.end * nr<T>, x.K);
+  if constexpr (flipped) {
+    alignas(64) T copied[taps * L];
+    for (int64_t c = c_begin; c < c_end; ++c) {
+      const T* const from = x.weight + c * x.c_stride;
+      for (int64_t t = 0; t < taps; ++t) gemm::prefetch(from + 2 * x.c_stride + t * x.tap_stride + k_begin, k_end - k_begin);
+      for (int64_t k = k_begin; k < of.end * nr<T>; k += L) {
+        const bool whole = k + L <= k_end;
+        for (int64_t t = 0; t < (whole ? 0 : taps); ++t)
+          store(copied + t * L, k < k_end ? load_partial(from + t * x.tap_stride + k, k_end - k) : Vec<T>{});
+        transform_weight_lanes<F, flipped>(whole ? from + k : copied, whole ? x.tap_stride : L, U(k / nr<T>, c) + k % nr<T>,
+                                           position_stride);
+      }
+    }
+  } else {
+    alignas(64) T lanes[line_channels<T> * taps * nr<T>];  // [channel][tap][filter]
+    for (int64_t panel = of.begin; panel < of.end; ++panel)
+      for (int64_t c = c_begin; c < c_end; c += line_channels<T>) {
+        const int64_t count = std::min(line_channels<T>, c_end - c), k = panel * nr<T>;
+        const int64_t filters = std::min(nr<T>, k_end - k);
+        for (int64_t t = 0; t < taps; ++t) {
+          const T* const from = x.weight + k * x.k_stride + t * x.tap_stride + c;
+          for (int64_t lane = 0; lane < filters; ++lane)  // the next line of each: too far from the others to be guessed
+            __builtin_prefetch(from + lane * x.k_stride + line_channels<T>, 0, 2);
+          gemm::pack_transposed(from, x.k_stride, filters, count, lanes, [&](int64_t i) { return i * taps + t; });
+        }
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t v = 0; v < nr<T>; v += L)
+            transform_weight_lanes<F, flipped>(lanes + i * taps * nr<T> + v, nr<T>, U(panel, c + i) + v, position_stride);
+      }
+  }
+}
+
 // U of some panels, for channels c_begin ... c_end - 1, at to + xi position_stride + ((panel - of.begin) channels + c - c_begin)
 // nr. In grad_input the filters of one channel follow each other, and are read as they lie; but not the last ones where a filter
 // is shorter than what is read of it.
@@ -304,6 +346,7 @@ void transform_weights(const Correlation<T, Source>& x, const Panels& of, int64_
   constexpr int64_t L = kLanes<T>, taps = F::taps;
   constexpr int64_t together = channels_together, row = together_row<T, taps>;
   const int64_t k_begin = of.begin * nr<T>, k_end = of.end * nr<T>;
+  if (x.tap_stride > 1) return transform_channels_last_weights<F, flipped>(x, of, c_begin, c_end, to, position_stride);
   const auto U = [&](int64_t k, int64_t c) {
     return to + ((k / nr<T> - of.begin) * (c_end - c_begin) + c - c_begin) * nr<T> + k % nr<T>;
   };
@@ -477,6 +520,19 @@ void recompute_tiles(int64_t N, int64_t groups, int64_t channels, const Tiling& 
   }
 }
 
+// The weights in NCHW, for implicit GEMM.
+template <class T>
+const T* weight_in_nchw(const Conv2dGeometry& g, const T* weight) {
+  if (g.weight_layout == Layout::nchw) return weight;
+  const Strides s = g.weight_strides();
+  const int64_t C = g.C_per_group(), taps = g.R * g.S;
+  T* const to = workspace<T>(Slot::weight_copy, g.K * C * taps);
+  for (int64_t k = 0; k < g.K; ++k)
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t t = 0; t < taps; ++t) to[(k * C + c) * taps + t] = weight[k * s.n + c * s.c + t * s.w];
+  return to;
+}
+
 template <class T>
 unsigned char* cleared_flags(int64_t count) {
   unsigned char* flags = workspace<unsigned char>(Slot::flags, count);
@@ -484,10 +540,11 @@ unsigned char* cleared_flags(int64_t count) {
   return flags;
 }
 
-// All groups: filters[k][C] on the channels that source_of(group) has; where an output is not finite, weight on input.
+// All groups: filters[k][C], with the strides `of_filters`, on the channels that source_of(group) has; where an output is not
+// finite, weight on input.
 template <class F, class T, class SourceOf>
 void correlate_groups(const Conv2dGeometry& g, const Tiling& tiling, int64_t C, const SourceOf& source_of, const T* filters,
-                      const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
+                      const Strides& of_filters, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const Strides out = g.output_strides();
   const int64_t K = g.K_per_group(), tiles = g.N * tiling.per_image();
   unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
@@ -501,9 +558,10 @@ void correlate_groups(const Conv2dGeometry& g, const Tiling& tiling, int64_t C, 
                                                                   tiling,
                                                                   source,
                                                                   images(output + group * K * out.c),
-                                                                  filters + group * K * C * F::taps,
-                                                                  C * F::taps,
-                                                                  F::taps,
+                                                                  filters + group * K * of_filters.n,
+                                                                  of_filters.n,
+                                                                  of_filters.c,
+                                                                  of_filters.w,
                                                                   end,
                                                                   not_finite + group * tiles};
     correlate<F, false>(x);
@@ -511,7 +569,7 @@ void correlate_groups(const Conv2dGeometry& g, const Tiling& tiling, int64_t C, 
   Conv2dGeometry one = g;
   one.N = 1;
   recompute_tiles<F>(g.N, g.G, K, tiling, images(output), not_finite, [&](int64_t n, T* image) {
-    implicit_gemm::conv2d_forward(one, input + n * g.input_strides().n, weight, epilogue, image);
+    implicit_gemm::conv2d_forward(one, input + n * g.input_strides().n, weight_in_nchw(g, weight), epilogue, image);
   });
 }
 
@@ -524,7 +582,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
   const auto source_of = [&](int64_t group) {
     return Images<const T>{input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
   };
-  correlate_groups<F>(g, tiling, C, source_of, weight, input, weight, epilogue, output);
+  correlate_groups<F>(g, tiling, C, source_of, weight, g.weight_strides(), input, weight, epilogue, output);
 }
 
 // The phases of a stride as channels.
@@ -540,12 +598,14 @@ PhaseImages<const T> phase_images(const Conv2dGeometry& g, const T* input, int64
 template <class F, class Visit>
 void for_each_tap_of_phases(const Conv2dGeometry& g, const Visit& visit) {
   const int64_t C = g.C_per_group(), stride_h = g.stride_h, stride_w = g.stride_w;
+  const Strides of_weight = g.weight_strides();
   parallel_for(g.K, C * g.R * g.S, [&](int64_t k) {
     for (int64_t c = 0; c < C; ++c)
       for (int64_t r = 0; r < g.R; ++r)
         for (int64_t s = 0; s < g.S; ++s) {
           const int64_t channel = ((k * stride_h + r % stride_h) * C + c) * stride_w + s % stride_w;
-          visit(((k * C + c) * g.R + r) * g.S + s, (channel * F::H::r + r / stride_h) * F::W::r + s / stride_w);
+          visit(k * of_weight.n + c * of_weight.c + r * of_weight.h + s * of_weight.w,
+                (channel * F::H::r + r / stride_h) * F::W::r + s / stride_w);
         }
   });
 }
@@ -558,37 +618,40 @@ void conv2d_forward_of_phases(const Conv2dGeometry& g, const T* input, const T* 
   fill(filters, size, T(0));
   for_each_tap_of_phases<F>(g, [&](int64_t of_weight, int64_t of_phase) { filters[of_phase] = weight[of_weight]; });
   const auto source_of = [&](int64_t group) { return phase_images(g, input, group); };
-  correlate_groups<F>(g, tiling, C, source_of, static_cast<const T*>(filters), input, weight, epilogue, output);
+  const Strides of_filters = activation_strides(Layout::nchw, C, F::H::r, F::W::r);
+  correlate_groups<F>(g, tiling, C, source_of, static_cast<const T*>(filters), of_filters, input, weight, epilogue, output);
 }
 
 template <class F, class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const Strides in = g.input_strides(), out = g.output_strides();
-  const int64_t C = g.C_per_group(), K = g.K_per_group(), taps = g.R * g.S;
+  const Strides of_weight = g.weight_strides();
+  const int64_t C = g.C_per_group(), K = g.K_per_group();
   const Tiling tiling{input_axis<typename F::H>(g.H, g.dilation_h, g.pad_h),
                       input_axis<typename F::W>(g.W, g.dilation_w, g.pad_w)};
   const int64_t tiles = g.N * tiling.per_image();
   unsigned char* not_finite = cleared_flags<T>(g.G * tiles);
   const Images<T> result{grad_input, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
   for (int64_t group = 0; group < g.G; ++group) {
-    const T* w = weight + group * K * C * taps;
     const Correlation<T> x{g.N,
                            K,
                            C,
                            tiling,
                            {grad_output + group * K * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w},
                            {grad_input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w},
-                           w,
-                           taps,
-                           C * taps,
+                           weight + group * K * of_weight.n,
+                           of_weight.c,
+                           of_weight.n,
+                           of_weight.w,
                            {nullptr, false},
                            not_finite + group * tiles};
     correlate<F, true>(x);
   }
   Conv2dGeometry one = g;
   one.N = 1;
-  recompute_tiles<F>(g.N, g.G, C, tiling, result, not_finite,
-                     [&](int64_t n, T* image) { implicit_gemm::conv2d_grad_input(one, grad_output + n * out.n, weight, image); });
+  recompute_tiles<F>(g.N, g.G, C, tiling, result, not_finite, [&](int64_t n, T* image) {
+    implicit_gemm::conv2d_grad_input(one, grad_output + n * out.n, weight_in_nchw(g, weight), image);
+  });
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::winograd

@@ -54,10 +54,10 @@ struct Accumulated {
   bool finite = true, bias = true;  // whether grad_weight is finite, and grad_bias was added up
 };
 
-// grad_weight of K filters of C channels, and grad_bias, unless null, where the tiles are summed in slices.
+// grad_weight of K filters of C channels, in the layout wanted, and grad_bias, unless null, where the tiles are summed in slices.
 template <class F, class T, class Source>
 Accumulated accumulate_grad_weight(int64_t N, int64_t C, int64_t K, const Tiling& tiling, const Source& x,
-                                   const Images<const T>& dy, T* grad_weight, T* grad_bias) {
+                                   const Images<const T>& dy, T* grad_weight, Layout wanted, T* grad_bias) {
   constexpr int64_t positions = F::positions, taps = F::taps;
   const int64_t tiles = N * tiling.per_image(), panels = ceil_div(K, nr<T>), V_channels = std::max(C, kLanes<T>);
   const int64_t V_row = padded_stride<T>(V_channels), D_row = padded_stride<T>(panels * nr<T>);
@@ -112,17 +112,27 @@ Accumulated accumulate_grad_weight(int64_t N, int64_t C, int64_t K, const Tiling
   unsigned char not_finite = 0;
   const auto finish = [&](const Part& part, const T* U) {
     constexpr int64_t L = kLanes<T>, row = together_row<T, F::taps>;
-    alignas(64) T together[L * row];
+    alignas(64) T together[std::max(L * row, line_channels<T> * taps * L)];
     bool finite = true;
     for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
       for (int64_t k = panel * nr<T>; k < std::min(K, (panel + 1) * nr<T>); k += L) {
         Vec<T> zero{};
-        for (int64_t c = part.c_begin; c < part.c_end; c += channels_together) {
+        const auto value = [&](int64_t c) {
+          return U + ((panel - part.panel_begin) * part.rows + (c - part.c_begin)) * nr<T> + (k - panel * nr<T>);
+        };
+        for (int64_t c = part.c_begin; wanted == Layout::channels_last && c < part.c_end; c += line_channels<T>) {
+          const int64_t channels = std::min(line_channels<T>, part.c_end - c);
+          for (int64_t i = 0; i < channels; ++i)  // [channel][tap][filter]
+            transform_grad_weight_lanes<F>(value(c + i), part.position, together + i * taps * L, zero);
+          const implicit_gemm::Finish<T> as_it_is{nullptr, L, false};
+          for (int64_t t = 0; t < taps; ++t)
+            gemm::unpack_transposed<T>([&](int64_t i) { return together + (i * taps + t) * L; }, std::min(L, K - k), channels,
+                                       grad_weight + (k * taps + t) * C + c, taps * C, as_it_is);
+        }
+        for (int64_t c = wanted == Layout::nchw ? part.c_begin : part.c_end; c < part.c_end; c += channels_together) {
           const int64_t channels = std::min(channels_together, part.c_end - c);
           for (int64_t i = 0; i < channels; ++i)
-            transform_grad_weight_tile<F>(
-                U + ((panel - part.panel_begin) * part.rows + (c + i - part.c_begin)) * nr<T> + (k - panel * nr<T>),
-                part.position, together + i * taps, row, zero);
+            transform_grad_weight_tile<F>(value(c + i), part.position, together + i * taps, row, zero);
           for (int64_t lane = 0; lane < std::min(L, K - k); ++lane)
             implicit_gemm::copy_row(together + lane * row, channels * taps, grad_weight + ((k + lane) * C + c) * taps);
         }
@@ -244,6 +254,19 @@ Accumulated accumulate_groups(int64_t groups, int64_t C, int64_t K, const Accumu
   return all;
 }
 
+// By implicit GEMM, which writes NCHW.
+template <class T>
+void grad_weight_once_more(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+  if (g.weight_layout == Layout::nchw) return implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
+  const Strides s = g.weight_strides();
+  const int64_t C = g.C_per_group(), taps = g.R * g.S;
+  T* const from = workspace<T>(Slot::weight_copy, g.K * C * taps);
+  implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, from, nullptr);
+  for (int64_t k = 0; k < g.K; ++k)
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t t = 0; t < taps; ++t) grad_weight[k * s.n + c * s.c + t * s.w] = from[(k * C + c) * taps + t];
+}
+
 // Of the bias too, where grad_bias is not null and this returns true.
 template <class F, class T>
 bool conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
@@ -254,10 +277,10 @@ bool conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const Accumulated done = accumulate_groups<F, T>(g.G, C, K, [&](int64_t group, int64_t k, int64_t filters) {
     const Images<const T> x{input + group * C * in.c, g.H, g.W, in, g.layout, g.dilation_h, g.dilation_w};
     const Images<const T> dy{grad_output + k * out.c, g.P, g.Q, out, g.layout, g.dilation_h, g.dilation_w};
-    return accumulate_grad_weight<F>(g.N, C, filters, tiling, x, dy, grad_weight + k * C * taps,
+    return accumulate_grad_weight<F>(g.N, C, filters, tiling, x, dy, grad_weight + k * C * taps, g.weight_layout,
                                      grad_bias == nullptr ? nullptr : grad_bias + k);
   });
-  if (!done.finite) implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
+  if (!done.finite) grad_weight_once_more(g, grad_output, input, grad_weight);
   return done.bias;
 }
 
@@ -271,12 +294,12 @@ bool conv2d_grad_weight_of_phases(const Conv2dGeometry& g, const T* grad_output,
   const Accumulated done = accumulate_groups<F, T>(g.G, C, K, [&](int64_t group, int64_t k, int64_t filters) {
     const Images<const T> dy{grad_output + k * out.c, g.P, g.Q, out, g.layout, 1, 1};
     return accumulate_grad_weight<F>(g.N, C, filters, tiling, phase_images(g, input, group), dy, of_phases + k * C * F::taps,
-                                     grad_bias == nullptr ? nullptr : grad_bias + k);
+                                     Layout::nchw, grad_bias == nullptr ? nullptr : grad_bias + k);
   });
   if (done.finite)
     for_each_tap_of_phases<F>(g, [&](int64_t of_weight, int64_t of_phase) { grad_weight[of_weight] = of_phases[of_phase]; });
   else
-    implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
+    grad_weight_once_more(g, grad_output, input, grad_weight);
   return done.bias;
 }
 

@@ -340,20 +340,9 @@ template <class F, bool is_input, class T>
   }
 }
 
-// G g G^T of kLanes<T> filters, filter_stride elements apart; each may be turned by 180 degrees. At least 16 bytes of each are
-// read.
-template <class F, bool flipped, class T>
-[[gnu::noinline]] void transform_weight_tile(const T* weight, int64_t filter_stride, T* to, int64_t position_stride) {
-  constexpr int taps = F::taps, e = group<T>, columns = std::min(e, taps);
-  Vec<T> g[taps];
-  TORCHCNN_UNROLL
-  for (int begin = 0; begin < taps; begin += e) {  // the last group overlaps the one before it
-    const int at = std::min(begin, taps - columns);
-    Vec<T> column[e];
-    load_group_columns(weight + at, filter_stride, column);
-    TORCHCNN_UNROLL
-    for (int j = 0; j < columns; ++j) g[flipped ? taps - 1 - at - j : at + j] = column[j];
-  }
+// to[xi position_stride] = G g G^T
+template <class F, class T>
+[[gnu::always_inline]] inline void transform_filter(const Vec<T> (&g)[F::taps], T* to, int64_t position_stride) {
   Vec<T> half[F::H::points][F::W::r];
   TORCHCNN_UNROLL
   for (int s = 0; s < F::W::r; ++s) {
@@ -373,9 +362,35 @@ template <class F, bool flipped, class T>
   }
 }
 
-// to[lane stride + tap] = G^T value G of kLanes<T> filters. `zero` stays zero as long as all of it is finite: Inf 0 = NaN.
+// G g G^T of kLanes<T> filters, filter_stride elements apart; each may be turned by 180 degrees. At least 16 bytes of each are
+// read.
+template <class F, bool flipped, class T>
+[[gnu::noinline]] void transform_weight_tile(const T* weight, int64_t filter_stride, T* to, int64_t position_stride) {
+  constexpr int taps = F::taps, e = group<T>, columns = std::min(e, taps);
+  Vec<T> g[taps];
+  TORCHCNN_UNROLL
+  for (int begin = 0; begin < taps; begin += e) {  // the last group overlaps the one before it
+    const int at = std::min(begin, taps - columns);
+    Vec<T> column[e];
+    load_group_columns(weight + at, filter_stride, column);
+    TORCHCNN_UNROLL
+    for (int j = 0; j < columns; ++j) g[flipped ? taps - 1 - at - j : at + j] = column[j];
+  }
+  transform_filter<F, T>(g, to, position_stride);
+}
+
+// The same of filters that are lanes in memory already, their taps tap_stride elements apart.
+template <class F, bool flipped, class T>
+[[gnu::noinline]] void transform_weight_lanes(const T* weight, int64_t tap_stride, T* to, int64_t position_stride) {
+  Vec<T> g[F::taps];
+  TORCHCNN_UNROLL
+  for (int t = 0; t < F::taps; ++t) g[flipped ? F::taps - 1 - t : t] = load(weight + t * tap_stride);
+  transform_filter<F, T>(g, to, position_stride);
+}
+
+// to[tap kLanes<T> + lane] = G^T value G of kLanes<T> filters. `zero` stays zero as long as all of it is finite: Inf 0 = NaN.
 template <class F, class T>
-[[gnu::noinline]] void transform_grad_weight_tile(const T* value, int64_t position_stride, T* to, int64_t stride, Vec<T>& zero) {
+[[gnu::noinline]] void transform_grad_weight_lanes(const T* value, int64_t position_stride, T* to, Vec<T>& zero) {
   Vec<T> half[F::H::r][F::W::points];
   TORCHCNN_UNROLL
   for (int j = 0; j < F::W::points; ++j) {
@@ -386,7 +401,6 @@ template <class F, class T>
     TORCHCNN_UNROLL
     for (int i = 0; i < F::H::r; ++i) half[i][j] = result[i];
   }
-  alignas(64) T rows[F::taps * kLanes<T>];
   TORCHCNN_UNROLL
   for (int i = 0; i < F::H::r; ++i) {
     Vec<T> result[F::W::r];
@@ -394,10 +408,17 @@ template <class F, class T>
     TORCHCNN_UNROLL
     for (int s = 0; s < F::W::r; ++s) {
       zero += result[s] * T(0);
-      store(rows + (i * F::W::r + s) * kLanes<T>, result[s]);
+      store(to + (i * F::W::r + s) * kLanes<T>, result[s]);
     }
   }
-  write_columns(rows, to, stride, 1, F::taps);
+}
+
+// to[lane stride + tap] of it.
+template <class F, class T>
+[[gnu::noinline]] void transform_grad_weight_tile(const T* value, int64_t position_stride, T* to, int64_t stride, Vec<T>& zero) {
+  alignas(64) T lanes[F::taps * kLanes<T>];
+  transform_grad_weight_lanes<F>(value, position_stride, lanes, zero);
+  write_columns(lanes, to, stride, 1, F::taps);
 }
 
 // band = epilogue(A^T value A), a tile of it. `zero` stays zero as long as every sum is finite: Inf 0 = NaN.

@@ -42,6 +42,7 @@ enum class Slot {
   partial_sums,
   bias_sums,
   flags,
+  weight_copy,
   wide_weight,  // bfloat16 and float16 in float32
   wide_images,
   wide_results,
