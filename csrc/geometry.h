@@ -92,7 +92,7 @@ struct Conv2dGeometry {
   int64_t G;           // groups
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Layout layout;
-  Layout weight_layout = Layout::nchw;  // channels_last for the CPU kernels that reads_any_weight_layout names
+  Layout weight_layout = Layout::nchw;  // on the CPU channels_last only for the kernels that reads_any_weight_layout names
 
   int64_t C_per_group() const { return C / G; }
   int64_t K_per_group() const { return K / G; }

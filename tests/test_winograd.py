@@ -1,6 +1,8 @@
 """Winograd convolution: its matrices, its error bound, what it does with Inf and NaN, and the switch."""
 
 import re
+import sys
+import threading
 from fractions import Fraction
 from math import prod
 from typing import NamedTuple
@@ -529,6 +531,34 @@ def test_grad_bias_beside_grad_weight(case, dtype, layout):
     integers[-1, 3, 1, 2] = torch.inf
     spoilt = grad_bias(integers)
     assert spoilt[3] == torch.inf and spoilt.isfinite().sum() == case.K - 1
+
+
+@needs_winograd
+def test_switch_while_an_operator_runs():
+    """Which kernel it takes is decided once: weights in channels_last, which not all read, would be taken for NCHW."""
+    x, w = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    arguments = (x, w, None, 1, 1, 1, 1, 1, 1, 1, False)
+    either, stop, interval = [], threading.Event(), sys.getswitchinterval()
+    for allow in (False, True):
+        with backends.flags(allow_winograd=allow):
+            either.append(torch.ops.torchcnn.conv2d(*arguments))
+
+    def switch():
+        while not stop.is_set():
+            _C.set_allow_winograd(False)
+            _C.set_allow_winograd(True)
+
+    other = threading.Thread(target=switch)
+    sys.setswitchinterval(1e-6)
+    other.start()
+    try:
+        for _ in range(30000):
+            output = torch.ops.torchcnn.conv2d(*arguments)
+            assert any(torch.equal(output, expected) for expected in either)
+    finally:
+        stop.set()
+        other.join()
+        sys.setswitchinterval(interval)
 
 
 @needs_winograd

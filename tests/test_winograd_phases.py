@@ -186,9 +186,9 @@ def test_not_finite(case, where, value, layout):
     """Stays where the direct kernel has it."""
     x, w, b, dy = tensors(case, torch.float32)
     {"input": x, "weight": w, "grad_output": dy}[where][-1, -1, 2, 3] = value
-    actual = ours(layout(x), w, b, layout(dy), case)
+    actual = ours(layout(x), layout(w), b, layout(dy), case)
     with backends.flags(allow_winograd=False):
-        direct = ours(layout(x), w, b, layout(dy), case)
+        direct = ours(layout(x), layout(w), b, layout(dy), case)
     for result, expected in zip(actual, direct, strict=True):
         assert torch.equal(result.isinf(), expected.isinf())
         finite = result.isfinite() & expected.isfinite()

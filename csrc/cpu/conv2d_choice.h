@@ -131,7 +131,8 @@ inline Choice choose_winograd_of_phases(const Conv2dGeometry& g, Direction direc
 inline Choice choose_winograd(const Conv2dGeometry& g, Direction direction) {
   const Choice none{Algorithm::implicit_gemm, nullptr};
   const bool dilated = g.dilation_h > 1 || g.dilation_w > 1, back = direction == Direction::grad_input;
-  if (!allow_winograd()) return none;
+  // The switch counts when an operator begins: weights in channels_last are there because Winograd has been chosen already.
+  if (!allow_winograd() && g.weight_layout == Layout::nchw) return none;
   if (const Choice phases = choose_winograd_of_phases(g, direction); phases.reason != nullptr) return phases;
   if (g.C_per_group() < 16 || g.K_per_group() < 16) return none;
   const int64_t rows = back ? g.H : g.P, columns = back ? g.W : g.Q;

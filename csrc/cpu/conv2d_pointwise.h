@@ -33,10 +33,11 @@ using gemm::max_depth;
 using gemm::mr;
 using gemm::nr;
 
-inline constexpr int64_t most_lines = 64;    // 64 KiB of pixels, sorted by the taps that see them
 inline constexpr int64_t block_panels = 16;  // A is read from memory once for so many
 template <class T>
 inline constexpr int64_t panel_size = max_depth<T> * nr<T> + 64 / sizeof(T);  // not all panels in the same sets of L1
+template <class T>
+inline constexpr int64_t most_lines = (64 << 10) / (block_panels * nr<T> * sizeof(T));  // pixels sorted by the taps that see them
 inline constexpr int64_t a_panel = 2 * mr;  // 12 x 384 floats of A are 18 KiB, which stay in L1 while B passes from L2
 
 // Planes with one element for each position (p, q) of the smaller side; the pixels of the larger side are step apart. A channel
@@ -125,7 +126,8 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
   while (parts < a_panels && blocks * parts < 4 * threads && blocks * parts % threads != 0) ++parts;
   const int64_t part_filters = ceil_div(a_panels, parts) * a_panel;
   // A source beyond the caches is asked for a block ahead. Of patches that would be too much: it pushes out what is in use.
-  const bool prefetches = source.R * source.S == 1 && N * source.strides.n * int64_t(sizeof(T)) > int64_t(8) << 20;
+  const bool prefetches =
+      source.R * source.S == 1 && source.step_w <= 2 && N * source.strides.n * int64_t(sizeof(T)) > int64_t(8) << 20;
   parallel_for(blocks * parts, block_panels * 2 * part_filters * channels, [&](int64_t task) {
     const int64_t block = task / parts, first_panel = block * panels / blocks,
                   count = (block + 1) * panels / blocks - first_panel;
@@ -158,12 +160,12 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     int64_t to_pieces = 0;
     for (int64_t x = x_begin, longest = result_dense ? plane : columns, width = 0; x < x_end; x += width) {
       width = std::min({longest - x % longest, nr<T> - (x - x_begin) % nr<T>, x_end - x});
-      const bool gap = result.step_w == 2 && 2 * (x % columns + width) - 1 < result.strides.h;
+      const bool gap = result.S == 1 && result.step_w == 2 && 2 * (x % columns + width) - 1 < result.strides.h;
       if (!in_result((x - x_begin) / nr<T>)) to_piece[to_pieces++] = {offset_of(result, x), x - x_begin, width, gap};
     }
 
     // One channel of the block, or as many as windows have taps side by side.
-    const int64_t line_size = count * nr<T> + kLanes<T>, lines = source.S > 2 ? std::min(source.S, most_lines) : 1;
+    const int64_t line_size = count * nr<T> + kLanes<T>, lines = source.S > 2 ? std::min(source.S, most_lines<T>) : 1;
     T* line = workspace<T>(Slot::gradient, lines * line_size);
     std::fill(line, line + lines * line_size, T(0));
     T* b = workspace<T>(Slot::patches, block_panels * panel_size<T>);
@@ -367,7 +369,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     const int64_t most_positions = blocks.images * blocks.rows * g.Q;
     const int64_t panel_step = most_positions * nr<T> + 64 / sizeof(T);  // not all panels in the same sets of L1
     T* packed = workspace<T>(Slot::patches, panels * panel_step);
-    const bool gathers = g.R * g.S > 1 || g.stride_h > 1 || g.stride_w > 1;
+    const bool gathers = g.S <= 2 && (g.R * g.S > 1 || g.stride_h > 1 || g.stride_w > 1);
     T* line = gathers ? workspace<T>(Slot::gradient, blocks.rows * g.Q * nr<T>) : nullptr;
     T* sums = workspace<T>(Slot::tile, panels * rows * nr<T>);
     int64_t* position = workspace<int64_t>(Slot::offsets, most_positions);

@@ -568,8 +568,10 @@ void correlate_groups(const Conv2dGeometry& g, const Tiling& tiling, int64_t C, 
   }
   Conv2dGeometry one = g;
   one.N = 1;
+  const T* in_nchw = nullptr;
   recompute_tiles<F>(g.N, g.G, K, tiling, images(output), not_finite, [&](int64_t n, T* image) {
-    implicit_gemm::conv2d_forward(one, input + n * g.input_strides().n, weight_in_nchw(g, weight), epilogue, image);
+    if (in_nchw == nullptr) in_nchw = weight_in_nchw(g, weight);
+    implicit_gemm::conv2d_forward(one, input + n * g.input_strides().n, in_nchw, epilogue, image);
   });
 }
 
@@ -649,8 +651,10 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   }
   Conv2dGeometry one = g;
   one.N = 1;
+  const T* in_nchw = nullptr;
   recompute_tiles<F>(g.N, g.G, C, tiling, result, not_finite, [&](int64_t n, T* image) {
-    implicit_gemm::conv2d_grad_input(one, grad_output + n * out.n, weight_in_nchw(g, weight), image);
+    if (in_nchw == nullptr) in_nchw = weight_in_nchw(g, weight);
+    implicit_gemm::conv2d_grad_input(one, grad_output + n * out.n, in_nchw, image);
   });
 }
 

@@ -217,7 +217,7 @@ inline void gather_strided(const T* from, int64_t step, int64_t count, T* to) {
   for (int64_t j = 0; j < count; ++j) to[j] = from[j * step];
 }
 
-// to[j step] = from[j]; what lies between is zero and stays so.
+// to[j step] = from[j]; what lies between is zero already, or becomes so.
 template <class T>
 inline void scatter_strided(const T* from, int64_t step, int64_t count, T* to) {
   if (step == 1) return copy(from, count, to);

@@ -57,32 +57,42 @@ bool check(bool holds, const char* what, const char* algorithm, const Conv2dGeom
   return holds;
 }
 
+// A model in channels_last has its weights so too.
+Conv2dGeometry with_weight_layout(const Conv2dGeometry& g, Direction direction) {
+  Conv2dGeometry result = g;
+  if (reads_any_weight_layout(g, direction)) result.weight_layout = g.layout;
+  return result;
+}
+
 template <class T>
 bool compare_conv2d(const Conv2dGeometry& g, const Conv2dKernels<T>& row, const Conv2dKernels<T>& reference) {
+  const Conv2dGeometry forward = with_weight_layout(g, Direction::forward),
+                       of_input = with_weight_layout(g, Direction::grad_input),
+                       of_weight = with_weight_layout(g, Direction::grad_weight);
   const auto x = integers<T>(g.N * g.C * g.H * g.W), w = integers<T>(g.K * g.C_per_group() * g.R * g.S), b = integers<T>(g.K);
   const auto dy = integers<T>(g.N * g.K * g.P * g.Q);
   bool good = true;
   for (const bool relu : {false, true}) {
     std::vector<T> actual(dy.size()), expected(dy.size());
-    row.forward(g, x.data(), w.data(), {b.data(), relu}, actual.data());
-    reference.forward(g, x.data(), w.data(), {b.data(), relu}, expected.data());
+    row.forward(forward, x.data(), w.data(), {b.data(), relu}, actual.data());
+    reference.forward(forward, x.data(), w.data(), {b.data(), relu}, expected.data());
     good &= check(same(actual, expected), "forward", name_of(choose_conv2d(g, Direction::forward).algorithm), g);
   }
   std::vector<T> actual(x.size()), expected(x.size());
-  row.grad_input(g, dy.data(), w.data(), actual.data());
-  reference.grad_input(g, dy.data(), w.data(), expected.data());
+  row.grad_input(of_input, dy.data(), w.data(), actual.data());
+  reference.grad_input(of_input, dy.data(), w.data(), expected.data());
   good &= check(same(actual, expected), "grad_input", name_of(choose_conv2d(g, Direction::grad_input).algorithm), g);
   actual.assign(w.size(), 0), expected.assign(w.size(), 0);
   std::vector<T> beside(b.size());
-  row.grad_weight(g, dy.data(), x.data(), actual.data(), nullptr);
-  reference.grad_weight(g, dy.data(), x.data(), expected.data(), nullptr);
+  row.grad_weight(of_weight, dy.data(), x.data(), actual.data(), nullptr);
+  reference.grad_weight(of_weight, dy.data(), x.data(), expected.data(), nullptr);
   good &= check(same(actual, expected), "grad_weight", name_of(choose_conv2d(g, Direction::grad_weight).algorithm), g);
   actual.assign(b.size(), 0), expected.assign(b.size(), 0);
   row.grad_bias(g, dy.data(), actual.data());
   reference.grad_bias(g, dy.data(), expected.data());
   good &= check(same(actual, expected), "grad_bias", "sums", g);
   actual.assign(w.size(), 0);
-  row.grad_weight(g, dy.data(), x.data(), actual.data(), beside.data());
+  row.grad_weight(of_weight, dy.data(), x.data(), actual.data(), beside.data());
   return check(same(beside, expected), "grad_bias", "beside grad_weight", g) && good;
 }
 
@@ -145,20 +155,23 @@ std::vector<Conv2dGeometry> named_conv2d(Layout layout) {
   return {
       layer(2, 24, 15, 19, 40, 1, 1, {2, 2, 0, 0, 1, 1, 1}),  // 1x1 of stride 2, where rows end between two steps
       layer(3, 20, 17, 14, 28, 1, 1, {2, 3, 0, 0, 1, 1, 1}),
-      layer(2, 160, 7, 7, 300, 1, 1, {1, 1, 0, 0, 1, 1, 1}),   // one piece of positions, several chunks of filters and of taps
-      layer(3, 20, 23, 24, 100, 1, 1, {1, 1, 0, 0, 1, 1, 1}),  // several pieces
-      layer(2, 24, 12, 12, 40, 1, 1, {2, 2, 1, 1, 1, 1, 1}),   // with padding it is not pointwise
-      layer(3, 20, 27, 38, 28, 2, 2, {2, 2, 0, 0, 1, 1, 1}),   // patches, in pairs of taps
-      layer(2, 24, 17, 41, 36, 3, 4, {3, 4, 0, 0, 1, 1, 2}),   // and not
-      layer(2, 48, 20, 20, 48, 3, 3, {2, 2, 1, 1, 1, 1, 3}),   // narrow groups of stride 2: regions along two edges
-      layer(2, 40, 23, 21, 40, 3, 3, {2, 2, 1, 1, 1, 1, 5}),   // and along four
-      layer(2, 17, 17, 17, 35, 1, 7, {1, 1, 0, 3, 1, 1, 1}),   // regions of one column
-      layer(2, 17, 17, 17, 35, 7, 1, {1, 1, 3, 0, 1, 1, 1}),   // of one row
-      layer(1, 18, 26, 28, 20, 4, 3, {1, 1, 4, 2, 1, 2, 1}),   // positions that meet no tap at all
-      layer(1, 3, 40, 38, 35, 19, 18, {1, 1, 0, 0, 1, 1, 1}),  // a filter of one channel deeper than a block
-      layer(2, 32, 16, 16, 33, 5, 3, {1, 1, 2, 1, 1, 1, 1}),   // planes of a power of two: a copied window
-      layer(3, 21, 14, 12, 37, 2, 2, {2, 2, 0, 0, 1, 1, 1}),   // patches
-      layer(2, 49, 9, 23, 52, 1, 3, {1, 1, 0, 1, 1, 1, 1}),    // Winograd along one axis: filters shorter than what is read
+      layer(2, 160, 7, 7, 300, 1, 1, {1, 1, 0, 0, 1, 1, 1}),     // one piece of positions, several chunks of filters and of taps
+      layer(3, 20, 23, 24, 100, 1, 1, {1, 1, 0, 0, 1, 1, 1}),    // several pieces
+      layer(2, 24, 12, 12, 40, 1, 1, {2, 2, 1, 1, 1, 1, 1}),     // with padding it is not pointwise
+      layer(3, 20, 27, 38, 28, 2, 2, {2, 2, 0, 0, 1, 1, 1}),     // patches, in pairs of taps
+      layer(2, 24, 17, 41, 36, 3, 4, {3, 4, 0, 0, 1, 1, 2}),     // and not
+      layer(2, 48, 20, 20, 48, 3, 3, {2, 2, 1, 1, 1, 1, 3}),     // narrow groups of stride 2: regions along two edges
+      layer(2, 40, 23, 21, 40, 3, 3, {2, 2, 1, 1, 1, 1, 5}),     // and along four
+      layer(2, 17, 17, 17, 35, 1, 7, {1, 1, 0, 3, 1, 1, 1}),     // regions of one column
+      layer(2, 17, 17, 17, 35, 7, 1, {1, 1, 3, 0, 1, 1, 1}),     // of one row
+      layer(1, 18, 26, 28, 20, 4, 3, {1, 1, 4, 2, 1, 2, 1}),     // positions that meet no tap at all
+      layer(1, 3, 40, 38, 35, 19, 18, {1, 1, 0, 0, 1, 1, 1}),    // a filter of one channel deeper than a block
+      layer(2, 32, 16, 16, 33, 5, 3, {1, 1, 2, 1, 1, 1, 1}),     // planes of a power of two: a copied window
+      layer(3, 21, 14, 12, 37, 2, 2, {2, 2, 0, 0, 1, 1, 1}),     // patches
+      layer(2, 3, 35, 50, 20, 16, 16, {16, 16, 0, 0, 1, 1, 1}),  // of whole vectors, and of parts of them
+      layer(2, 13, 15, 22, 17, 7, 7, {7, 7, 0, 0, 1, 1, 1}),
+      layer(1, 30, 6, 6, 31, 1, 1, {1, 1, 0, 0, 1, 1, 1}),   // a few positions beyond the last panel
+      layer(2, 49, 9, 23, 52, 1, 3, {1, 1, 0, 1, 1, 1, 1}),  // Winograd along one axis: filters shorter than what is read
       layer(1, 100, 22, 9, 98, 3, 1, {1, 1, 4, 0, 1, 1, 2}),
       layer(1, 50, 22, 9, 49, 5, 1, {1, 1, 2, 1, 1, 1, 1}),
       layer(2, 52, 6, 45, 60, 1, 7, {1, 1, 0, 5, 1, 2, 1}),
