@@ -108,6 +108,62 @@ void gather_taps(const T* from, int64_t step, int64_t taps, int64_t count, T* to
     }
 }
 
+// Positions of a block whose pixels are step apart: parts of rows or, where nothing is skipped, of planes.
+struct Piece {
+  int64_t at, x, width;          // offset in a plane, first position
+  bool ends_before_gap = false;  // of the result: a pixel of its row follows that no window has
+};
+
+// The channels k ... k + depth - 1 of a block's positions to its panels, b[panel][channel][position]. Plane by plane: the panels
+// of a block are one stretch of it.
+template <class T>
+void pack_block(const Planes<const T>& source, const Piece* piece, int64_t pieces, int64_t positions, int64_t panels, int64_t k,
+                int64_t depth, T* b) {
+  // Lines of one channel, or of as many as windows have taps side by side.
+  const int64_t line_size = panels * nr<T> + kLanes<T>, lines = source.S > 2 ? std::min(source.S, most_lines<T>) : 1;
+  T* line = workspace<T>(Slot::gradient, lines * line_size);
+  std::fill(line, line + lines * line_size, T(0));
+  const bool in_place = source.step_h == 1 && source.step_w == 1 && pieces == 1 && positions == panels * nr<T>;
+  for (int64_t c = 0, taps = 0; c < depth; c += taps) {
+    const int64_t s = source.S == 1 ? 0 : (k + c) % source.S;
+    taps = std::min({lines, source.S - s, depth - c});
+    const T* const from = source.at(k + c);
+    if (s == 0) {  // taps side by side see the same pixels
+      const T* const ahead = source.at(k + c + 4 * source.S);
+      for (int64_t i = 0; i < pieces; ++i) gemm::prefetch(ahead + piece[i].at, piece[i].width * source.step_w);
+    }
+    for (int64_t i = 0; i < (in_place ? 0 : pieces); ++i) {
+      if (lines > 1)
+        gather_taps(from + piece[i].at, source.step_w, taps, piece[i].width, line + piece[i].x, line_size);
+      else
+        gather_strided(from + piece[i].at, source.step_w, piece[i].width, line + piece[i].x);
+    }
+    for (int64_t t = 0; t < taps; ++t) {
+      const T* pixels = in_place ? from + piece[0].at : line + t * line_size;
+      T* to = b + (c + t) * nr<T>;
+      for (int64_t j = 0; j < panels; ++j, to += panel_size<T>)
+        for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(pixels + j * nr<T> + v));
+    }
+  }
+}
+
+// What is packed next: it comes from memory while the present channels are multiplied, a share of it beside every panel that
+// meets a chunk of the filters.
+template <class T>
+struct Upcoming {
+  const Planes<const T>& source;
+  const Piece* piece;
+  int64_t pieces, channel, channels, next = 0;
+
+  int64_t share(int64_t some_channels, int64_t calls) const { return ceil_div(pieces * some_channels, calls); }
+  void ask_for(int64_t share) {
+    for (int64_t i = 0; i < share && channel < channels; ++i) {
+      gemm::prefetch(source.at(channel) + piece[next].at, piece[next].width * source.step_w);
+      if (++next == pieces) ++channel, next = 0;
+    }
+  }
+};
+
 // result[m][x] = sum_k A(m, k) source[k][x] over x = (n, i, j), for one group of so many planes on either side.
 template <class T>
 void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t channels, const Weights<T>& weight,
@@ -133,12 +189,6 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
                   count = (block + 1) * panels / blocks - first_panel;
     const int64_t m_begin = task % parts * part_filters, m_end = std::min(filters, m_begin + part_filters);
     if (m_begin >= m_end) return;
-    // The positions of the block in pieces whose pixels are step apart: parts of rows or, where nothing is skipped, of planes.
-    // Those of the result leave out the panels that lie in one plane of it: they are stored straight.
-    struct Piece {
-      int64_t at, x, width;
-      bool ends_before_gap = false;  // of the result: a pixel of its row follows that no window has
-    };
     const int64_t x_begin = first_panel * nr<T>, x_end = std::min(positions, x_begin + count * nr<T>);
     const auto in_result = [&](int64_t j) {
       const int64_t x = x_begin + j * nr<T>;
@@ -152,6 +202,7 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
       }
       return pieces;
     };
+    // The pieces of the result leave out the panels that lie in one plane of it: they are stored straight.
     Piece* from_piece = workspace<Piece>(Slot::tables, 3 * block_panels * nr<T>);
     Piece* after_piece = from_piece + block_panels * nr<T>;  // of the next block
     Piece* to_piece = after_piece + block_panels * nr<T>;
@@ -164,10 +215,6 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
       if (!in_result((x - x_begin) / nr<T>)) to_piece[to_pieces++] = {offset_of(result, x), x - x_begin, width, gap};
     }
 
-    // One channel of the block, or as many as windows have taps side by side.
-    const int64_t line_size = count * nr<T> + kLanes<T>, lines = source.S > 2 ? std::min(source.S, most_lines<T>) : 1;
-    T* line = workspace<T>(Slot::gradient, lines * line_size);
-    std::fill(line, line + lines * line_size, T(0));
     T* b = workspace<T>(Slot::patches, block_panels * panel_size<T>);
     T* tiles = workspace<T>(Slot::tile, count * part_filters * nr<T> + kLanes<T>);
     struct Target {  // of a panel: row m of it at first + m row
@@ -180,37 +227,12 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
     const int64_t depths = ceil_div(channels, max_depth<T>);
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t k = d * channels / depths, depth = (d + 1) * channels / depths - k;
-      for (int64_t c = 0, taps = 0; c < depth; c += taps) {  // plane by plane: the panels of a block are one stretch of it
-        const int64_t s = source.S == 1 ? 0 : (k + c) % source.S;
-        taps = std::min({lines, source.S - s, depth - c});
-        const T* from = source.at(k + c);
-        const bool in_place = source_dense && from_pieces == 1 && x_end - x_begin == count * nr<T>;
-        if (s == 0) {  // taps side by side see the same pixels
-          const T* const ahead = source.at(k + c + 4 * source.S);
-          for (int64_t i = 0; i < from_pieces; ++i) gemm::prefetch(ahead + from_piece[i].at, from_piece[i].width * source.step_w);
-        }
-        for (int64_t i = 0; i < (in_place ? 0 : from_pieces); ++i) {
-          const Piece& piece = from_piece[i];
-          if (lines > 1)
-            gather_taps(from + piece.at, source.step_w, taps, piece.width, line + piece.x, line_size);
-          else
-            gather_strided(from + piece.at, source.step_w, piece.width, line + piece.x);
-        }
-        for (int64_t t = 0; t < taps; ++t) {
-          const T* pixels = in_place ? from + from_piece[0].at : line + t * line_size;
-          T* to = b + (c + t) * nr<T>;
-          for (int64_t j = 0; j < count; ++j, to += panel_size<T>)
-            for (int64_t v = 0; v < nr<T>; v += kLanes<T>) store(to + v, load(pixels + j * nr<T> + v));
-        }
-      }
-      // What is packed next comes from memory while these channels are multiplied: `share` pieces of it for each panel that meets
-      // a chunk of the filters.
+      pack_block(source, from_piece, from_pieces, x_end - x_begin, count, k, depth, b);
       const bool same_block = d + 1 < depths;
-      const Piece* const next_piece = same_block ? from_piece : after_piece;
-      const int64_t next_pieces = !prefetches ? 0 : same_block ? from_pieces : after_pieces;
-      const int64_t next_channels = ceil_div(channels, depths);
-      const int64_t share = ceil_div(next_pieces * next_channels, count * ceil_div(m_end - m_begin, a_panel));
-      int64_t next_channel = same_block ? k + depth : 0, next = 0;
+      Upcoming<T> upcoming{source, same_block ? from_piece : after_piece, same_block ? from_pieces : after_pieces,
+                           same_block ? k + depth : 0, channels};
+      const int64_t share =
+          !prefetches ? 0 : upcoming.share(ceil_div(channels, depths), count * ceil_div(m_end - m_begin, a_panel));
       const bool packs = weight.is_row_by_row();
       T* const packed = packs ? workspace<T>(Slot::packed_weight, max_depth<T> * a_panel) : nullptr;
       const Terms terms{depth, weight.row_stride, packs ? a_panel : weight.step, d > 0, epilogue.relu && d + 1 == depths};
@@ -233,10 +255,7 @@ void product(int64_t N, int64_t rows, int64_t columns, int64_t filters, int64_t 
           }
         };
         for (int64_t j = 0; j < count; ++j) {
-          for (int64_t i = 0; i < share && next_channel < channels; ++i) {
-            gemm::prefetch(source.at(next_channel) + next_piece[next].at, next_piece[next].width * source.step_w);
-            if (++next == next_pieces) ++next_channel, next = 0;
-          }
+          upcoming.ask_for(share);
           if (x_end - x_begin - j * nr<T> > kLanes<T>)
             multiply.template operator()<mr, 2>(target[j], b + j * panel_size<T>);
           else  // the last panel of all
