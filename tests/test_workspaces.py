@@ -1,5 +1,6 @@
 """Scratch memory: kept within a limit, given back when asked for, the same results without it."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -24,7 +25,10 @@ def layer():
     return torchcnn.functional.conv2d(x.requires_grad_(), w.requires_grad_(), padding=1), (x, w)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="conftest.py fills the memory of glibc")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64" or "LD_PRELOAD" in os.environ,
+    reason="conftest.py fills the memory of glibc, and torch may have an allocator of its own",
+)
 def test_fresh_memory_shows_what_is_not_written():
     assert (torch.empty(1000) < -1e38).all() and (torch.empty(1 << 22)[-1000:] < -1e38).all()
 

@@ -520,16 +520,22 @@ void recompute_tiles(int64_t N, int64_t groups, int64_t channels, const Tiling& 
   }
 }
 
+// Calls visit(place, place in NCHW) for every weight.
+template <class Visit>
+void for_each_weight(const Conv2dGeometry& g, const Visit& visit) {
+  const Strides s = g.weight_strides();
+  const int64_t C = g.C_per_group(), taps = g.R * g.S;
+  for (int64_t k = 0; k < g.K; ++k)
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t t = 0; t < taps; ++t) visit(k * s.n + c * s.c + t * s.w, (k * C + c) * taps + t);
+}
+
 // The weights in NCHW, for implicit GEMM.
 template <class T>
 const T* weight_in_nchw(const Conv2dGeometry& g, const T* weight) {
   if (g.weight_layout == Layout::nchw) return weight;
-  const Strides s = g.weight_strides();
-  const int64_t C = g.C_per_group(), taps = g.R * g.S;
-  T* const to = workspace<T>(Slot::weight_copy, g.K * C * taps);
-  for (int64_t k = 0; k < g.K; ++k)
-    for (int64_t c = 0; c < C; ++c)
-      for (int64_t t = 0; t < taps; ++t) to[(k * C + c) * taps + t] = weight[k * s.n + c * s.c + t * s.w];
+  T* const to = workspace<T>(Slot::weight_copy, g.K * g.weight_strides().n);
+  for_each_weight(g, [&](int64_t place, int64_t in_nchw) { to[in_nchw] = weight[place]; });
   return to;
 }
 

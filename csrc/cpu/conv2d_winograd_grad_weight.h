@@ -258,13 +258,9 @@ Accumulated accumulate_groups(int64_t groups, int64_t C, int64_t K, const Accumu
 template <class T>
 void grad_weight_once_more(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
   if (g.weight_layout == Layout::nchw) return implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, grad_weight, nullptr);
-  const Strides s = g.weight_strides();
-  const int64_t C = g.C_per_group(), taps = g.R * g.S;
-  T* const from = workspace<T>(Slot::weight_copy, g.K * C * taps);
+  T* const from = workspace<T>(Slot::weight_copy, g.K * g.weight_strides().n);
   implicit_gemm::conv2d_grad_weight<T>(g, grad_output, input, from, nullptr);
-  for (int64_t k = 0; k < g.K; ++k)
-    for (int64_t c = 0; c < C; ++c)
-      for (int64_t t = 0; t < taps; ++t) grad_weight[k * s.n + c * s.c + t * s.w] = from[(k * C + c) * taps + t];
+  for_each_weight(g, [&](int64_t place, int64_t in_nchw) { grad_weight[place] = from[in_nchw]; });
 }
 
 // Of the bias too, where grad_bias is not null and this returns true.
