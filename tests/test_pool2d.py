@@ -79,6 +79,44 @@ def test_max_and_min_of_nan_and_infinity(case, dtype, layout, device):
     check_extremes(case, with_special_values, dtype, layout, device)
 
 
+@pytest.mark.parametrize("planes", [(2, 17), (1, 16), (5, 7)], ids=str)
+@pytest.mark.parametrize(
+    "size, options",
+    [
+        ((13, 13), {"kernel_size": 3, "stride": 2}),
+        ((7, 7), {"kernel_size": 3, "stride": 1, "padding": 1}),
+        ((9, 6), {"kernel_size": 2, "stride": 2, "padding": 1}),
+        ((5, 7), {"kernel_size": 2, "stride": 1}),
+        ((8, 5), {"kernel_size": (4, 2), "stride": 1, "dilation": 2}),
+        ((2, 3), {"kernel_size": 3, "stride": 2, "padding": 1}),
+        ((7, 7), {"kernel_size": 7}),
+        ((4, 4), {"kernel_size": 4}),
+        ((23, 29), {"kernel_size": (23, 29)}),
+    ],
+    ids=str,
+)
+def test_max_and_min_beside_a_nan(planes, size, options, dtype, device):
+    """Planes that are searched together, one of which has a NaN, and then none; zeros of either sign, -inf, ties."""
+    for nans in (1, 0):
+        truth = small_integers((*planes, *size), low=-2, high=1).to(dtype)
+        truth[torch.rand(truth.shape) < 0.2] = -0.0
+        truth[torch.rand(truth.shape) < 0.2] = -torch.inf
+        truth[0, 1] = -torch.inf
+        truth[0, 2] = torch.where(torch.rand(size) < 0.5, 0.0, -0.0)
+        truth[planes[0] - 1, -1].view(-1)[-nans:][:nans] = torch.nan
+        for name, sign in (("max_pool2d", 1), ("min_pool2d", -1)):
+            pool2d = getattr(torchcnn.functional, name)
+            expected, expected_indices = F.max_pool2d(truth, **options, return_indices=True)
+            output, indices = pool2d((sign * truth).to(device), **options, return_indices=True)
+            bits = torch.int64 if dtype == torch.float64 else torch.int32
+            numbers = ~expected.isnan()
+            assert torch.equal(output.cpu().isnan(), ~numbers)
+            assert torch.equal(output.cpu()[numbers].view(bits), (sign * expected)[numbers].view(bits))
+            assert torch.equal(indices.cpu(), expected_indices)
+            alone = pool2d((sign * truth).to(device), **options)
+            assert torch.equal(alone.cpu()[numbers].view(bits), output.cpu()[numbers].view(bits))
+
+
 def test_max_and_min_half(case, half_dtype, layout, device):
     check_extremes(case, with_special_values, half_dtype, layout, device)
 

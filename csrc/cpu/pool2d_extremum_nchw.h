@@ -27,6 +27,12 @@ struct Best {
     code = better ? candidate_code : code;
   }
 
+  // The same where neither is NaN.
+  void offer_number(Vec<A> candidate, Vec<IndexOf<A>> candidate_code) {
+    code = candidate > value ? candidate_code : code;
+    value = larger<A>(candidate, value);
+  }
+
   // max(0, value), with a code that no tap has where that is not the value of a tap.
   void rectify() {
     const Vec<IndexOf<A>> nothing = value <= Vec<A>{};

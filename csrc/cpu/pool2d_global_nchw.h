@@ -5,7 +5,8 @@
 //   result[l]  = best or sum, over the lanes, of [lane][l]                             by halves: lane i and lane i + kLanes / 2
 //
 // A plane of many blocks keeps four of them going, so that one need not wait for the other. The last block ends with the
-// plane; what it shares with the one before it counts once. The order of every sum follows from H W alone.
+// plane; what it shares with the one before it counts once. The order of every sum follows from H W alone. The planes of a
+// group, if small, go through their blocks side by side, so that no plane waits for itself.
 #pragma once
 
 #include "conv2d_gemm.h"
@@ -104,8 +105,35 @@ inline constexpr int64_t kChains = 4;
 template <class A>
 inline constexpr int64_t kBlock = 8 * kChains * kLanes<A>;
 
-// The largest value of each lane of a row without NaN, with the signs turned; the last vector overlaps the one before it. `trace`
-// becomes NaN if there is one after all.
+// The largest value of each lane of kLanes rows without NaN, with the signs turned. `trace` becomes NaN if there is one after
+// all.
+template <class T>
+inline void largest_of_rows(const T* row, int64_t count, Vec<IndexOf<Arithmetic<T>>> sign, Vec<Arithmetic<T>>* largest,
+                            Vec<Arithmetic<T>>& trace) {
+  using A = Arithmetic<T>;
+  constexpr int L = static_cast<int>(kLanes<A>), traces = 4;
+  const auto at = [&](int l, int64_t x) { return (Vec<A>)((Vec<IndexOf<A>>)load_wide(row + l * count + x) ^ sign); };
+  Vec<A> value[L], sum[traces] = {};
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    value[l] = at(l, 0);
+    sum[l % traces] += value[l];
+  }
+  for (int64_t next = L; next < count; next += L) {
+    const int64_t x = std::min(next, count - L);  // the last vector overlaps the one before it
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) {
+      const Vec<A> candidate = at(l, x);
+      value[l] = larger<A>(candidate, value[l]);
+      sum[l % traces] += candidate;
+    }
+  }
+  trace = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) largest[l] = value[l];
+}
+
+// The largest value of each lane of one such row.
 template <class T>
 inline Vec<Arithmetic<T>> largest_of_row(const T* row, int64_t count, Vec<IndexOf<Arithmetic<T>>> sign,
                                          Vec<Arithmetic<T>>& trace) {
@@ -115,7 +143,7 @@ inline Vec<Arithmetic<T>> largest_of_row(const T* row, int64_t count, Vec<IndexO
   trace += largest;
   for (int64_t x = L; x < count; x += L) {
     const Vec<A> candidate = (Vec<A>)((Vec<IndexOf<A>>)load_wide(row + std::min(x, count - L)) ^ sign);
-    largest = candidate > largest ? candidate : largest;
+    largest = larger<A>(candidate, largest);
     trace += candidate;
   }
   return largest;
@@ -144,13 +172,13 @@ inline Best<Arithmetic<T>> largest_of_plane(const T* plane, int64_t count, Vec<I
 #pragma GCC unroll 4
       for (int v = 0; v < kChains; ++v) {
         const Vec<A> candidate = at(next + v * L);
-        chain[v] = candidate > chain[v] ? candidate : chain[v];
+        chain[v] = larger<A>(candidate, chain[v]);
         sum[v] += candidate;
       }
     }
-    chain[0] = chain[0] > chain[1] ? chain[0] : chain[1];
-    chain[2] = chain[2] > chain[3] ? chain[2] : chain[3];
-    offer_block(chain[0] > chain[2] ? chain[0] : chain[2], x / kBlock<A>);
+    chain[0] = larger<A>(chain[0], chain[1]);
+    chain[2] = larger<A>(chain[2], chain[3]);
+    offer_block(larger<A>(chain[0], chain[2]), x / kBlock<A>);
     trace += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
   if (x == count) return best;
@@ -175,6 +203,41 @@ inline int64_t first_largest(const T* plane, int64_t count, const Best<Arithmeti
   return start + first_equal(plane + start, count - start, broadcast(value));
 }
 
+// The first elements of kLanes rows that equal `values`, one of each: from the last vector to the first, each lane keeps the last
+// that it finds.
+template <class T>
+inline void first_equals(const T* row, int64_t count, const Arithmetic<T>* values, IndexOf<Arithmetic<T>>* positions) {
+  using A = Arithmetic<T>;
+  using I = IndexOf<A>;
+  constexpr int64_t L = kLanes<A>, together = std::min<int64_t>(L, 4);
+  Vec<A> found[L];
+  for (int64_t first = 0; first < L; first += together) {
+    Vec<A> value[together];
+    Vec<I> at[together];
+#pragma GCC unroll 4
+    for (int l = 0; l < together; ++l) {
+      value[l] = broadcast(values[first + l]);
+      at[l] = broadcast(std::numeric_limits<I>::max());
+    }
+    for (int64_t next = round_up_to_lanes<A>(count) - L; next >= 0; next -= L) {
+      const int64_t x = std::min(next, count - L);
+      const Vec<I> here = steps_of<I>(1) + static_cast<I>(x);
+#pragma GCC unroll 4
+      for (int l = 0; l < together; ++l) at[l] = load_wide(row + (first + l) * count + x) == value[l] ? here : at[l];
+    }
+#pragma GCC unroll 4
+    for (int l = 0; l < together; ++l) found[first + l] = (Vec<A>)at[l];
+  }
+  gemm::transpose<A>(found);
+  Vec<I> least = (Vec<I>)found[0];
+#pragma GCC unroll 16
+  for (int64_t lane = 1; lane < L; ++lane) {
+    const Vec<I> other = (Vec<I>)found[lane];
+    least = other < least ? other : least;
+  }
+  store(positions, least);
+}
+
 // Planes are searched for their largest value first, then for where it stands. That does not find a NaN: a group that has one is
 // searched for both at once.
 template <class T>
@@ -186,15 +249,20 @@ void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T*
   const T* end = input + g.N * g.C * count;
   const Vec<I> sign = broadcast(extremum.minimum ? std::numeric_limits<I>::min() : I(0));  // a minimum turns the sign bits
   for_each_group_of_planes<A>(g, 3, [&](int64_t first, int64_t planes) {
-    Vec<A> value[L] = {}, trace{};
+    Vec<A> value[L], trace{};
     Best<A> lanes[L];
-    for (int64_t l = 0; l < planes; ++l) {
-      const T* plane = input + (first + l) * count;
-      if (count <= kBlock<A>) {
-        value[l] = largest_of_row(plane, count, sign, trace);
-      } else {
-        lanes[l] = largest_of_plane(plane, count, sign, trace);
-        value[l] = lanes[l].value;
+    const bool side_by_side = planes == L && count <= kBlock<A>;
+    if (side_by_side) {
+      largest_of_rows(input + first * count, count, sign, value, trace);
+    } else {
+      for (int64_t l = 0; l < L; ++l) {
+        const T* plane = input + (first + std::min(l, planes - 1)) * count;
+        if (count <= kBlock<A>) {
+          value[l] = largest_of_row(plane, count, sign, trace);
+        } else {
+          lanes[l] = largest_of_plane(plane, count, sign, trace);
+          value[l] = lanes[l].value;
+        }
       }
     }
     Best<A> best;
@@ -203,16 +271,19 @@ void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T*
 #pragma GCC unroll 4
       for (int64_t half = L / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < half; ++i) value[i] = value[i] > value[i + half] ? value[i] : value[i + half];
-      best.value = value[0];
+        for (int64_t i = 0; i < half; ++i) value[i] = larger<A>(value[i], value[i + half]);
+      const Vec<A> untreated = (Vec<A>)((Vec<I>)value[0] ^ sign);
+      const uint64_t zeros = equal_lanes<A>(untreated, Vec<A>{});
       A found[L];
       I position[L] = {};
-      store(found, (Vec<A>)((Vec<I>)best.value ^ sign));
-      for (int64_t l = 0; l < planes; ++l) {
-        if (positions.kind == PositionKind::none && found[l] != 0) continue;
-        const T* plane = input + (first + l) * count;
-        position[l] = static_cast<I>(first_largest(plane, count, lanes[l], best.value[l], found[l]));
-        if (found[l] == 0) found[l] = widen(plane[position[l]]);  // zeros of either sign are equal
+      store(found, untreated);
+      if (positions.kind != PositionKind::none || zeros != 0) {
+        const T* plane = input + first * count;
+        if (side_by_side) first_equals(plane, count, found, position);
+        for (int64_t l = 0; !side_by_side && l < planes; ++l)
+          position[l] = static_cast<I>(first_largest(plane + l * count, count, lanes[l], value[0][l], found[l]));
+        for (int64_t l = 0; zeros != 0 && l < planes; ++l)  // of either sign, which are equal
+          if (found[l] == 0) found[l] = widen(plane[l * count + position[l]]);
       }
       best = {(Vec<A>)((Vec<I>)load(found) ^ sign), load(position)};
     } else {
@@ -263,6 +334,10 @@ void offset_pool2d_grad_input_global(const Pool2dGeometry& g, const T* grad_outp
   });
 }
 
+// Rows from this size on are summed in eight vectors side by side, others in one.
+template <class A>
+inline constexpr int64_t kLongRow = 16 * kLanes<A>;
+
 // The sums of eight vectors side by side over the first `count` elements, a multiple of eight vectors and more than one. Not
 // inline: planes of a few vectors are better off without these registers.
 template <class T>
@@ -285,10 +360,29 @@ inline Vec<Arithmetic<T>> sum_of_plane(const T* plane, int64_t count, Vec<IndexO
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
   constexpr int64_t L = kLanes<A>, block = 8 * L;
-  int64_t x = count >= 2 * block ? count / block * block : L;
+  int64_t x = count >= kLongRow<A> ? count / block * block : L;
   Vec<A> sum = x > L ? sum_of_long_row(plane, x) : load_wide(plane);
   for (; x + L <= count; x += L) sum += load_wide(plane + x);
   return x < count ? sum + (Vec<A>)((Vec<I>)load_wide(plane + count - L) & fresh) : sum;
+}
+
+// The same of kLanes planes of short rows.
+template <class T>
+inline void sums_of_planes(const T* plane, int64_t count, Vec<IndexOf<Arithmetic<T>>> fresh, Vec<Arithmetic<T>>* sum) {
+  using A = Arithmetic<T>;
+  constexpr int L = static_cast<int>(kLanes<A>);
+  Vec<A> value[L];
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) value[l] = load_wide(plane + l * count);
+  int64_t x = L;
+  for (; x + L <= count; x += L)
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) value[l] += load_wide(plane + l * count + x);
+  if (x < count)
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) value[l] += (Vec<A>)((Vec<IndexOf<A>>)load_wide(plane + l * count + count - L) & fresh);
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) sum[l] = value[l];
 }
 
 template <class T>
@@ -300,7 +394,11 @@ void avg_pool2d_global(const Pool2dGeometry& g, const Divisor& divisor, const T*
   const A divide_by = static_cast<A>(divisor(row_window(g, 0), column_window(g, 0)));
   for_each_group_of_planes<A>(g, 2, [&](int64_t first, int64_t planes) {
     Vec<A> sum[L] = {};
-    for (int64_t l = 0; l < planes; ++l) sum[l] = sum_of_plane(input + (first + l) * count, count, fresh);
+    if (planes == L && count < kLongRow<A>) {
+      sums_of_planes(input + first * count, count, fresh, sum);
+    } else {
+      for (int64_t l = 0; l < planes; ++l) sum[l] = sum_of_plane(input + (first + l) * count, count, fresh);
+    }
     gemm::transpose<A>(sum);
 #pragma GCC unroll 4
     for (int64_t half = L / 2; half > 0; half /= 2)

@@ -7,7 +7,8 @@
 //   output[l][p][q] = result[p Q + q][l]                                      transposed back
 //
 // Taps are taken in row-major order, windows too: the order of every sum follows from the geometry. Lanes beyond the last plane
-// repeat it.
+// repeat it. What comparisons do with NaN takes more instructions than all the rest of a search, and is left out for a group
+// whose elements have a sum that is not NaN.
 #pragma once
 
 #include "pool2d_average_nchw.h"
@@ -36,10 +37,21 @@ struct WindowTables {
 
 // lanes[x kLanes + l] = element x of plane l. load_at(at) gives the elements from `at` on, load_end(at, left) does not read
 // beyond the tensor, and only `left` of its elements count. Each plane is a stream too short for the processor to foresee, so
-// what the next group has in this place is asked for.
+// what the next group has in this place is asked for. Returns a sum of all elements: not NaN if none of them is.
 template <class A, class T, class LoadAt, class LoadEnd>
-inline void planes_to_lanes(const T* from, int64_t first, int64_t planes, int64_t count, LoadAt load_at, LoadEnd load_end,
-                            A* lanes) {
+inline Vec<A> planes_to_lanes(const T* from, int64_t first, int64_t planes, int64_t count, LoadAt load_at, LoadEnd load_end,
+                              A* lanes) {
+  Vec<A> trace{};
+  const auto trace_square = [&](const Vec<A>* v) __attribute__((always_inline)) {
+    Vec<A> sum[kLanes<A>];
+#pragma GCC unroll 16
+    for (int l = 0; l < static_cast<int>(kLanes<A>); ++l) sum[l] = v[l];
+#pragma GCC unroll 4
+    for (int half = static_cast<int>(kLanes<A>) / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
+    trace += sum[0];
+  };
   constexpr int L = static_cast<int>(kLanes<A>);
   if (count >= L && planes == L) {
     for (int64_t block = 0; block < count; block += L) {
@@ -51,18 +63,21 @@ inline void planes_to_lanes(const T* from, int64_t first, int64_t planes, int64_
         v[l] = load_at(at + l * count);
         __builtin_prefetch(at + (l + L) * count, 0, 2);
       }
+      trace_square(v);
       gemm::transpose<A>(v);
 #pragma GCC unroll 16
       for (int l = 0; l < L; ++l) store(lanes + (x + l) * L, v[l]);
     }
-    return;
+    return trace;
   }
   for (int64_t x = 0; x < count; x += L) {
     Vec<A> v[L];
     for (int64_t l = 0; l < L; ++l) v[l] = load_end(from + (first + std::min(l, planes - 1)) * count + x, count - x);
+    trace_square(v);
     gemm::transpose<A>(v);
     for (int l = 0; l < L; ++l) store(lanes + (x + l) * L, v[l]);
   }
+  return trace;
 }
 
 // The inverse: store_to(i, v, n) stores n elements at i of the tensor. What is stored beyond a plane shorter than a vector
@@ -86,39 +101,62 @@ void for_each_small_group(const Pool2dGeometry& g, Visit visit) {
   parallel_for(ceil_div(planes, L), g.H * g.W * 8, [&](int64_t group) { visit(group * L, std::min(L, planes - group * L)); });
 }
 
-// Calls visit(h W + w, r, s) for the taps of a window inside the plane, R_ x S_ of them or, where these are 0, any.
-// What is visited may be stored to, so sizes are kept where no store can change them.
+// Calls visit(h W + w, r, s) for the taps of a window inside the plane, the first of which is `start`: R_ x S_ of them or, where
+// these are 0, those of row and column. What is visited may be stored to, so sizes are kept where no store can change them.
 template <int R_, int S_, class Visit>
-[[gnu::always_inline]] inline void for_each_tap(const Pool2dGeometry& g, const Window& row, const Window& column, Visit visit) {
+[[gnu::always_inline]] inline void for_each_tap(const Pool2dGeometry& g, int64_t W, int64_t start, const Window* row,
+                                                const Window* column, Visit visit) {
   if constexpr (R_ > 0) {
-    const int64_t W = g.W, start = row.begin * W + column.begin;
 #pragma GCC unroll 3
     for (int64_t r = 0; r < R_; ++r)
 #pragma GCC unroll 3
       for (int64_t s = 0; s < S_; ++s) visit(start + r * W + s, r, s);
   } else {
-    const int64_t W = g.W, dilation_h = g.dilation_h, dilation_w = g.dilation_w;
-    const Window rows = row, columns = column;
+    const int64_t dilation_h = g.dilation_h, dilation_w = g.dilation_w;
+    const Window rows = *row, columns = *column;
     for (int64_t h = rows.begin, r = 0; h < rows.end; h += dilation_h, ++r)
       for (int64_t w = columns.begin, s = 0; w < columns.end; w += dilation_w, ++s) visit(h * W + w, r, s);
   }
 }
 
-// Calls run.template operator()<R, S>() with the window size if all windows have it, and one of the common ones, else with 0, 0.
+// Calls visit.template operator()<R, S>(row, column, first tap inside the plane) for the windows: with R_, S_ where a window of
+// that size lies inside the plane as a whole, else with 0, 0.
+template <int R_, int S_, class Visit>
+[[gnu::always_inline]] inline void for_each_window(const Pool2dGeometry& g, const WindowTables& table, Visit visit) {
+  const int64_t P = g.P, Q = g.Q, W = g.W, step = g.stride_w;
+  const Window *row = table.row, *columns = table.column;
+  const auto visit_others = [&](int64_t q, int64_t end) __attribute__((always_inline)) {
+    for (; q < end; ++q) visit.template operator()<0, 0>(row, columns + q, row->begin * W + columns[q].begin);
+  };
+  // Windows whole_begin ... whole_end - 1 of a row are whole, if the row is.
+  int64_t whole_begin = 0, whole_end = 0;
+  if (R_ > 0) {
+    whole_begin = std::min(Q, ceil_div(g.pad_w, step));
+    whole_end = g.W + g.pad_w < S_ ? whole_begin : std::clamp((g.W + g.pad_w - S_) / step + 1, whole_begin, Q);
+  }
+  for (int64_t p = 0; p < P; ++p, ++row) {
+    const bool whole = R_ > 0 && row->end - row->begin == R_;
+    visit_others(0, whole ? whole_begin : Q);
+    if (!whole) continue;
+    int64_t start = row->begin * W + whole_begin * step - g.pad_w;
+    for (int64_t q = whole_begin; q < whole_end; ++q, start += step) visit.template operator()<R_, S_>(row, columns + q, start);
+    visit_others(whole_end, Q);
+  }
+}
+
+// Calls run.template operator()<R, S>() with the window size if it is one of the common ones, else with 0, 0.
 template <class Run>
 inline void with_window_size(const Pool2dGeometry& g, Run run) {
-  const bool plain = !g.adaptive && g.dilation_h == 1 && g.dilation_w == 1 && windows_lie_inside(g);
-  if (plain && g.R == 2 && g.S == 2) return run.template operator()<2, 2>();
-  if (plain && g.R == 3 && g.S == 3) return run.template operator()<3, 3>();
+  const bool dense = !g.adaptive && g.dilation_h == 1 && g.dilation_w == 1;
+  if (dense && g.R == 2 && g.S == 2) return run.template operator()<2, 2>();
+  if (dense && g.R == 3 && g.S == 3) return run.template operator()<3, 3>();
   run.template operator()<0, 0>();
 }
 
 // ------------------------------------------------------------------------------------------------------------------ extremes
 
-// The code of the first tap of window (p, q) that lies inside: an index of the plane or an offset in the window.
-inline int64_t first_code_of(const Pool2dGeometry& g, bool of_plane, int64_t p, int64_t q, const Window& row,
-                             const Window& column) {
-  if (of_plane) return row.begin * g.W + column.begin;
+// The offset in window (p, q) of its first tap inside the plane.
+inline int64_t first_offset_of(const Pool2dGeometry& g, int64_t p, int64_t q, const Window& row, const Window& column) {
   if (g.adaptive) return 0;
   const int64_t above = row.begin - p * g.stride_h + g.pad_h, left = column.begin - q * g.stride_w + g.pad_w;
   return above == 0 && left == 0 ? 0 : above / g.dilation_h * g.S + left / g.dilation_w;
@@ -140,24 +178,45 @@ void extremum_pool2d_small_planes(const Pool2dGeometry& g, Extremum extremum, co
     A* lanes = workspace<A>(Slot::patches, L * round_up_to_lanes<A>(plane));
     A* values = workspace<A>(Slot::tile, 2 * L * round_up_to_lanes<A>(windows));
     A* codes = values + L * round_up_to_lanes<A>(windows);
-    planes_to_lanes<A>(input, first, planes, plane, [=](const T* at) { return (Vec<A>)((Vec<I>)load_wide(at) ^ sign); },
-                       [=](const T* at, int64_t left) { return (Vec<A>)((Vec<I>)load_row_end(at, left, end) ^ sign); }, lanes);
-    with_window_size(g, [&]<int R_, int S_>() {
+    const Vec<A> trace = planes_to_lanes<A>(input, first, planes, plane, [=](const T* at) {
+      return (Vec<A>)((Vec<I>)load_wide(at) ^ sign);
+    }, [=](const T* at, int64_t left) { return (Vec<A>)((Vec<I>)load_row_end(at, left, end) ^ sign); }, lanes);
+    bool numbers = true;
+    for (int64_t l = 0; l < L; ++l) numbers &= trace[l] == trace[l];
+    const auto search = [&]<int R, int S, bool all_numbers>() {
       A *value = values, *code = codes;
-      for (int64_t p = 0; p < g.P; ++p) {
-        for (int64_t q = 0; q < g.Q; ++q, value += L, code += L) {
-          const Window &row = table.row[p], &column = table.column[q];
-          const I start = static_cast<I>(coded ? first_code_of(g, of_plane, p, q, row, column) : 0);
-          Best<A> best{load(lanes + (row.begin * g.W + column.begin) * L), broadcast(start)};
-          for_each_tap<R_, S_>(g, row, column, [&](int64_t x, int64_t r, int64_t s) {
-            const I tap = static_cast<I>(r) * row_code + static_cast<I>(s) * column_code;
-            if (R_ == 0 || r + s > 0) best.offer(load(lanes + x * L), broadcast(start + tap));
-          });
-          if (extremum.relu) best.rectify();
-          store(value, (Vec<A>)((Vec<I>)best.value ^ sign));
-          if (coded) store(code, (Vec<A>)best.code);
-        }
-      }
+      const int64_t W = g.W;
+      const I row_step = row_code, column_step = column_code;
+      const bool relu = extremum.relu;
+      Vec<I> tap_codes[R > 0 ? R * S : 1];
+      for (int tap = 0; tap < R * S; ++tap)
+        tap_codes[tap] = broadcast(static_cast<I>(tap / S) * row_step + static_cast<I>(tap % S) * column_step);
+      for_each_window<R, S>(g, table, [&]<int R_, int S_>(const Window* row, const Window* column, int64_t start) {
+        I first_code = static_cast<I>(start);
+        if (coded && !of_plane)
+          first_code = R_ > 0 ? 0 : static_cast<I>(first_offset_of(g, row - table.row, column - table.column, *row, *column));
+        Best<A> best{load(lanes + start * L), Vec<I>{}};
+        for_each_tap<R_, S_>(g, W, start, row, column, [&](int64_t x, int64_t r, int64_t s) {
+          if (R_ > 0 && r + s == 0) return;
+          const Vec<A> candidate = load(lanes + x * L);
+          Vec<I> tap{};
+          if constexpr (coded) {
+            if constexpr (R_ > 0) tap = tap_codes[r * S_ + s];
+            if constexpr (R_ == 0) tap = broadcast(static_cast<I>(r) * row_step + static_cast<I>(s) * column_step);
+          }
+          if constexpr (all_numbers) best.offer_number(candidate, tap);
+          if constexpr (!all_numbers) best.offer(candidate, tap);
+        });
+        if (coded) best.code += first_code;
+        if (relu) best.rectify();
+        store(value, (Vec<A>)((Vec<I>)best.value ^ sign));
+        if (coded) store(code, (Vec<A>)best.code);
+        value += L, code += L;
+      });
+    };
+    with_window_size(g, [&]<int R, int S>() {
+      if (numbers) return search.template operator()<R, S, true>();
+      search.template operator()<R, S, false>();
     });
     lanes_to_planes<A>(values, first, planes, windows,
                        [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
@@ -189,16 +248,16 @@ void avg_pool2d_small_planes(const Pool2dGeometry& g, const Divisor& divisor, co
     A* means = workspace<A>(Slot::tile, L * round_up_to_lanes<A>(windows));
     planes_to_lanes<A>(input, first, planes, plane, [=](const T* at) { return load_wide(at); },
                        [=](const T* at, int64_t left) { return load_row_end(at, left, end); }, lanes);
-    with_window_size(g, [&]<int R_, int S_>() {
+    with_window_size(g, [&]<int R, int S>() {
       A* mean = means;
-      for (int64_t p = 0; p < g.P; ++p) {
-        for (int64_t q = 0; q < g.Q; ++q, mean += L) {
-          Vec<A> sum{};
-          for_each_tap<R_, S_>(g, table.row[p], table.column[q],
-                               [&](int64_t x, int64_t, int64_t) { sum += load(lanes + x * L); });
-          store(mean, averaging.of(sum, table.row[p], q));
-        }
-      }
+      const int64_t W = g.W;
+      const Averaging<A> local = averaging;
+      for_each_window<R, S>(g, table, [&]<int R_, int S_>(const Window* row, const Window* column, int64_t start) {
+        Vec<A> sum{};
+        for_each_tap<R_, S_>(g, W, start, row, column, [&](int64_t x, int64_t, int64_t) { sum += load(lanes + x * L); });
+        store(mean, local.of(sum, *row, column - table.column));
+        mean += L;
+      });
     });
     lanes_to_planes<A>(means, first, planes, windows,
                        [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(output + to, v, n); });
@@ -219,15 +278,16 @@ void avg_pool2d_grad_input_small_planes(const Pool2dGeometry& g, const Divisor& 
     planes_to_lanes<A>(grad_output, first, planes, windows, [=](const T* at) { return load_wide(at); },
                        [=](const T* at, int64_t left) { return load_row_end(at, left, end); }, gradients);
     fill_row(sums, L * plane, A(0));
-    with_window_size(g, [&]<int R_, int S_>() {
+    with_window_size(g, [&]<int R, int S>() {
       const A* gradient = gradients;
-      for (int64_t p = 0; p < g.P; ++p) {
-        for (int64_t q = 0; q < g.Q; ++q, gradient += L) {
-          const Vec<A> share = averaging.of(load(gradient), table.row[p], q);
-          for_each_tap<R_, S_>(g, table.row[p], table.column[q],
-                               [&](int64_t x, int64_t, int64_t) { store(sums + x * L, load(sums + x * L) + share); });
-        }
-      }
+      const int64_t W = g.W;
+      const Averaging<A> local = averaging;
+      for_each_window<R, S>(g, table, [&]<int R_, int S_>(const Window* row, const Window* column, int64_t start) {
+        const Vec<A> share = local.of(load(gradient), *row, column - table.column);
+        for_each_tap<R_, S_>(g, W, start, row, column,
+                             [&](int64_t x, int64_t, int64_t) { store(sums + x * L, load(sums + x * L) + share); });
+        gradient += L;
+      });
     });
     lanes_to_planes<A>(sums, first, planes, plane,
                        [=](int64_t to, Vec<A> v, int64_t n) { store_narrow_partial(grad_input + to, v, n); });
