@@ -43,6 +43,10 @@ GEOMETRIES = {
     "no_padding_strided": (2, 18, 18, 12, 14, (3, 3), 2, 0, 1),
     "strided_3": (2, 18, 18, 17, 18, (3, 3), 2, 1, 1),
     "strided_5": (2, 18, 18, 17, 18, (5, 5), 2, 2, 1),
+    "strided_5_rows_of_14": (2, 18, 18, 27, 28, (5, 5), 2, 2, 1),
+    "strided_5_rows_of_24": (1, 9, 9, 10, 47, (5, 5), 2, 2, 1),
+    "strided_5_rows_of_30": (1, 3, 3, 5, 59, (5, 5), 2, 2, 1),
+    "strided_5_rows_of_48": (3, 2, 2, 1, 96, (5, 5), 2, 2, 1),
     "strided_7": (2, 18, 18, 19, 20, (7, 7), 2, 3, 1),
     "stride_beyond_filter": (2, 18, 18, 19, 20, (2, 3), (4, 5), 1, 1),
     "stride_mixed": (2, 18, 18, 19, 20, (3, 5), (1, 2), (1, 2), 1),
@@ -148,7 +152,9 @@ def direct(input, weight, grad_output, options):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("where", ["input", "weight", "grad_output"])
-@pytest.mark.parametrize("name", ["few_planes", "lanes_17", "row_of_7", "strided_3", "dilated", "multiplier_2", "one_plane"])
+@pytest.mark.parametrize(
+    "name", ["few_planes", "lanes_17", "row_of_7", "strided_3", "strided_5_rows_of_24", "dilated", "multiplier_2", "one_plane"]
+)
 def test_non_finite_values_stay_where_the_sum_has_them(name, where, layout):
     """An infinity next to the padding: 0 * inf must not enter through zeros outside the image, nor from other planes."""
     if name == "multiplier_2" and layout == "channels_last":
@@ -165,7 +171,17 @@ def test_non_finite_values_stay_where_the_sum_has_them(name, where, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "name", ["few_planes", "few_planes_strided", "lanes_across_images", "channels_33", "strips", "windows", "multiplier_2"]
+    "name",
+    [
+        "few_planes",
+        "few_planes_strided",
+        "strided_5_rows_of_48",
+        "lanes_across_images",
+        "channels_33",
+        "strips",
+        "windows",
+        "multiplier_2",
+    ],
 )
 def test_threads_do_not_change_a_bit(name, layout):
     *tensors, options = operands(name, torch.float32, LAYOUTS[layout], integers=False)

@@ -43,7 +43,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
   const Correlation<T> c{grad_input_axes(g), g.N,       g.C, g.K_per_group(), 1, g.R, g.S, grad_output, weight,
                          {nullptr, false},   grad_input};
   if (flat::applies<T>(g) && all_finite(weight, g.K * 9)) return flat::correlate(c, true);
-  if (rows::applies<T>(g) && all_finite(weight, g.K * 9)) return rows::conv2d_grad_input(c, g.stride_h);
+  if (rows::applies_to_grad_input<T>(g) && all_finite(weight, g.K * g.R * g.S)) return rows::conv2d_grad_input(c, g.stride_h);
   wide<T>(g) ? channels_last::correlate(c) : nchw::correlate(c, g.layout);
 }
 

@@ -22,15 +22,19 @@ template <int64_t count, class Body>
   unrolled(body, std::make_integer_sequence<int64_t, count>{});
 }
 
-// The same as load, but once: GCC would rather read memory again for every use.
-template <class T>
-[[gnu::always_inline]] inline Vec<T> load_once(const T* from) {
-  Vec<T> v = load(from);
+// v is computed here, and in a register: GCC would rather read memory again for every use, or put off a sum until it is stored.
+template <class V>
+[[gnu::always_inline]] inline void settle(V& v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
 #endif
+}
+template <class T>
+[[gnu::always_inline]] inline Vec<T> load_once(const T* from) {
+  Vec<T> v = load(from);
+  settle(v);
   return v;
 }
 

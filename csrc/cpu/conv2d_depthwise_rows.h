@@ -1,12 +1,12 @@
-// Depthwise convolution of NCHW tensors by 3x3 filters with padding 1 and stride 1 or 2, the layers of mobile networks: rows are
-// read where they lie, and vectors run along them. Such a layer waits for memory, so that a block of output rows walks along the
-// rows beside each other, each input is loaded for all rows of the block, and what comes next is prefetched.
+// Depthwise convolution of NCHW tensors by 3x3 filters with padding 1 and stride 1 or 2, the layers of mobile networks, and
+// grad_input of 5x5 filters with padding 2 and stride 2: rows are read where they lie, and vectors run along them. Such a layer
+// waits for memory, so that a block of output rows walks along the rows beside each other, each input is loaded for all rows of
+// the block, and what comes next is prefetched.
 //
 //   forward     output[i][j] = sum_{r,s} weight[r][s] input[stride i - 1 + r][stride j - 1 + s]
-//   grad_input  stride 1: the same of grad_output, with the filter turned by 180 degrees. Stride 2, with a and b =
-//               grad_output[i][j], [i][j + 1], c and d below them, w = weight: grad_input[2 i + (0, 1)][2 j + (0, 1)] =
-//                 w11 a            w10 b + w12 a
-//                 w01 c + w21 a    w00 d + w02 c + w20 b + w22 a
+//   grad_input  stride 1: the same of grad_output, with the filter turned by 180 degrees
+//               stride 2: grad_input[2 i + a][2 j + b] = sum_{r,s} weight[r][s] grad_output[i + d][j + e]
+//                         for the r with a + pad - r = 2 d, the s with b + pad - s = 2 e
 //   grad_weight[r][s] = sum_{n,i,j} grad_output[i][j] input[stride i - 1 + r][stride j - 1 + s]
 //
 // Outside the image there are zeros: a row of them above and below, lanes left and right. In forward and grad_input they do no
@@ -28,9 +28,16 @@
 namespace torchcnn::TORCHCNN_ISA::depthwise::rows {
 
 template <class T>
-bool applies(const Conv2dGeometry& g) {
-  return g.layout == Layout::nchw && g.K == g.C && g.R == 3 && g.S == 3 && g.pad_h == 1 && g.pad_w == 1 && g.dilation_h == 1 &&
-         g.dilation_w == 1 && g.stride_h == g.stride_w && g.stride_h <= 2 && 4 * g.Q >= 3 * kLanes<T>;
+bool applies(const Conv2dGeometry& g, int64_t size = 3) {
+  return g.layout == Layout::nchw && g.K == g.C && g.R == size && g.S == size && g.pad_h == size / 2 && g.pad_w == size / 2 &&
+         g.dilation_h == 1 && g.dilation_w == 1 && g.stride_h == g.stride_w && g.stride_h <= 2 && 4 * g.Q >= 3 * kLanes<T>;
+}
+
+// 5x5 filters too, where rows have more than a vector and leave no more than a quarter of their lanes empty.
+template <class T>
+bool applies_to_grad_input(const Conv2dGeometry& g) {
+  const bool full = g.Q > kLanes<T> && 4 * g.Q >= 3 * ceil_div(g.Q, kLanes<T>) * kLanes<T>;
+  return applies<T>(g) || (applies<T>(g, 5) && g.stride_h == 2 && full);
 }
 
 // Output rows of a block, of 9 weights or sums, as many vectors and 3 more of the registers there are.
@@ -87,17 +94,23 @@ template <class T, int64_t stride, bool first, bool last>
   }
 }
 
-// tile(j, first, last) for the vectors of a row of Q outputs.
-template <class T, class Tile>
+// tile(j, vectors, first, last) for a row of Q outputs, in tiles of `vectors` vectors; the last may have fewer.
+template <class T, int64_t vectors, class Tile>
 [[gnu::always_inline]] inline void for_tiles(int64_t Q, const Tile& tile) {
-  constexpr int64_t lanes = kLanes<T>;
+  constexpr int64_t size = vectors * kLanes<T>;
+  const std::integral_constant<int64_t, vectors> all;
   const std::true_type yes;
   const std::false_type no;
-  if (Q <= lanes) return tile(0, yes, yes);
-  tile(0, yes, no);
-  int64_t j = lanes;
-  for (; j + lanes < Q; j += lanes) tile(j, no, no);
-  tile(j, no, yes);
+  const auto end = [&](int64_t j, auto first) __attribute__((always_inline)) {
+    if constexpr (vectors == 2)
+      if (Q - j <= kLanes<T>) return tile(j, std::integral_constant<int64_t, 1>{}, first, yes);
+    tile(j, all, first, yes);
+  };
+  if (Q <= size) return end(0, yes);
+  tile(0, all, yes, no);
+  int64_t j = size;
+  for (; j + size < Q; j += size) tile(j, all, no, no);
+  end(j, no);
 }
 
 // block(first row, number of rows) for blocks of at most `rows` rows.
@@ -143,8 +156,10 @@ const T* row_of_zeros(int64_t width) {
 // Forward, and grad_input of stride 1.
 template <class T, int64_t stride>
 void correlate(const Correlation<T>& c, bool turned) {
-  const int64_t H = c.axes.h.source_size, W = c.axes.w.source_size, P = c.axes.h.output_size, Q = c.axes.w.output_size;
-  for_strips(c.N * c.C, P, 9 * ceil_div(Q, kLanes<T>), [&](int64_t plane, int64_t row_begin, int64_t row_end) {
+  const int64_t all_rows = c.axes.h.output_size, row_cost = 9 * ceil_div(c.axes.w.output_size, kLanes<T>);
+  for_strips(c.N * c.C, all_rows, row_cost, [&](int64_t plane, int64_t row_begin, int64_t row_end) {
+    // Here and not outside, where every store to memory might change them.
+    const int64_t H = c.axes.h.source_size, W = c.axes.w.source_size, P = c.axes.h.output_size, Q = c.axes.w.output_size;
     const Plane<T> source{c.source + plane * H * W, H, W, row_of_zeros<T>(W)};
     const T* const filter = c.weight + plane % c.C * 9;
     const Vec<T> start = broadcast(c.epilogue.bias == nullptr ? T(0) : c.epilogue.bias[plane % c.C]);
@@ -156,7 +171,7 @@ void correlate(const Correlation<T>& c, bool turned) {
       constexpr int64_t count = rows, input_rows = (count - 1) * stride + 3;
       const T* from[input_rows];
       source.template get<input_rows>(i * stride - 1, from);
-      for_tiles<T>(Q, [&](int64_t j, auto first, auto last) __attribute__((always_inline)) {
+      for_tiles<T, 1>(Q, [&](int64_t j, auto, auto first, auto last) __attribute__((always_inline)) {
         if (ahead) prefetch_share<count * stride, stride>(source.data + i * stride * W, j * stride);
         Vec<T> sum[count];
         unrolled<count>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
@@ -181,40 +196,59 @@ void correlate(const Correlation<T>& c, bool turned) {
   });
 }
 
-// grad_input of stride 2.
-template <class T>
+// grad_input of stride 2: the four elements (2 i + a, 2 j + b) together, which read the same of grad_output. Tiles are two
+// vectors where weights have to be read from memory.
+template <class T, int64_t R>
 void grad_input_stride2(const Correlation<T>& c) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t P = c.axes.h.source_size, Q = c.axes.w.source_size, H = c.axes.h.output_size, W = c.axes.w.output_size;
-  for_strips(c.N * c.C, P, 12 * ceil_div(Q, lanes), [&](int64_t plane, int64_t row_begin, int64_t row_end) {
+  constexpr int64_t lanes = kLanes<T>, pad = R / 2, low = -(R / 4), offsets = 2 - low, vectors = R == 3 ? 1 : 2;
+  const int64_t all_rows = c.axes.h.source_size, row_cost = (R * R + 3) * ceil_div(c.axes.w.source_size, lanes);
+  for_strips(c.N * c.C, all_rows, row_cost, [&](int64_t plane, int64_t row_begin, int64_t row_end) {
+    const int64_t P = c.axes.h.source_size, Q = c.axes.w.source_size, H = c.axes.h.output_size, W = c.axes.w.output_size;
     const Plane<T> source{c.source + plane * P * Q, P, Q, row_of_zeros<T>(Q)};
-    const T* const filter = c.weight + plane % c.C * 9;
+    const T* const filter = c.weight + plane % c.C * R * R;
     T* const output = c.output + plane * H * W;
     const bool ahead = prefetched_rows<T>(W);
-    Vec<T> w[9];
-    unrolled<9>([&](auto t) __attribute__((always_inline)) { w[t] = broadcast(filter[t]); });
+    Vec<T> weight[R * R];
+    unrolled<R * R>([&](auto t) __attribute__((always_inline)) { weight[t] = broadcast(filter[t]); });
     for (int64_t i = row_begin; i < row_end; ++i) {
-      const T* from[2];
-      source.template get<2>(i, from);
-      for_tiles<T>(Q, [&](int64_t j, auto, auto last) __attribute__((always_inline)) {
-        if (ahead) prefetch(from[0] + j);
-        Vec<T> here[2], right[2];  // a and c, b and d
-        unrolled<2>([&](auto r) __attribute__((always_inline)) {
-          here[r] = load_some<T, last>(from[r] + j, Q - j);
-          right[r] = last ? shifted_left<T>(here[r], Vec<T>{}) : load(from[r] + j + 1);
-        });
-        const auto store_pairs = [&](T* row, Vec<T> even, Vec<T> odd) __attribute__((always_inline)) {
-          unrolled<2>([&](auto half) __attribute__((always_inline)) {
-            T* const to = row + 2 * j + half * lanes;
-            const Vec<T> pairs = interleave<T>(even, odd, half, kEachLane<T>);
-            if (ahead) prefetch(to);
-            last ? store_partial(to, pairs, std::max<int64_t>(0, W - 2 * j - half * lanes)) : store(to, pairs);
+      const T* from[offsets];
+      source.template get<offsets>(i + low, from);
+      for_tiles<T, vectors>(Q, [&](int64_t j, auto tile, auto first, auto last) __attribute__((always_inline)) {
+        constexpr int64_t count = tile;
+        if (ahead) prefetch(from[-low] + j);
+        Vec<T> sum[2][2][count] = {};
+        unrolled<offsets>([&](auto d) __attribute__((always_inline)) {
+          Vec<T> column[offsets][count];
+          unrolled<count>([&](auto v) __attribute__((always_inline)) {
+            constexpr bool first_of_row = first && v == 0, last_of_row = last && v == count - 1;
+            const T* const at = from[d] + j + v * lanes;
+            const int64_t rest = Q - j - v * lanes;
+            const Vec<T> here = load_some<T, last_of_row>(at, rest);
+            if constexpr (low < 0)
+              column[0][v] = first_of_row ? shifted_right<T>(Vec<T>{}, here) : load_some<T, last_of_row>(at - 1, rest + 1);
+            column[-low][v] = here;
+            column[1 - low][v] = last_of_row ? shifted_left<T>(here, Vec<T>{}) : load(at + 1);
           });
-        };
-        T* const to = output + 2 * i * W;
-        store_pairs(to, w[4] * here[0], w[5] * here[0] + w[3] * right[0]);
-        if (2 * i + 1 == H) return;
-        store_pairs(to + W, w[7] * here[0] + w[1] * here[1], w[8] * here[0] + w[6] * right[0] + w[2] * here[1] + w[0] * right[1]);
+          unrolled<offsets>([&](auto e) __attribute__((always_inline)) {
+            unrolled<4>([&](auto phase) __attribute__((always_inline)) {
+              constexpr int64_t a = phase / 2, b = phase % 2, r = a + pad - 2 * (d + low), s = b + pad - 2 * (e + low);
+              if constexpr (r >= 0 && r < R && s >= 0 && s < R)
+                unrolled<count>([&](auto v) __attribute__((always_inline)) { sum[a][b][v] += weight[r * R + s] * column[e][v]; });
+            });
+          });
+          if (R > 3) unrolled<4 * count>([&](auto v) __attribute__((always_inline)) { settle(sum[v / 2 % 2][v % 2][v / 4]); });
+        });
+        unrolled<2>([&](auto a) __attribute__((always_inline)) {
+          if (2 * i + a == H) return;
+          unrolled<2 * count>([&](auto half) __attribute__((always_inline)) {
+            const int64_t w = 2 * j + half * lanes;
+            T* const to = output + (2 * i + a) * W + w;
+            const Vec<T> pairs = interleave<T>(sum[a][0][half / 2], sum[a][1][half / 2], half % 2, kEachLane<T>);
+            if (ahead) prefetch(to);
+            constexpr bool partial = last && half / 2 == count - 1;
+            partial ? store_partial(to, pairs, std::max<int64_t>(0, W - w)) : store(to, pairs);
+          });
+        });
       });
     }
   });
@@ -225,9 +259,9 @@ template <class T, int64_t stride>
 void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   constexpr int64_t strip = 32;
   const Axes axes = forward_axes(g);
-  const int64_t H = g.H, W = g.W, P = g.P, Q = g.Q;
   const BiasSums<T> bias_sums(1, g.K, grad_bias);
-  parallel_for(g.C, g.N * P * ceil_div(Q, kLanes<T>) * 9, [&](int64_t k) {
+  parallel_for(g.C, g.N * g.P * ceil_div(g.Q, kLanes<T>) * 9, [&](int64_t k) {
+    const int64_t H = g.H, W = g.W, P = g.P, Q = g.Q;
     const T* const zeros = row_of_zeros<T>(W);
     Vec<T> total[9] = {};
     for (int64_t n = 0; n < g.N; ++n) {
@@ -239,7 +273,7 @@ void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* in
           constexpr int64_t count = rows, input_rows = (count - 1) * stride + 3;
           const T* from[input_rows];
           source.template get<input_rows>(i * stride - 1, from);
-          for_tiles<T>(Q, [&](int64_t j, auto first, auto last) __attribute__((always_inline)) {
+          for_tiles<T, 1>(Q, [&](int64_t j, auto, auto first, auto last) __attribute__((always_inline)) {
             Vec<T> gradient[count];
             prefetch_share<count * stride, stride>(source.data + i * stride * W, j * stride);
             unrolled<count>([&](auto v) __attribute__((always_inline)) {
@@ -277,7 +311,7 @@ void conv2d_forward(const Correlation<T>& c, int64_t stride) {
 
 template <class T>
 void conv2d_grad_input(const Correlation<T>& c, int64_t stride) {
-  stride == 1 ? correlate<T, 1>(c, true) : grad_input_stride2(c);
+  stride == 1 ? correlate<T, 1>(c, true) : c.R == 3 ? grad_input_stride2<T, 3>(c) : grad_input_stride2<T, 5>(c);
 }
 
 template <class T>
