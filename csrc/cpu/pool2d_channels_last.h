@@ -3,6 +3,8 @@
 //
 // Fewer channels than a vector has lanes are treated as a vector all the same: its other lanes are the next position's, which is
 // written later, and only at the end of a row, or of the tensor for what is read, must they be left alone.
+//
+// A task has a copy of the geometry: what it only refers to is read again after every store, which takes up to a quarter of it.
 #pragma once
 
 #include "pool2d_average_nchw.h"
@@ -38,7 +40,9 @@ inline void store_channels(T* to, Vec<Arithmetic<T>> v, int64_t until_end) {
 }
 
 template <class T, PositionKind kind>
-void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, const T* input, T* output, void* positions) {
+void extremum_pool2d_channels_last(const Pool2dGeometry& geometry, Extremum extremum, const T* input, T* output,
+                                   void* positions) {
+  const Pool2dGeometry& g = geometry;
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
   constexpr int64_t L = kLanes<A>;
@@ -48,6 +52,7 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
   const Vec<I> sign = broadcast(extremum.minimum ? std::numeric_limits<I>::min() : I(0));  // a minimum turns the sign bits
   const int64_t input_size = g.N * g.H * g.W * g.C;
   parallel_for(g.N * g.P, ceil_div(g.H, g.P) * g.W * ceil_div(g.C, L) * 6, [&](int64_t np) {
+    const Pool2dGeometry g = geometry;
     const int64_t n = np / g.P, p = np % g.P, row_step = g.dilation_h * g.W * g.C, column_step = g.dilation_w * g.C;
     const Window row = row_window(g, p);
     for (int64_t q = 0; q < g.Q; ++q) {
@@ -61,7 +66,7 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
         const int64_t above = row.begin - p * g.stride_h + g.pad_h, left = column.begin - q * g.stride_w + g.pad_w;
         if (above != 0 || left != 0) first_code = above / g.dilation_h * g.S + left / g.dilation_w;
       }
-      for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) {
+      for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) __attribute__((always_inline)) {
         Best<A> best[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) best[v] = {broadcast(kLeast<A>), broadcast(static_cast<I>(first_code))};
@@ -106,7 +111,9 @@ void extremum_pool2d_channels_last(const Pool2dGeometry& g, Extremum extremum, c
 
 // Windows without dilation.
 template <class T, class Offset>
-void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
+void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& geometry, const T* grad_output, const Offset* offsets,
+                                            T* grad_input) {
+  const Pool2dGeometry& g = geometry;
   using A = Arithmetic<T>;
   using I = IndexOf<A>;
   constexpr int64_t L = kLanes<A>;
@@ -114,6 +121,7 @@ void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* gr
   const Cover columns =
       cover_of(g.W, g.Q, workspace<int64_t>(Slot::tables, 2 * g.W), [&](int64_t q) { return column_window(g, q); });
   parallel_for(g.N * g.H, ceil_div(g.R, g.stride_h) * g.S * g.Q * ceil_div(g.C, L) * 6, [&](int64_t nh) {
+    const Pool2dGeometry g = geometry;
     const int64_t n = nh / g.H, x = nh % g.H + g.pad_h;
     const int64_t p_begin = std::max<int64_t>(0, ceil_div(x - g.R + 1, g.stride_h)), p_end = std::min(g.P, x / g.stride_h + 1);
     for (int64_t w = 0, run_end; w < g.W; w = run_end) {
@@ -123,7 +131,7 @@ void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* gr
       const bool alone = p_end - p_begin == 1 && q_end - q_begin == 1;
       if (!alone) run_end = w + 1;
       const int64_t to_row = (nh + 1) * g.W * g.C;
-      for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) {
+      for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) __attribute__((always_inline)) {
         const auto offset_of = [&](int64_t p, int64_t q, int64_t x_w) {
           return static_cast<I>((x - p * g.stride_h) * g.S + x_w + g.pad_w - q * g.stride_w);
         };
@@ -170,17 +178,19 @@ void offset_pool2d_grad_input_channels_last(const Pool2dGeometry& g, const T* gr
 }
 
 template <class T>
-void avg_pool2d_channels_last(const Pool2dGeometry& g, const Divisor& divisor, const T* input, T* output) {
+void avg_pool2d_channels_last(const Pool2dGeometry& geometry, const Divisor& divisor, const T* input, T* output) {
+  const Pool2dGeometry& g = geometry;
   using A = Arithmetic<T>;
   constexpr int64_t L = kLanes<A>;
   const int64_t input_size = g.N * g.H * g.W * g.C;
   parallel_for(g.N * g.P, ceil_div(g.H, g.P) * g.W * ceil_div(g.C, L) * 2, [&](int64_t np) {
+    const Pool2dGeometry g = geometry;
     const int64_t n = np / g.P;
     const Window row = row_window(g, np % g.P);
     for (int64_t q = 0; q < g.Q; ++q) {
       const Window column = column_window(g, q);
       const A divide_by = static_cast<A>(divisor(row, column));
-      for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) {
+      for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) __attribute__((always_inline)) {
         Vec<A> sum[vectors] = {};
         for (int64_t h = row.begin; h < row.end; ++h) {
           Vec<A> row_sum[vectors] = {};  // sums of sums: large windows lose less to rounding
@@ -205,7 +215,9 @@ void avg_pool2d_channels_last(const Pool2dGeometry& g, const Divisor& divisor, c
 }
 
 template <class T>
-void avg_pool2d_channels_last_grad_input(const Pool2dGeometry& g, const Divisor& divisor, const T* grad_output, T* grad_input) {
+void avg_pool2d_channels_last_grad_input(const Pool2dGeometry& geometry, const Divisor& divisor, const T* grad_output,
+                                         T* grad_input) {
+  const Pool2dGeometry& g = geometry;
   using A = Arithmetic<T>;
   constexpr int64_t L = kLanes<A>;
   const int64_t output_size = g.N * g.P * g.Q * g.C;
@@ -220,10 +232,11 @@ void avg_pool2d_channels_last_grad_input(const Pool2dGeometry& g, const Divisor&
   for (int64_t q = 0; q < g.Q; ++q)
     column_factors[q] = A(1) / static_cast<A>(divisor.override_value != 0 ? 1 : divisor(one, column_window(g, q)));
   parallel_for(g.N * g.H, g.W * ceil_div(g.C, L) * 4, [&](int64_t nh) {
+    const Pool2dGeometry g = geometry;
     const int64_t n = nh / g.H, h = nh % g.H;
     for (int64_t w = 0, run_end; w < g.W; w = run_end) {
       run_end = end_of_run(columns, w, g.W);
-      for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) {
+      for_each_channels<A>(g.C, [&]<int vectors>(int64_t c) __attribute__((always_inline)) {
         Vec<A> sum[vectors] = {};
         for (int64_t p = rows.first[h]; p <= rows.last[h]; ++p) {
           for (int64_t q = columns.first[w]; q <= columns.last[w]; ++q) {
