@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import torchcnn
 
@@ -104,3 +105,5 @@ def test_explain_refuses_what_the_operator_refuses():
         torchcnn.explain((1, 3, 32, 32), (8, 4, 3, 3))
     with pytest.raises(ValueError, match="input_size must have 4 elements, got 3"):
         torchcnn.explain((3, 32, 32), (8, 3, 3, 3))
+    with pytest.raises(TypeError, match=r"weight_size must be 4 ints, got a tensor; its size is \(8, 3, 3, 3\)"):
+        torchcnn.explain((1, 3, 32, 32), torch.empty(8, 3, 3, 3))

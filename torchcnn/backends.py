@@ -60,9 +60,12 @@ def explain(
 
     Raises:
         ValueError: sizes that do not fit each other.
+        TypeError: a tensor in the place of its size, or an argument of the wrong kind.
     """
     op = "explain"
     for name, size in (("input_size", input_size), ("weight_size", weight_size)):
+        if isinstance(size, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be 4 ints, got a tensor; its size is {tuple(size.shape)}")
         if len(size) != 4:
             raise ValueError(f"{op}: {name} must have 4 elements, got {len(size)}: {tuple(size)}")
     rows = _C.explain_conv2d(
