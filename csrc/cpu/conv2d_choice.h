@@ -213,7 +213,8 @@ inline bool are_patches(const Conv2dGeometry& g) {
 }
 
 // Whether vectors of channels that hold whole groups, or hold one together, beat the kernels for few channels: in channels_last,
-// and in NCHW where rows are short, or strides spoil vectors of pixels (grad_input has phases for these).
+// and in NCHW where rows are short, or strides spoil vectors of pixels (grad_input has phases for these, which pay where a group
+// has some channels and a phase some taps).
 inline bool suits_grouped(const Conv2dGeometry& g, Direction direction) {
   const int64_t M = g.C_per_group();
   if (g.C != g.K || M < 2 || M > 16 || (M & (M - 1)) != 0 || g.R != 3 || g.S != 3) return false;
@@ -221,7 +222,8 @@ inline bool suits_grouped(const Conv2dGeometry& g, Direction direction) {
   if (std::max(g.W, g.Q) > 2048) return false;             // whole rows are packed
   if (ceil_div(g.C, 16) * 16 * 7 > g.C * 8) return false;  // more than an eighth of the lanes would be empty
   if (g.layout == Layout::channels_last) return true;
-  return M <= 8 && (g.Q <= 16 || (g.stride_w > 1 && direction != Direction::grad_input));
+  const bool phases_pay = direction == Direction::grad_input && M > 2 && (M > 4 || g.stride_w == 2);
+  return M <= 8 && (g.Q <= 16 || (g.stride_w > 1 && !phases_pay));
 }
 
 inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
