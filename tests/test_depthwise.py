@@ -47,6 +47,7 @@ GEOMETRIES = {
     "strided_5_rows_of_24": (1, 9, 9, 10, 47, (5, 5), 2, 2, 1),
     "strided_5_rows_of_30": (1, 3, 3, 5, 59, (5, 5), 2, 2, 1),
     "strided_5_rows_of_48": (3, 2, 2, 1, 96, (5, 5), 2, 2, 1),
+    "strided_5_strips": (1, 3, 3, 400, 95, (5, 5), 2, 2, 1),
     "strided_7": (2, 18, 18, 19, 20, (7, 7), 2, 3, 1),
     "stride_beyond_filter": (2, 18, 18, 19, 20, (2, 3), (4, 5), 1, 1),
     "stride_mixed": (2, 18, 18, 19, 20, (3, 5), (1, 2), (1, 2), 1),
@@ -175,7 +176,7 @@ def test_non_finite_values_stay_where_the_sum_has_them(name, where, layout):
     [
         "few_planes",
         "few_planes_strided",
-        "strided_5_rows_of_48",
+        "strided_5_strips",
         "lanes_across_images",
         "channels_33",
         "strips",

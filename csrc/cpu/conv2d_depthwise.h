@@ -11,9 +11,10 @@
 //
 // Vectors run along the channels (conv2d_depthwise_channels_last.h): no lane is lost where rows are short, and no tap is computed
 // that lies outside the image. NCHW planes, and channels_last tensors of fewer channels than lanes, are put into that order piece
-// by piece (conv2d_depthwise_nchw.h, conv2d_depthwise_transpose.h), but for 3x3 filters, which meet rows, or small planes, where
-// they lie (conv2d_depthwise_rows.h, conv2d_depthwise_flat.h). Every element is summed in an order that the geometry alone
-// decides. 0 * inf never enters a sum: taps outside the image are left out, or read zeros where that does no harm.
+// by piece (conv2d_depthwise_nchw.h, conv2d_depthwise_transpose.h), but for 3x3 filters, and 5x5 ones in strided grad_input: they
+// meet rows, or small planes, where they lie (conv2d_depthwise_rows.h, conv2d_depthwise_flat.h). Every element is summed in an
+// order that the geometry alone decides. 0 * inf never enters a sum: taps outside the image are left out, or read zeros where
+// that does no harm.
 #pragma once
 
 #include "conv2d_depthwise_channels_last.h"

@@ -97,6 +97,7 @@ template <class T, int64_t stride, bool first, bool last>
 // tile(j, vectors, first, last) for a row of Q outputs, in tiles of `vectors` vectors; the last may have fewer.
 template <class T, int64_t vectors, class Tile>
 [[gnu::always_inline]] inline void for_tiles(int64_t Q, const Tile& tile) {
+  static_assert(vectors == 1 || vectors == 2);
   constexpr int64_t size = vectors * kLanes<T>;
   const std::integral_constant<int64_t, vectors> all;
   const std::true_type yes;

@@ -255,8 +255,9 @@ void extremum_pool2d_global(const Pool2dGeometry& g, Extremum extremum, const T*
     if (side_by_side) {
       largest_of_rows(input + first * count, count, sign, value, trace);
     } else {
-      for (int64_t l = 0; l < L; ++l) {
-        const T* plane = input + (first + std::min(l, planes - 1)) * count;
+      for (int64_t l = 0; l < L; ++l) value[l] = Vec<A>{};
+      for (int64_t l = 0; l < planes; ++l) {
+        const T* plane = input + (first + l) * count;
         if (count <= kBlock<A>) {
           value[l] = largest_of_row(plane, count, sign, trace);
         } else {

@@ -37,7 +37,7 @@ struct WindowTables {
 
 // lanes[x kLanes + l] = element x of plane l. load_at(at) gives the elements from `at` on, load_end(at, left) does not read
 // beyond the tensor, and only `left` of its elements count. Each plane is a stream too short for the processor to foresee, so
-// what the next group has in this place is asked for. Returns a sum of all elements: not NaN if none of them is.
+// what the next group has in this place is asked for. Returns a sum that is NaN if any element is.
 template <class A, class T, class LoadAt, class LoadEnd>
 inline Vec<A> planes_to_lanes(const T* from, int64_t first, int64_t planes, int64_t count, LoadAt load_at, LoadEnd load_end,
                               A* lanes) {

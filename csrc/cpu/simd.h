@@ -236,12 +236,13 @@ inline Vec<T> rectified(Vec<T> v) {
   return v < Vec<T>{} ? Vec<T>{} : v;
 }
 
-// a > b ? a : b, in the one instruction that compilers do not find where b may be NaN.
+// a > b ? a : b, in the one instruction that compilers do not find where b may be NaN. (GCC 12 warns of its own header, but for
+// masked ones.)
 template <class T>
 [[gnu::always_inline]] inline Vec<T> larger(Vec<T> a, Vec<T> b) {
 #if TORCHCNN_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
-  if constexpr (std::is_same_v<T, double>) return (Vec<T>)_mm512_max_pd((__m512d)a, (__m512d)b);
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<T, double>) return (Vec<T>)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
 #elif TORCHCNN_VECTOR_BYTES == 32
   if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
   if constexpr (std::is_same_v<T, double>) return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
