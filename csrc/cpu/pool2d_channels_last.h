@@ -4,7 +4,7 @@
 // Fewer channels than a vector has lanes are treated as a vector all the same: its other lanes are the next position's, which is
 // written later, and only at the end of a row, or of the tensor for what is read, must they be left alone.
 //
-// A task has a copy of the geometry: what it only refers to is read again after every store, which takes up to a quarter of it.
+// A task has a copy of the geometry: what it only refers to is read again after every store, and the loops are short.
 #pragma once
 
 #include "pool2d_average_nchw.h"

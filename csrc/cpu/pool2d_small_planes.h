@@ -7,8 +7,8 @@
 //   output[l][p][q] = result[p Q + q][l]                                      transposed back
 //
 // Taps are taken in row-major order, windows too: the order of every sum follows from the geometry. Lanes beyond the last plane
-// repeat it. What comparisons do with NaN takes more instructions than all the rest of a search, and is left out for a group
-// whose elements have a sum that is not NaN.
+// repeat it. To mind NaN costs a comparison two or three instructions of five, and is left out for a group whose elements have a
+// sum that is not NaN.
 #pragma once
 
 #include "pool2d_average_nchw.h"
