@@ -207,7 +207,7 @@ std::vector<std::tuple<std::string, std::string, std::string>> explain_conv2d(in
       rows.emplace_back(name_of(direction), "direct", "TORCHCNN_ISA=reference: the formula, summed in double");
       continue;
     }
-    const Choice choice = choose_conv2d(g, direction);
+    const Choice choice = choose_conv2d(g, direction, kernels().vector_bytes);
     rows.emplace_back(name_of(direction), name_of(choice.algorithm), choice.reason);
   }
   return rows;

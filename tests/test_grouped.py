@@ -34,6 +34,8 @@ GEOMETRIES = {
     "stride_2_odd": ((2, 32, 27, 30), (32, 8, 3, 3), 2, 0, 1, 4),
     "pairs_stride_2": ((2, 32, 14, 41), (32, 2, 3, 3), 2, 1, 1, 16),
     "fours_stride_3": ((1, 32, 20, 61), (32, 4, 3, 3), 3, 1, 1, 8),
+    "eights_of_long_rows": ((1, 32, 5, 40), (32, 8, 3, 3), 1, 1, 1, 4),
+    "sixteens_stride_2": ((2, 32, 19, 30), (32, 16, 3, 3), 2, 1, 1, 2),
     "stride_3": ((2, 32, 17, 19), (32, 8, 3, 3), 3, 1, 1, 4),
     "stride_4": ((2, 48, 18, 21), (48, 2, 3, 3), 4, 2, 1, 24),
     "stride_mixed": ((2, 32, 17, 18), (32, 8, 3, 3), (1, 2), 1, 1, 4),
@@ -59,6 +61,9 @@ def test_rule_sends_small_groups_here():
     assert direction_of(torchcnn.explain(*GEOMETRIES["long_rows"], False))["forward"] == "grouped"
     for name in ("pairs_stride_2", "fours_stride_3"):
         assert direction_of(torchcnn.explain(*GEOMETRIES[name], False))["grad_input"] == "grouped"
+    for name in ("eights_of_long_rows", "sixteens_stride_2"):  # in vectors of 64 bytes alone
+        algorithms = set(direction_of(torchcnn.explain(*GEOMETRIES[name], False)).values())
+        assert (algorithms == {"grouped"}) == (torchcnn.isa() == "avx512")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -160,6 +160,25 @@ def test_gradients_do_not_depend_on_the_place_in_the_batch(size, window):
     assert torch.equal(gradient(slice(0, 5)), torch.cat([gradient(slice(i, i + 1)) for i in range(5)]))
 
 
+@pytest.mark.parametrize("operator", ["avg_pool2d", "adaptive_avg_pool2d"])
+@pytest.mark.parametrize("size", [(5, 5), (9, 4), (30, 6), (20, 33)], ids=str)
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_averages_do_not_depend_on_the_batch(operator, size, C, memory_format):
+    input = torch.randn(17, C, *size)  # with few channels in each image, vectors may hold planes of several
+
+    def average(images, gradient=None):
+        leaf = input[images].contiguous(memory_format=memory_format).requires_grad_()
+        output = getattr(torchcnn.functional, operator)(leaf, 3)
+        return output if gradient is None else torch.autograd.grad(output, leaf, gradient[images])[0]
+
+    together = average(slice(None))
+    gradient = torch.randn_like(together)
+    images = [slice(i, i + 1) for i in range(17)]
+    assert torch.equal(together, torch.cat([average(image) for image in images]))
+    assert torch.equal(average(slice(None), gradient), torch.cat([average(image, gradient) for image in images]))
+
+
 # Whole planes above and below a vector, of several blocks and with a rest; rows below a vector, whose planes are transposed.
 PLANES = [
     ((3, 41, 7, 7), (7, 1)),

@@ -23,6 +23,8 @@
 
 namespace torchcnn::TORCHCNN_ISA {
 
+static_assert(vector_bytes == TORCHCNN_VECTOR_BYTES);
+
 namespace depthwise {  // conv2d_depthwise.h, compiled by isa/*_depthwise.cpp
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output);
@@ -82,7 +84,7 @@ bool with_winograd_tile_of_phases(Algorithm algorithm, Call call) {
 template <class T>
 void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, const Epilogue<T>& epilogue, T* output) {
   const WorkspaceUse use;
-  const Algorithm algorithm = choose_conv2d(g, Direction::forward).algorithm;
+  const Algorithm algorithm = choose_conv2d(g, Direction::forward, vector_bytes).algorithm;
   if (with_winograd_tile<false>(algorithm, [&]<class F>(F) { winograd::conv2d_forward<F>(g, input, weight, epilogue, output); }))
     return;
   if (with_winograd_tile_of_phases(
@@ -104,7 +106,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input) {
   const WorkspaceUse use;
-  const Algorithm algorithm = choose_conv2d(g, Direction::grad_input).algorithm;
+  const Algorithm algorithm = choose_conv2d(g, Direction::grad_input, vector_bytes).algorithm;
   if (with_winograd_tile<true>(algorithm,
                                [&]<class F>(F) { winograd::conv2d_grad_input<F>(g, grad_output, weight, grad_input); }))
     return;
@@ -123,7 +125,7 @@ void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* w
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   const WorkspaceUse use;
-  const Algorithm algorithm = choose_conv2d(g, Direction::grad_weight).algorithm;
+  const Algorithm algorithm = choose_conv2d(g, Direction::grad_weight, vector_bytes).algorithm;
   bool bias_done = grad_bias == nullptr;
   const bool by_winograd = with_winograd_tile<false>(algorithm, [&]<class F>(F) {
     bias_done |= winograd::conv2d_grad_weight<F>(g, grad_output, input, grad_weight, grad_bias);

@@ -1,5 +1,5 @@
 // The rule that chooses an algorithm for a convolution, in one place: the kernels follow it and torchcnn.explain prints it.
-// It reads the geometry alone, never N or the number of threads, so that results do not depend on them.
+// It reads the geometry and the length of a vector, never N or the number of threads, so that results do not depend on them.
 #pragma once
 
 #include <algorithm>
@@ -214,26 +214,29 @@ inline bool are_patches(const Conv2dGeometry& g) {
 
 // Whether vectors of channels that hold whole groups, or hold one together, beat the kernels for few channels: in channels_last,
 // and in NCHW where rows are short, or strides spoil vectors of pixels (grad_input has phases for these, which pay where a group
-// has some channels and a phase some taps).
-inline bool suits_grouped(const Conv2dGeometry& g, Direction direction) {
+// has some channels and a phase some taps). Of 64 bytes, in 32 registers, they beat them for longer rows and larger groups too.
+inline bool suits_grouped(const Conv2dGeometry& g, Direction direction, int64_t vector_bytes) {
   const int64_t M = g.C_per_group();
   if (g.C != g.K || M < 2 || M > 16 || (M & (M - 1)) != 0 || g.R != 3 || g.S != 3) return false;
   if (g.dilation_h > 1 || g.dilation_w > 1 || g.stride_h > 4 || g.stride_w > 4) return false;
   if (std::max(g.W, g.Q) > 2048) return false;             // whole rows are packed
   if (ceil_div(g.C, 16) * 16 * 7 > g.C * 8) return false;  // more than an eighth of the lanes would be empty
   if (g.layout == Layout::channels_last) return true;
+  if (vector_bytes == 64 && M <= 8) return g.Q <= 128 || g.stride_w > 1;
+  if (vector_bytes == 64) return g.stride_w == 2 && (g.Q > 8 || direction == Direction::grad_weight);
   const bool phases_pay = direction == Direction::grad_input && M > 2 && (M > 4 || g.stride_w == 2);
   return M <= 8 && (g.Q <= 16 || (g.stride_w > 1 && !phases_pay));
 }
 
-inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
+// vector_bytes: of the row of kernels that computes.
+inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction, int64_t vector_bytes) {
   if (g.C == 0) return {Algorithm::direct, "no input channels: the sums are empty"};
   if (outsizes(g.H, g.R, g.stride_h, g.pad_h, g.dilation_h) || outsizes(g.W, g.S, g.stride_w, g.pad_w, g.dilation_w))
     return {Algorithm::direct, "windows far larger than the input: packing them would take more memory than the tensors"};
   if (g.C == g.G && (g.K == g.G || (g.G > 1 && g.layout == Layout::nchw)))
     return {Algorithm::depthwise, "one input channel in each group: direct sums, bound by memory"};
   if (const Choice winograd = choose_winograd(g, direction); winograd.reason != nullptr) return winograd;
-  if (suits_grouped(g, direction))
+  if (suits_grouped(g, direction, vector_bytes))
     return {Algorithm::grouped, "small groups: vectors of channels, in which the members of a group change places"};
   const bool few = suits_small_channels(g, direction);
   if (g.layout == Layout::nchw && g.pad_h == 0 && g.pad_w == 0 && g.C_per_group() * g.R * g.S >= 8 && g.K_per_group() >= 8) {
@@ -256,9 +259,10 @@ inline Choice choose_conv2d(const Conv2dGeometry& g, Direction direction) {
   return {Algorithm::implicit_gemm, "weights times packed patches, for any geometry"};
 }
 
-// Whether the kernels take weights in channels_last too (reference kernels always do), and write their gradients so.
+// Whether the kernels take weights in channels_last too (reference kernels always do), and write their gradients so. Those are
+// Winograd's, for vectors of any length.
 inline bool reads_any_weight_layout(const Conv2dGeometry& g, Direction direction) {
-  return is_winograd(choose_conv2d(g, direction).algorithm);
+  return is_winograd(choose_conv2d(g, direction, 16).algorithm);
 }
 
 }  // namespace torchcnn

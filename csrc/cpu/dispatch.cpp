@@ -11,6 +11,7 @@ namespace torchcnn {
 namespace {
 #define TORCHCNN_ROW(isa)                               \
   constexpr KernelTable isa##_row = {#isa,              \
+                                     isa::vector_bytes, \
                                      isa::conv2d_f32,   \
                                      isa::conv2d_f64,   \
                                      isa::convert_bf16, \

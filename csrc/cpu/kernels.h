@@ -36,6 +36,7 @@ struct ConvertKernels {
 
 struct KernelTable {
   const char* isa;
+  int64_t vector_bytes;
   const Conv2dKernels<float>& conv2d_f32;
   const Conv2dKernels<double>& conv2d_f64;
   const ConvertKernels<BFloat16>& convert_bf16;
@@ -47,8 +48,9 @@ struct KernelTable {
 };
 
 // What isa/*.cpp define; dispatch.cpp makes rows of it.
-#define TORCHCNN_DECLARE_ROW(isa)                     \
+#define TORCHCNN_DECLARE_ROW(isa, bytes)              \
   namespace isa {                                     \
+  inline constexpr int64_t vector_bytes = bytes;      \
   extern const Conv2dKernels<float> conv2d_f32;       \
   extern const Conv2dKernels<double> conv2d_f64;      \
   extern const ConvertKernels<BFloat16> convert_bf16; \
@@ -58,11 +60,11 @@ struct KernelTable {
   extern const Pool2dKernels<BFloat16> pool2d_bf16;   \
   extern const Pool2dKernels<Float16> pool2d_f16;     \
   }
-TORCHCNN_DECLARE_ROW(reference)  // direct loops, sums in double: the specification
-TORCHCNN_DECLARE_ROW(scalar)     // 16-byte vectors on the baseline processor
-TORCHCNN_DECLARE_ROW(neon)
-TORCHCNN_DECLARE_ROW(avx2)
-TORCHCNN_DECLARE_ROW(avx512)
+TORCHCNN_DECLARE_ROW(reference, 0)  // direct loops, sums in double: the specification
+TORCHCNN_DECLARE_ROW(scalar, 16)    // 16-byte vectors on the baseline processor
+TORCHCNN_DECLARE_ROW(neon, 16)
+TORCHCNN_DECLARE_ROW(avx2, 32)
+TORCHCNN_DECLARE_ROW(avx512, 64)
 
 const KernelTable& kernels();                         // the row in use
 std::vector<const KernelTable*> available_kernels();  // the rows that this machine can run, from the plainest to the best

@@ -21,7 +21,7 @@ namespace torchcnn::TORCHCNN_ISA {
 template <class A>
 inline bool suits_small_planes(const Pool2dGeometry& g) {
   constexpr int64_t kept = 16 * 1024 / TORCHCNN_VECTOR_BYTES;
-  return g.Q < kLanes<A> && g.H <= kept && g.W <= kept && g.H * g.W <= kept && g.P * g.Q <= kept && g.N * g.C >= kLanes<A>;
+  return g.Q < kLanes<A> && g.H <= kept && g.W <= kept && g.H * g.W <= kept && g.P * g.Q <= kept;
 }
 
 struct WindowTables {

@@ -48,6 +48,10 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   return true;
 }
 
+const char* algorithm_of(const Conv2dGeometry& g, Direction direction) {
+  return name_of(choose_conv2d(g, direction, ROW::vector_bytes).algorithm);
+}
+
 bool check(bool holds, const char* what, const char* algorithm, const Conv2dGeometry& g) {
   if (!holds)
     std::printf("%s by %s differs: N %ld C %ld %ldx%ld K %ld %ldx%ld stride %ld %ld pad %ld %ld dilation %ld %ld groups %ld %s\n",
@@ -76,17 +80,17 @@ bool compare_conv2d(const Conv2dGeometry& g, const Conv2dKernels<T>& row, const 
     std::vector<T> actual(dy.size()), expected(dy.size());
     row.forward(forward, x.data(), w.data(), {b.data(), relu}, actual.data());
     reference.forward(forward, x.data(), w.data(), {b.data(), relu}, expected.data());
-    good &= check(same(actual, expected), "forward", name_of(choose_conv2d(g, Direction::forward).algorithm), g);
+    good &= check(same(actual, expected), "forward", algorithm_of(g, Direction::forward), g);
   }
   std::vector<T> actual(x.size()), expected(x.size());
   row.grad_input(of_input, dy.data(), w.data(), actual.data());
   reference.grad_input(of_input, dy.data(), w.data(), expected.data());
-  good &= check(same(actual, expected), "grad_input", name_of(choose_conv2d(g, Direction::grad_input).algorithm), g);
+  good &= check(same(actual, expected), "grad_input", algorithm_of(g, Direction::grad_input), g);
   actual.assign(w.size(), 0), expected.assign(w.size(), 0);
   std::vector<T> beside(b.size());
   row.grad_weight(of_weight, dy.data(), x.data(), actual.data(), nullptr);
   reference.grad_weight(of_weight, dy.data(), x.data(), expected.data(), nullptr);
-  good &= check(same(actual, expected), "grad_weight", name_of(choose_conv2d(g, Direction::grad_weight).algorithm), g);
+  good &= check(same(actual, expected), "grad_weight", algorithm_of(g, Direction::grad_weight), g);
   actual.assign(b.size(), 0), expected.assign(b.size(), 0);
   row.grad_bias(g, dy.data(), actual.data());
   reference.grad_bias(g, dy.data(), expected.data());
