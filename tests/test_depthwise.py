@@ -218,4 +218,6 @@ def test_an_image_does_not_depend_on_its_batch(size, layout):
 
 
 def test_these_layers_are_depthwise():
+    if torchcnn.isa() == "reference":
+        pytest.skip("the reference row knows one algorithm")
     assert "depthwise" in torchcnn.explain((2, 18, 8, 8), (18, 1, 3, 3), 1, 1, 1, 18)

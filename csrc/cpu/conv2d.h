@@ -40,7 +40,7 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 template <class T>
 void conv2d_grad_input(const Conv2dGeometry& g, const T* grad_output, const T* weight, T* grad_input);
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight);
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias);
 }  // namespace grouped
 
 // Calls call(tile) with the tile of a Winograd algorithm, false if `algorithm` is none.
@@ -135,12 +135,11 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   if (!by_winograd) {
     switch (algorithm) {
       case Algorithm::direct: reference::conv2d_grad_weight(g, grad_output, input, grad_weight); break;
-      case Algorithm::grouped: grouped::conv2d_grad_weight(g, grad_output, input, grad_weight); break;
+      case Algorithm::grouped: return grouped::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
       case Algorithm::small_channels:
-        if (!suits_vectors_of_filters(g, Direction::grad_weight))
-          return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
-        small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight);
-        break;
+        if (suits_vectors_of_filters(g, Direction::grad_weight))
+          return small_channels::filters::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
+        return small_channels::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
       case Algorithm::depthwise: return depthwise::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
       case Algorithm::pointwise: return pointwise::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
       default: return implicit_gemm::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);

@@ -112,6 +112,16 @@ class BiasSums {
       sums_[slice * K_ + k + c] += sum_of_planes(from + c * channel_stride, planes, plane_stride, size);
   }
 
+  // Adds `pixels` vectors, `stride` apart, whose first lanes belong to `channels` channels.
+  void add_vectors(int64_t slice, int64_t k, int64_t channels, const T* from, int64_t stride, int64_t pixels) const {
+    if (grad_bias_ == nullptr) return;
+    double sum[kLanes<T>] = {};
+    int64_t x = 0;
+    for (; x + 4 <= pixels; x += 4) add_in_double<T>(sum_of_four(from + x * stride, stride), sum);
+    for (; x < pixels; ++x) add_in_double<T>(load(from + x * stride), sum);
+    for (int64_t lane = 0; lane < channels; ++lane) sums_[slice * K_ + k + lane] += sum[lane];
+  }
+
   void finish() const {
     for (int64_t k = 0; grad_bias_ != nullptr && k < K_; ++k) {
       double sum = 0.0;

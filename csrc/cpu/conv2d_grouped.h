@@ -25,6 +25,7 @@
 #include "conv2d_depthwise_channels_last.h"
 #include "conv2d_depthwise_nchw.h"
 #include "conv2d_depthwise_transpose.h"
+#include "conv2d_grad_bias.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -365,7 +366,7 @@ template <class T, int64_t step>
 }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   constexpr int64_t L = kLanes<T>, filter = 9;
   const Axes axes = depthwise::forward_axes(g);
   const Axis &h = axes.h, &w = axes.w;
@@ -382,6 +383,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t bundle = g.layout == Layout::nchw ? 1 : line_blocks, bundles = ceil_div(blocks.count, bundle);
   const int64_t slices = std::min(units, ceil_div(16, bundles));
   T* const partial = workspace<T>(Slot::partial_sums, blocks.count * slices * size);
+  const BiasSums<T> bias_sums(slices, g.K, grad_bias);
   parallel_for(bundles * slices, units / slices * strip * g.Q * bundle * blocks.members * filter * blocks.parts,
                [&](int64_t task) {
     const int64_t slice = task % slices, first = task / slices * bundle, last = std::min(first + bundle, blocks.count);
@@ -404,6 +406,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           depthwise::fill_vectors(to + below * from.row(), (wanted_rows - below) * from.pitch);
           depthwise::nchw::pack_rows<T>(lanes_of(grad_output + n * g.C * g.P * g.Q, g.layout, g.P * g.Q, blocks, block, v), g.Q,
                                         rows, 0, g.Q, place, gradient + v * gradient_part);
+          bias_sums.add_vectors(slice, block * blocks.width + v * L, blocks.lanes(block, v), gradient + v * gradient_part, L,
+                                (rows.end - rows.begin) * g.Q);
         }
         Dot<T> at;
         at.rows = rows.end - rows.begin, at.columns = g.Q;
@@ -442,12 +446,13 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       }
     }
   });
+  bias_sums.finish();
 }
 
 #define TORCHCNN_INSTANTIATE_GROUPED(T)                                                            \
   template void conv2d_forward(const Conv2dGeometry&, const T*, const T*, const Epilogue<T>&, T*); \
   template void conv2d_grad_input(const Conv2dGeometry&, const T*, const T*, T*);                  \
-  template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*);
+  template void conv2d_grad_weight(const Conv2dGeometry&, const T*, const T*, T*, T*);
 TORCHCNN_INSTANTIATE_GROUPED(float)
 TORCHCNN_INSTANTIATE_GROUPED(double)
 

@@ -47,6 +47,17 @@ inline bool packs_channels(const Conv2dGeometry& g, int64_t block_positions) {
   return g.layout == Layout::channels_last && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0 && block_positions <= longest_packed;
 }
 
+// What is packed next: of tensors beyond the caches it is asked for while the present block is multiplied, some pixels a tile.
+inline constexpr int64_t beyond_caches = int64_t(12) << 20;
+template <class T>
+struct UpcomingPixels {
+  const T* from;
+  int64_t step, channels, pixels;
+  void ask_for(int64_t share) {
+    for (; share > 0 && pixels > 0; --share, --pixels, from += step) gemm::prefetch(from, channels);
+  }
+};
+
 template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   const int64_t taps_count = g.R * g.S, C = g.C_per_group(), K = g.K_per_group(), patch_size = C * taps_count;
@@ -65,8 +76,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t chunks = g.G * c_chunks * k_chunks, slices = gemm::slices_of(chunks, blocks.count());
   const int64_t weights = g.K * patch_size;
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
-  const bool adds_bias = g.layout == Layout::nchw;  // else its channels are not neighbours in time
-  const BiasSums<T> bias_sums(slices, g.K, adds_bias ? grad_bias : nullptr);
+  const BiasSums<T> bias_sums(slices, g.K, grad_bias);
   const int64_t task_cost = chunk_channels * taps_count * std::min(K, chunk_filters) / kLanes<T> * (g.N * g.P * g.Q / slices);
   parallel_for(chunks * slices, task_cost, [&](int64_t task) {
     const int64_t slice = task % slices, c_chunk = task / slices % c_chunks, k_chunk = task / slices / c_chunks % k_chunks;
@@ -82,6 +92,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     const bool channels_first = g.layout == Layout::nchw || taps_count == 1;
     const int64_t channel_step = channels_first ? taps_count : 1, tap_step = channels_first ? 1 : channels;
     const bool packs = packs_channels(g, max_positions);
+    const bool asks = packs && g.stride_h == 1 && g.stride_w == 1 && g.N * (out.n + in.n) * int64_t(sizeof(T)) > beyond_caches;
     // Panels that are written side by side: not all in the same sets of L1.
     const int64_t input_panel = max_positions * channel_panel + 64 / sizeof(T),
                   gradient_panel = max_positions * nr<T> + 64 / sizeof(T);
@@ -124,6 +135,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         T* to = gradient + image * image_positions * nr<T>;
         if (g.layout == Layout::channels_last) {
           pack_pixels<nr<T>>(from, out.w, image_positions, filters, to, gradient_panel);
+          for (int64_t k = 0; k < filters && c_chunk == 0; k += kLanes<T>)
+            bias_sums.add_vectors(slice, group * K + k_begin + k, std::min(kLanes<T>, filters - k),
+                                  to + k / nr<T> * gradient_panel + k % nr<T>, nr<T>, image_positions);
           continue;
         }
         for (int64_t panel = 0; panel < panels; ++panel)
@@ -132,6 +146,10 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         if (c_chunk == 0) bias_sums.add(slice, group * K + k_begin, filters, from, out.c, 1, 0, image_positions);
       }
       const int64_t depths = ceil_div(positions, gemm::gradient_depth);
+      UpcomingPixels<T> next_gradient{grad_output + n * out.n + i_begin * out.h + positions * out.w + group * K + k_begin, out.w,
+                                      filters, positions};
+      UpcomingPixels<T> next_input{input + n * in.n + h * in.h + positions * in.w + c, in.w, channels, positions};
+      const int64_t share = asks ? ceil_div(positions, depths * panels * ceil_div(rows, mr)) : 0;
       for (int64_t d = 0; d < depths; ++d) {
         const int64_t x = d * positions / depths;
         gemm::Run runs[gemm::gradient_depth / gemm::max_run + 1];
@@ -141,6 +159,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           const bool narrow = filters - panel * nr<T> <= kLanes<T>;
           for (int64_t row = 0, tile_rows = 0; row < rows; row += tile_rows) {
             T* c = sums + (panel * rows + row) * nr<T>;
+            next_gradient.ask_for(share), next_input.ask_for(share);
             const auto multiply = [&]<int count, int vectors>() {
               gemm::IndirectA<T, count> a{{}, position};
               for (int m = 0; m < count; ++m) a.row[m] = window + patch[row + m];
@@ -172,7 +191,6 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   });
   if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
   bias_sums.finish();
-  if (grad_bias != nullptr && !adds_bias) conv2d_grad_bias(g, grad_output, grad_bias);
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::implicit_gemm

@@ -17,6 +17,7 @@
 
 #include "../geometry.h"
 #include "conv2d_gemm.h"
+#include "conv2d_grad_bias.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_planar_rows.h"
 #include "conv2d_small_channels.h"
@@ -217,7 +218,7 @@ template <class T, int taps, int vectors>
 
 // channels_last; K / G is a multiple of a vector.
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   const int64_t K = g.K_per_group(), depth = g.C_per_group() * g.R * g.S, panels = ceil_div(K, nr<T>), weights = g.K * depth;
   const Strides out = g.output_strides();
   const Input<T> source(g, input);
@@ -228,6 +229,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
 
   const int64_t slices = gemm::slices_of(g.G, blocks);
   T* partial = slices == 1 ? grad_weight : workspace<T>(Slot::partial_sums, slices * weights);
+  const BiasSums<T> bias_sums(slices, g.K, grad_bias);
   parallel_for(g.G * slices, depth * panels * 2 * g.N * g.P * g.Q / slices, [&](int64_t task) {
     const int64_t slice = task % slices, group = task / slices;
     T* sums = workspace<T>(Slot::tile, panels * depth * nr<T>);
@@ -244,6 +246,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
             const int64_t k = panel * nr<T>;
             const T* gradient = grad_output + n * out.n + (begin + i) * out.h + j * out.w + group * K + k;
             const T* seen = buffer + i * at.input_row + j;
+            for (int64_t row = 0; row < at.rows; ++row)
+              for (int64_t v = 0; v < std::min(nr<T>, K - k); v += kLanes<T>)
+                bias_sums.add_vectors(slice, group * K + k + v, kLanes<T>, gradient + row * out.h + v, out.w, columns);
             for_even_tiles(depth, [&]<int taps>(int64_t first, std::integral_constant<int, taps>) {
               T* to = sums + (panel * depth + first) * nr<T>;
               if (K - k > kLanes<T>)
@@ -264,6 +269,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     }
   });
   if (slices > 1) gemm::add_slices(partial, slices, weights, grad_weight);
+  bias_sums.finish();
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::small_channels::filters
