@@ -52,9 +52,8 @@ template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   // With few channels the sums of one have to be shared out among threads, which the general kernel does.
   if (rows::applies<T>(g) && g.C >= 8) return rows::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
-  wide<T>(g) ? channels_last::conv2d_grad_weight(g, grad_output, input, grad_weight)
-             : nchw::conv2d_grad_weight(g, grad_output, input, grad_weight);
-  if (grad_bias != nullptr) conv2d_grad_bias(g, grad_output, grad_bias);
+  wide<T>(g) ? channels_last::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias)
+             : nchw::conv2d_grad_weight(g, grad_output, input, grad_weight, grad_bias);
 }
 
 #define TORCHCNN_INSTANTIATE(T)                                                                    \

@@ -14,6 +14,7 @@
 #include "../geometry.h"
 #include "conv2d_depthwise_axes.h"
 #include "conv2d_depthwise_transpose.h"
+#include "conv2d_grad_bias.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -381,7 +382,7 @@ void add_to(T* total, const T* sum, int64_t count) {
 }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   const Axes axes = forward_axes(g);
   constexpr int64_t lanes = kLanes<T>;
   const int64_t C = g.C, filter = g.R * g.S, rows = g.N * g.P;
@@ -391,6 +392,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t slices = std::min(rows, ceil_div(16, chunks)), size = filter * chunk * lanes;
   const int64_t flush = ceil_div(128, g.Q);  // rows that are summed on their own first, which keeps rounding errors small
   T* partial = workspace<T>(Slot::partial_sums, chunks * slices * size);
+  const BiasSums<T> bias_sums(slices, C, grad_bias);
+  const int64_t bias_rows = ceil_div(32, g.Q);  // that are summed together, soon after the products have read them
 
   parallel_for(chunks * slices, rows / slices * g.Q * filter * chunk, [&](int64_t task) {
     const int64_t slice = task % slices, v_begin = task / slices * chunk, v_end = std::min(v_begin + chunk, vectors.count());
@@ -400,11 +403,17 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     const int64_t row_end = (slice + 1) * rows / slices;
     for (int64_t row_begin = slice * rows / slices; row_begin < row_end; row_begin += flush) {
       fill(sum, size, T(0));
-      for (int64_t row = row_begin; row < std::min(row_end, row_begin + flush); ++row) {
-        const int64_t n = row / g.P, i = row % g.P;
-        const Pair<T> pair{
-            grad_output + n * g.P * g.Q * C, input + n * g.H * g.W * C, sum, C, g.Q * C, g.W * C, chunk * lanes, false};
-        dot<T, 0>(axes, pair, {i, i + 1}, {0, g.Q}, {v_begin, v_end});
+      const int64_t flush_end = std::min(row_end, row_begin + flush);
+      for (int64_t first = row_begin; first < flush_end; first += bias_rows) {
+        const int64_t end = std::min(flush_end, first + bias_rows);
+        for (int64_t row = first; row < end; ++row) {
+          const int64_t n = row / g.P, i = row % g.P;
+          const Pair<T> pair{
+              grad_output + n * g.P * g.Q * C, input + n * g.H * g.W * C, sum, C, g.Q * C, g.W * C, chunk * lanes, false};
+          dot<T, 0>(axes, pair, {i, i + 1}, {0, g.Q}, {v_begin, v_end});
+        }
+        const int64_t c = v_begin * lanes, channels = std::min(C, v_end * lanes) - c;
+        bias_sums.add_pixels(slice, c, channels, grad_output + first * g.Q * C + c, C, (end - first) * g.Q);
       }
       add_to(total, sum, size);
     }
@@ -423,6 +432,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       }
     }
   });
+  bias_sums.finish();
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::depthwise::channels_last

@@ -21,6 +21,7 @@
 #include "conv2d_depthwise_axes.h"
 #include "conv2d_depthwise_channels_last.h"
 #include "conv2d_depthwise_transpose.h"
+#include "conv2d_grad_bias.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -284,7 +285,7 @@ T grad_weight_element(const Conv2dGeometry& g, const Axes& axes, const T* grad_o
 }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight) {
+void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   constexpr int64_t lanes = kLanes<T>;
   const Axes whole = forward_axes(g);
   const bool last = g.layout == Layout::channels_last, in_parts = !last && worth_parts(g.C, lanes, whole.h);
@@ -310,6 +311,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t units = g.N * cut.strips * cut.windows, slices = std::min(units, ceil_div(16, groups));
   const int64_t flush = ceil_div(32, cut.window);  // rows that are summed on their own first, which keeps rounding errors small
   T* const partial = workspace<T>(Slot::partial_sums, groups * slices * size);
+  const BiasSums<T> bias_sums(slices, g.K, grad_bias);
   parallel_for(groups * slices, units * cut.strip * cut.window * M * filter / slices, [&](int64_t task) {
     const int64_t slice = task % slices, group = task / slices;
     T* const total = partial + task * size;
@@ -335,6 +337,11 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         ready = needed;
         for (int64_t m = 0; m < M; ++m) {
           pack_rows<T>(gradient_lanes(group, n, m), g.Q, block, j_begin, gradient_pitch, gradient_place, gradient);
+          for (int64_t row = 0; row < block.end - block.begin; ++row)
+            bias_sums.add_vectors(slice, gradient + row * gradient_pitch * lanes, lanes, j_end - j_begin, [&](int64_t lane) {
+              const int64_t c = in_parts ? group : group * lanes + lane;
+              return c < g.C ? c * M + m : -1;
+            });
           const channels_last::Pair<T> pair{gradient - (i * gradient_pitch + j_begin) * lanes,
                                             source - (rows.begin * cut.pitch + x_begin) * lanes,
                                             sum,
@@ -367,6 +374,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     for (int64_t t = 0; t < filter; ++t)
       grad_weight[k * filter + t] = grad_weight_element(g, whole, grad_output, input, k, t / g.S, t % g.S);
   });
+  bias_sums.finish();
 }
 
 }  // namespace torchcnn::TORCHCNN_ISA::depthwise::nchw

@@ -58,6 +58,22 @@ double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64
   return total;
 }
 
+// sum[k] += the channels k of some pixels, `stride` apart: in the order of memory.
+template <class T>
+void add_pixels(const T* from, int64_t stride, int64_t pixels, int64_t channels, double* sum) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t whole = channels / L * L;
+  int64_t x = 0;
+  for (; x + 4 <= pixels; x += 4, from += 4 * stride) {
+    for (int64_t row = 8; row < 12; ++row) gemm::prefetch(from + row * stride, channels);  // four at once look like no stream
+    for (int64_t k = 0; k < whole; k += L) add_in_double<T>(sum_of_four(from + k, stride), sum + k);
+    for (int64_t k = whole; k < channels; ++k)
+      sum[k] += (double(from[k]) + double(from[k + stride])) + (double(from[k + 2 * stride]) + double(from[k + 3 * stride]));
+  }
+  for (; x < pixels; ++x, from += stride)
+    for (int64_t k = 0; k < channels; ++k) sum[k] += double(from[k]);
+}
+
 template <class T>
 void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bias) {
   const WorkspaceUse use;
@@ -70,22 +86,13 @@ void conv2d_grad_bias(const Conv2dGeometry& g, const T* grad_output, T* grad_bia
     return;
   }
   // channels_last: slices of the pixels, as many on any number of threads, each with all of its channels in the order of memory.
-  const int64_t pixels = g.N * g.P * g.Q, slices = std::clamp<int64_t>(pixels / 64, 1, 8), whole = g.K / lanes * lanes;
+  const int64_t pixels = g.N * g.P * g.Q, slices = std::clamp<int64_t>(pixels / 64, 1, 8);
   double* const partial = workspace<double>(Slot::partial_sums, slices * g.K);
   parallel_for(slices, pixels / slices * g.K / lanes, [&](int64_t slice) {
     double* sum = partial + slice * g.K;
     std::memset(sum, 0, size_t(g.K) * sizeof(double));
-    int64_t x = slice * pixels / slices;
-    const int64_t end = (slice + 1) * pixels / slices;
-    const T* from = grad_output + x * g.K;
-    for (; x + 4 <= end; x += 4, from += 4 * g.K) {
-      gemm::prefetch(from + 8 * g.K, 4 * g.K);  // four rows at once look like no stream
-      for (int64_t k = 0; k < whole; k += lanes) add_in_double<T>(sum_of_four(from + k, g.K), sum + k);
-      for (int64_t k = whole; k < g.K; ++k)
-        sum[k] += (double(from[k]) + double(from[k + g.K])) + (double(from[k + 2 * g.K]) + double(from[k + 3 * g.K]));
-    }
-    for (; x < end; ++x, from += g.K)
-      for (int64_t k = 0; k < g.K; ++k) sum[k] += double(from[k]);
+    const int64_t begin = slice * pixels / slices, end = (slice + 1) * pixels / slices;
+    add_pixels(grad_output + begin * g.K, g.K, end - begin, g.K, sum);
   });
   for (int64_t k = 0; k < g.K; ++k) {
     double sum = 0.0;
@@ -112,14 +119,21 @@ class BiasSums {
       sums_[slice * K_ + k + c] += sum_of_planes(from + c * channel_stride, planes, plane_stride, size);
   }
 
-  // Adds `pixels` vectors, `stride` apart, whose first lanes belong to `channels` channels.
-  void add_vectors(int64_t slice, int64_t k, int64_t channels, const T* from, int64_t stride, int64_t pixels) const {
+  // The same of `channels` adjacent ones: `pixels` pixels, `stride` apart.
+  void add_pixels(int64_t slice, int64_t k, int64_t channels, const T* from, int64_t stride, int64_t pixels) const {
+    if (grad_bias_ != nullptr) TORCHCNN_ISA::add_pixels(from, stride, pixels, channels, sums_ + slice * K_ + k);
+  }
+
+  // Adds `pixels` vectors, `stride` apart. channel_of(lane): the channel, or -1 if the lane has none.
+  template <class ChannelOf>
+  void add_vectors(int64_t slice, const T* from, int64_t stride, int64_t pixels, ChannelOf channel_of) const {
     if (grad_bias_ == nullptr) return;
     double sum[kLanes<T>] = {};
     int64_t x = 0;
     for (; x + 4 <= pixels; x += 4) add_in_double<T>(sum_of_four(from + x * stride, stride), sum);
     for (; x < pixels; ++x) add_in_double<T>(load(from + x * stride), sum);
-    for (int64_t lane = 0; lane < channels; ++lane) sums_[slice * K_ + k + lane] += sum[lane];
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+      if (const int64_t k = channel_of(lane); k >= 0) sums_[slice * K_ + k] += sum[lane];
   }
 
   void finish() const {

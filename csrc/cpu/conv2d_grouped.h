@@ -406,8 +406,9 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
           depthwise::fill_vectors(to + below * from.row(), (wanted_rows - below) * from.pitch);
           depthwise::nchw::pack_rows<T>(lanes_of(grad_output + n * g.C * g.P * g.Q, g.layout, g.P * g.Q, blocks, block, v), g.Q,
                                         rows, 0, g.Q, place, gradient + v * gradient_part);
-          bias_sums.add_vectors(slice, block * blocks.width + v * L, blocks.lanes(block, v), gradient + v * gradient_part, L,
-                                (rows.end - rows.begin) * g.Q);
+          bias_sums.add_vectors(slice, gradient + v * gradient_part, L, (rows.end - rows.begin) * g.Q, [&](int64_t lane) {
+            return lane < blocks.lanes(block, v) ? block * blocks.width + v * L + lane : -1;
+          });
         }
         Dot<T> at;
         at.rows = rows.end - rows.begin, at.columns = g.Q;

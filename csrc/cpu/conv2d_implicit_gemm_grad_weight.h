@@ -135,9 +135,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         T* to = gradient + image * image_positions * nr<T>;
         if (g.layout == Layout::channels_last) {
           pack_pixels<nr<T>>(from, out.w, image_positions, filters, to, gradient_panel);
-          for (int64_t k = 0; k < filters && c_chunk == 0; k += kLanes<T>)
-            bias_sums.add_vectors(slice, group * K + k_begin + k, std::min(kLanes<T>, filters - k),
-                                  to + k / nr<T> * gradient_panel + k % nr<T>, nr<T>, image_positions);
+          if (c_chunk == 0) bias_sums.add_pixels(slice, group * K + k_begin, filters, from, out.w, image_positions);
           continue;
         }
         for (int64_t panel = 0; panel < panels; ++panel)

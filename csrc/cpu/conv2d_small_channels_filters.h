@@ -242,13 +242,13 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
         for (int64_t piece = 0; piece < pieces; ++piece) {
           const int64_t j = piece * g.Q / pieces, columns = (piece + 1) * g.Q / pieces - j;
           const GradientRows at{std::min(rows_together, rows - i), columns, out.h, out.w, g.stride_h * source.buffer.row_stride};
+          const T* const pixels = grad_output + n * out.n + (begin + i) * out.h + j * out.w + group * K;
+          for (int64_t row = 0; row < at.rows; ++row)
+            bias_sums.add_pixels(slice, group * K, K, pixels + row * out.h, out.w, columns);
           for (int64_t panel = 0; panel < panels; ++panel) {
             const int64_t k = panel * nr<T>;
-            const T* gradient = grad_output + n * out.n + (begin + i) * out.h + j * out.w + group * K + k;
+            const T* gradient = pixels + k;
             const T* seen = buffer + i * at.input_row + j;
-            for (int64_t row = 0; row < at.rows; ++row)
-              for (int64_t v = 0; v < std::min(nr<T>, K - k); v += kLanes<T>)
-                bias_sums.add_vectors(slice, group * K + k + v, kLanes<T>, gradient + row * out.h + v, out.w, columns);
             for_even_tiles(depth, [&]<int taps>(int64_t first, std::integral_constant<int, taps>) {
               T* to = sums + (panel * depth + first) * nr<T>;
               if (K - k > kLanes<T>)
