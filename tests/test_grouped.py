@@ -62,8 +62,8 @@ def test_rule_sends_small_groups_here():
     for name in ("pairs_stride_2", "fours_stride_3"):
         assert direction_of(torchcnn.explain(*GEOMETRIES[name], False))["grad_input"] == "grouped"
     for name in ("eights_of_long_rows", "sixteens_stride_2"):  # in vectors of 64 bytes alone
-        algorithms = set(direction_of(torchcnn.explain(*GEOMETRIES[name], False)).values())
-        assert (algorithms == {"grouped"}) == (torchcnn.isa() == "avx512")
+        algorithms = list(direction_of(torchcnn.explain(*GEOMETRIES[name], False)).values())
+        assert algorithms.count("grouped") == (3 if torchcnn.isa() == "avx512" else 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -384,9 +384,9 @@ def conv2d(
         TypeError: an argument of the wrong kind. ValueError: another activation.
 
     Numerics: sums are in the dtype of the input (float32 for bfloat16 and float16, rounded once), in an order that depends on
-    the geometry and the instruction set alone (the bias's gradient also on whether the weight's is asked for): the result has
-    the same bits for any number of threads, and an image the same in any batch. Where a weight is infinite or NaN, its product
-    with the zeros of the padding is NaN or left out, as the geometry's kernel has it.
+    the geometry, the instruction set and `torchcnn.backends.allow_winograd` alone (the bias's gradient also on whether the
+    weight's is asked for): the result has the same bits for any number of threads, and an image the same in any batch. Where a
+    weight is infinite or NaN, its product with the zeros of the padding is NaN or left out, as the geometry's kernel has it.
 
     Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016, sections 2 and 5.1.
     """

@@ -1,5 +1,6 @@
 // The rule that chooses an algorithm for a convolution, in one place: the kernels follow it and torchcnn.explain prints it.
-// It reads the geometry and the length of a vector, never N or the number of threads, so that results do not depend on them.
+// It reads the geometry, the length of a vector and the switch allow_winograd, never N or the number of threads, so that results
+// do not depend on them.
 #pragma once
 
 #include <algorithm>
@@ -214,7 +215,8 @@ inline bool are_patches(const Conv2dGeometry& g) {
 
 // Whether vectors of channels that hold whole groups, or hold one together, beat the kernels for few channels: in channels_last,
 // and in NCHW where rows are short, or strides spoil vectors of pixels (grad_input has phases for these, which pay where a group
-// has some channels and a phase some taps). Of 64 bytes, in 32 registers, they beat them for longer rows and larger groups too.
+// has some channels and a phase some taps). Of 64 bytes, in 32 registers, they also beat them for all but the longest rows, and,
+// at stride 2, for groups of a whole vector, in forward and grad_input unless rows are very short.
 inline bool suits_grouped(const Conv2dGeometry& g, Direction direction, int64_t vector_bytes) {
   const int64_t M = g.C_per_group();
   if (g.C != g.K || M < 2 || M > 16 || (M & (M - 1)) != 0 || g.R != 3 || g.S != 3) return false;

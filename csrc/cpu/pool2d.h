@@ -1,8 +1,10 @@
-// Vectorised pooling: which kernel serves which geometry. Every choice is made here, from the geometry alone.
+// Vectorised pooling: which kernel serves which geometry. Every choice is made here, that of averages from the geometry alone,
+// without N: their last bits would depend on it. Extremes are the same in any kernel.
 //
 //   layout          windows              forward                                   backward
 //   either          of one element       element by element (pool2d_elementwise.h) the same
 //   NCHW            global               vectors over a plane                      filled (pool2d_global_nchw.h)
+//                   in small planes      lanes are planes (pool2d_small_planes.h)  the same (average), others scatter by offsets
 //                   sliding, stride 1, 2 vectors over the windows of a row         by rows of the input; extremes of 2 or 3
 //                                        (pool2d_extremum_nchw.h,                  columns (pool2d_offsets_nchw.h), others
 //                                        pool2d_average_nchw.h)                    scatter by offsets (pool2d_indexed.h)
@@ -68,7 +70,8 @@ void extremum_pool2d_forward(const Pool2dGeometry& geometry, Extremum extremum, 
     return extremum_pool2d_global(g, extremum, input, output, positions);
   if (suits_one_plane<T>(g, extremum.minimum))
     return extremum_pool2d_sliding(as_one_plane(g), g.P, extremum, input, output, positions);
-  if (suits_small_planes<A>(g)) return extremum_pool2d_small_planes(g, extremum, input, output, positions);
+  if (suits_small_planes<A>(g) && 4 * g.N * g.C >= kLanes<A>)  // of fewer planes most lanes would be idle
+    return extremum_pool2d_small_planes(g, extremum, input, output, positions);
   if (!suits_planes<A>(g) && can_be_staged<A>(g) && index_fits_lane<A>(g))
     return extremum_pool2d_sliding(g, g.P, extremum, input, output, positions);
   extremum_pool2d_planes(g, extremum, input, output, positions);
