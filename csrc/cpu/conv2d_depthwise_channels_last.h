@@ -66,11 +66,12 @@ void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
 }
 
 // How many elements ahead of use rows of channels_last tensors are prefetched, whole pixels: to L2, which waits for more lines
-// at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none.
+// at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none. None are where both
+// tensors fit into caches: there it would only be more instructions.
 inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 24 << 10;  // bytes
 template <class T>
-int64_t pixels_ahead(int64_t bytes, int64_t channels) {
-  return ceil_div(bytes, channels * int64_t(sizeof(T))) * channels;
+int64_t pixels_ahead(int64_t bytes, int64_t channels, int64_t elements) {
+  return beyond_caches(elements * int64_t(sizeof(T))) ? ceil_div(bytes, channels * int64_t(sizeof(T))) * channels : 0;
 }
 
 // An image in the order of this file, or a part of it. Pointers are to row 0 and column 0, distances in elements.
@@ -81,7 +82,8 @@ struct Image {
   const T* weight;  // packed
   const T* bias;    // or null
   int64_t channels, source_row, output_row, weight_pitch;
-  bool padded;  // the columns that taps reach outside the source, and those of a last tile, can be read, and are harmless
+  int64_t ahead;  // elements, or 0: nothing is prefetched
+  bool padded;    // the columns that taps reach outside the source, and those of a last tile, can be read, and are harmless
   bool accumulate, relu;
 };
 
@@ -100,7 +102,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
   const T* const bias = image.bias;
   const bool accumulate = image.accumulate, relu = image.relu, padded = image.padded;
   const Vectors<T> vectors{image.channels};
-  const int64_t ahead = pixels_ahead<T>(correlate_ahead, column);
+  const int64_t ahead = image.ahead;
 
   for (int64_t i = i_range.begin; i < i_range.end; ++i) {
     const Range range = taps_inside(h, phase_h, i);
@@ -129,7 +131,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
             const T* at = weight;
             unrolled<taps>([&](auto s) __attribute__((always_inline)) { tap[s] = load(at), advance(at, weight_column); });
             at = from;
-            if (known_column == 0 && a + h.step >= range.end)
+            if (known_column == 0 && ahead > 0 && a + h.step >= range.end)
               unrolled<pixels_of_tile * step>(
                   [&](auto d) __attribute__((always_inline)) { __builtin_prefetch(at + d * column + ahead, 0, 2); });
             unrolled<columns>([&](auto d) __attribute__((always_inline)) {
@@ -162,7 +164,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
         unrolled<pixels_of_tile>([&](auto v) __attribute__((always_inline)) {
           if (v < count) {
             store(output + v * output_column, relu ? rectified<T>(sum[v]) : sum[v]);
-            if (known_column == 0) __builtin_prefetch(output + v * output_column + ahead, 1, 2);
+            if (known_column == 0 && ahead > 0) __builtin_prefetch(output + v * output_column + ahead, 1, 2);
           }
         });
       };
@@ -210,6 +212,8 @@ void correlate(const Correlation<T>& c) {
   T* packed_weight = workspace<T>(Slot::packed_weight, filter * C);
   pack_filters(c.weight, C, 1, filter, filter, C, packed_weight);
   const int64_t task_cost = w.output_size * vectors * filter / (h.phases * w.phases);
+  const int64_t ahead =
+      pixels_ahead<T>(correlate_ahead, C, c.N * C * (h.source_size * w.source_size + h.output_size * w.output_size));
   parallel_for(c.N * h.output_size, task_cost, [&](int64_t task) {
     const int64_t n = task / h.output_size, p = task % h.output_size, i = p / h.phases;
     const Image<T> image{c.source + n * h.source_size * w.source_size * C,
@@ -220,6 +224,7 @@ void correlate(const Correlation<T>& c) {
                          w.source_size * C,
                          w.output_size * C,
                          C,
+                         ahead,
                          false,
                          false,
                          c.epilogue.relu};
@@ -232,29 +237,33 @@ void correlate(const Correlation<T>& c) {
   });
 }
 
-// Pixels of grad_output in a register tile of grad_weight: 3 x 3 sums + 4 pixels + 1 of 16 registers.
+// Pixels of grad_output in a register tile of grad_weight: 3 x 3 sums + 4 pixels + 1 of 16 registers. Where the rows of the source
+// are next to each other, the tile has two rows: what it loads of the source meets up to two rows of taps.
 inline constexpr int64_t dot_pixels = 4;
+template <int64_t rows>
+inline constexpr int64_t dot_columns = rows == 1 || TORCHCNN_VECTOR_REGISTERS >= 32 ? dot_pixels : dot_pixels / 2;
 
 // Rows of grad_output and the source for grad_weight, as Image.
 template <class T>
 struct Pair {
   const T* gradient;
   const T* source;
-  T* sum;  // [row tap][column tap][vector]
-  int64_t channels, gradient_row, source_row, sum_tap;
+  T* sum;                                                      // [row tap][column tap][vector]
+  int64_t channels, gradient_row, source_row, sum_tap, ahead;  // as in Image
   bool padded;  // rows of grad_output end in zeros up to a whole tile, and source columns outside can be read
 };
 
 // sum += grad_output * source for tap rows a ... a + tap_rows - 1, whose source rows are inside for all row positions of
-// `i_range`.
-template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_column>
+// `i_range`, `rows` of them at a time.
+template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_column, int64_t rows = 1>
 [[gnu::noinline]] void dot_rows(const Axes& axes, const Pair<T>& pair, int64_t a, const Range& i_range, const Range& j_range,
                                 const Range& v_range) {
   const Axis &h = axes.h, &w = axes.w;
   const Phase &phase_h = h.phase[0], &phase_w = w.phase[0];
   const int64_t column = known_column > 0 ? known_column : pair.channels, offset = phase_w.offset, width = w.source_size;
   const int64_t source_tap = phase_h.offset_step * pair.source_row, sum_tap = pair.sum_tap;
-  const int64_t ahead = pixels_ahead<T>(dot_ahead, column);
+  const int64_t ahead = pair.ahead;
+  constexpr int64_t source_rows = tap_rows + rows - 1, pixels_of_tile = dot_columns<rows>;
   Range tiles{j_range.begin, j_range.begin + ceil_div(j_range.end - j_range.begin, dot_pixels) * dot_pixels};
   if (!pair.padded) {
     tiles.begin = std::clamp(inside(w, phase_w, offset).begin, j_range.begin, j_range.end);
@@ -267,32 +276,36 @@ template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_c
     unrolled<tap_rows>([&](auto r) __attribute__((always_inline)) {
       unrolled<taps>([&](auto s) __attribute__((always_inline)) { sum[r][s] = load(to + (r * taps + s) * sum_tap); });
     });
-    for (int64_t i = i_range.begin; i < i_range.end; ++i) {
+    for (int64_t i = i_range.begin; i < i_range.end; i += rows) {
       const T* const gradient = pair.gradient + i * pair.gradient_row + c;
       const T* const source =
           pair.source + (i * h.step + phase_h.offset + a * phase_h.offset_step) * pair.source_row + offset * column + c;
       const auto tile = [&](int64_t j, auto pixels) __attribute__((always_inline)) {
         constexpr int64_t columns = (pixels - 1) * step + taps;
         const int64_t begin = -j * step - offset, end = begin + width;
-        Vec<T> g[pixels];
-        unrolled<pixels>([&](auto x) __attribute__((always_inline)) { g[x] = load(gradient + (j + x) * column); });
+        Vec<T> g[rows][pixels];
+        unrolled<rows * pixels>([&](auto x) __attribute__((always_inline)) {
+          g[x / pixels][x % pixels] = load(gradient + x / pixels * pair.gradient_row + (j + x % pixels) * column);
+        });
         const T* from = source + j * step * column;
-        if constexpr (known_column == 0 && pixels > 1) {
-          unrolled<pixels>([&](auto x)
-                               __attribute__((always_inline)) { __builtin_prefetch(gradient + (j + x) * column + ahead, 0, 2); });
+        if (known_column == 0 && pixels > 1 && ahead > 0) {
+          unrolled<rows * pixels>([&](auto x) __attribute__((always_inline)) {
+            __builtin_prefetch(gradient + x / pixels * pair.gradient_row + (j + x % pixels) * column + ahead, 0, 2);
+          });
           unrolled<pixels * step>([&](auto x) __attribute__((always_inline)) {
-            __builtin_prefetch(from + (tap_rows - 1) * source_tap + x * column + ahead, 0, 2);
-            if (step == 2 && tap_rows > 1) __builtin_prefetch(from + (tap_rows - 2) * source_tap + x * column + ahead, 0, 2);
+            __builtin_prefetch(from + (source_rows - 1) * source_tap + x * column + ahead, 0, 2);
+            if (source_rows > 3 || (step == 2 && source_rows > 1))
+              __builtin_prefetch(from + (source_rows - 2) * source_tap + x * column + ahead, 0, 2);
           });
         }
-        unrolled<tap_rows>([&](auto r) __attribute__((always_inline)) {
-          const T* at = from + r * source_tap;
+        unrolled<source_rows>([&](auto y) __attribute__((always_inline)) {
+          const T* at = from + y * source_tap;
           unrolled<columns>([&](auto d) __attribute__((always_inline)) {
             if (pixels > 1 || (d >= begin && d < end)) {
               const Vec<T> input = load_once(at);
-              unrolled<pixels>([&](auto x) __attribute__((always_inline)) {
-                constexpr int64_t s = d - x * step;
-                if constexpr (s >= 0 && s < taps) sum[r][s] += g[x] * input;
+              unrolled<rows * pixels>([&](auto x) __attribute__((always_inline)) {
+                constexpr int64_t r = y - x / pixels, s = d - x % pixels * step;
+                if constexpr (r >= 0 && r < tap_rows && s >= 0 && s < taps) sum[r][s] += g[x / pixels][x % pixels] * input;
               });
             }
             known_column > 0 ? void(at += column) : advance(at, column);
@@ -302,7 +315,7 @@ template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_c
       const std::integral_constant<int64_t, 1> one;
       int64_t j = j_range.begin;
       for (; j < tiles.begin; ++j) tile(j, one);
-      for (; j + dot_pixels <= tiles.end; j += dot_pixels) tile(j, std::integral_constant<int64_t, dot_pixels>{});
+      for (; j + pixels_of_tile <= tiles.end; j += pixels_of_tile) tile(j, std::integral_constant<int64_t, pixels_of_tile>{});
       for (; j < j_range.end; ++j) tile(j, one);
     }
     unrolled<tap_rows>([&](auto r) __attribute__((always_inline)) {
@@ -362,7 +375,12 @@ void dot(const Axes& axes, const Pair<T>& pair, const Range& rows, const Range& 
           for (; a + 3 <= phase_h.count; a += 3) {
             const Range top = rows_of(a), bottom = rows_of(a + 2);
             const Range all{top.begin, std::max(top.begin, bottom.end)};
-            if (all.begin < all.end) dot_rows<T, 3, taps, step, known_column>(axes, pair, a, all, j_range, v_range);
+            int64_t i = all.begin;
+            if constexpr (step == 1 && known_column == 0)
+              if (h.step == 1 && phase_h.offset_step == 1)
+                for (; i + 2 <= all.end; i += 2)
+                  dot_rows<T, 3, taps, step, known_column, 2>(axes, pair, a, {i, i + 2}, j_range, v_range);
+            if (i < all.end) dot_rows<T, 3, taps, step, known_column>(axes, pair, a, {i, all.end}, j_range, v_range);
             for (int64_t r = a; r < a + 3; ++r) {
               const Range valid = rows_of(r);
               one_row(r, valid.begin, std::min(valid.end, all.begin));
@@ -392,6 +410,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   const int64_t slices = std::min(rows, ceil_div(16, chunks)), size = filter * chunk * lanes;
   const int64_t flush = ceil_div(128, g.Q);  // rows that are summed on their own first, which keeps rounding errors small
   T* partial = workspace<T>(Slot::partial_sums, chunks * slices * size);
+  const int64_t ahead = pixels_ahead<T>(dot_ahead, C, g.N * C * (g.H * g.W + g.P * g.Q));
   const BiasSums<T> bias_sums(slices, C, grad_bias);
   const int64_t bias_rows = ceil_div(32, g.Q);  // that are summed together, soon after the products have read them
 
@@ -406,11 +425,12 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
       const int64_t flush_end = std::min(row_end, row_begin + flush);
       for (int64_t first = row_begin; first < flush_end; first += bias_rows) {
         const int64_t end = std::min(flush_end, first + bias_rows);
-        for (int64_t row = first; row < end; ++row) {
+        for (int64_t row = first, count; row < end; row += count) {
           const int64_t n = row / g.P, i = row % g.P;
+          count = i == 0 ? 1 : std::min<int64_t>(2, std::min(end - row, g.P - i));
           const Pair<T> pair{
-              grad_output + n * g.P * g.Q * C, input + n * g.H * g.W * C, sum, C, g.Q * C, g.W * C, chunk * lanes, false};
-          dot<T, 0>(axes, pair, {i, i + 1}, {0, g.Q}, {v_begin, v_end});
+              grad_output + n * g.P * g.Q * C, input + n * g.H * g.W * C, sum, C, g.Q * C, g.W * C, chunk * lanes, ahead, false};
+          dot<T, 0>(axes, pair, {i, i + count}, {0, g.Q}, {v_begin, v_end});
         }
         const int64_t c = v_begin * lanes, channels = std::min(C, v_end * lanes) - c;
         bias_sums.add_pixels(slice, c, channels, grad_output + first * g.Q * C + c, C, (end - first) * g.Q);

@@ -18,14 +18,16 @@
 
 namespace torchcnn::TORCHCNN_ISA::depthwise::flat {
 
-// Where rows leave lanes of their last vector empty, until the planes are so large that this costs less than the copy. Only with
-// vectors of 32 bytes: those of 64 would cross a cache line at almost every load, and shorter ones have not been measured.
+// Where rows are shorter than a vector, or leave more than a quarter of two empty, until the planes are so large that this costs
+// less than the copy. Only with vectors of 32 bytes: those of 64 would cross a cache line at almost every load, and shorter ones
+// have not been measured.
 template <class T>
 bool applies(const Conv2dGeometry& g) {
   constexpr int64_t most_elements = 400;
   return TORCHCNN_VECTOR_BYTES == 32 && g.layout == Layout::nchw && g.K == g.C && g.R == 3 && g.S == 3 && g.pad_h == 1 &&
          g.pad_w == 1 && g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1 && g.H <= most_elements &&
-         g.W <= most_elements && g.W % kLanes<T> != 0 && g.H * g.W >= kLanes<T> && g.H * g.W <= most_elements;
+         g.W <= most_elements && g.W != kLanes<T> && 2 * g.W < 3 * kLanes<T> && g.H * g.W >= kLanes<T> &&
+         g.H * g.W <= most_elements;
 }
 
 template <class T>

@@ -245,6 +245,7 @@ void correlate(const Correlation<T>& c, Layout layout) {
                                             source_row,
                                             output_row,
                                             weight_pitch,
+                                            0,
                                             padded,
                                             s > 0,
                                             c.epilogue.relu};
@@ -349,6 +350,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
                                             gradient_pitch * lanes,
                                             cut.pitch * lanes,
                                             lanes,
+                                            0,
                                             true};
           for (int64_t row = block.begin; row < block.end; row += flush) {
             fill_vectors(sum, filter);

@@ -154,13 +154,15 @@ const T* row_of_zeros(int64_t width) {
   return zeros;
 }
 
-// Forward, and grad_input of stride 1.
-template <class T, int64_t stride>
+// Forward, and grad_input of stride 1. The last vector of a row begins in the one before, if there is one, and computes some
+// outputs again: whole loads and stores cost less than partial ones. one_vector: no row of outputs has a second.
+template <class T, int64_t stride, bool one_vector>
 void correlate(const Correlation<T>& c, bool turned) {
   const int64_t all_rows = c.axes.h.output_size, row_cost = 9 * ceil_div(c.axes.w.output_size, kLanes<T>);
   for_strips(c.N * c.C, all_rows, row_cost, [&](int64_t plane, int64_t row_begin, int64_t row_end) {
     // Here and not outside, where every store to memory might change them.
     const int64_t H = c.axes.h.source_size, W = c.axes.w.source_size, P = c.axes.h.output_size, Q = c.axes.w.output_size;
+    if (one_vector != (Q <= kLanes<T>)) __builtin_unreachable();
     const Plane<T> source{c.source + plane * H * W, H, W, row_of_zeros<T>(W)};
     const T* const filter = c.weight + plane % c.C * 9;
     const Vec<T> start = broadcast(c.epilogue.bias == nullptr ? T(0) : c.epilogue.bias[plane % c.C]);
@@ -172,7 +174,8 @@ void correlate(const Correlation<T>& c, bool turned) {
       constexpr int64_t count = rows, input_rows = (count - 1) * stride + 3;
       const T* from[input_rows];
       source.template get<input_rows>(i * stride - 1, from);
-      for_tiles<T, 1>(Q, [&](int64_t j, auto, auto first, auto last) __attribute__((always_inline)) {
+      for_tiles<T, 1>(Q, [&](int64_t at, auto, auto first, auto last) __attribute__((always_inline)) {
+        const int64_t j = last && !first ? Q - kLanes<T> : at;
         if (ahead) prefetch_share<count * stride, stride>(source.data + i * stride * W, j * stride);
         Vec<T> sum[count];
         unrolled<count>([&](auto v) __attribute__((always_inline)) { sum[v] = start; });
@@ -190,7 +193,7 @@ void correlate(const Correlation<T>& c, bool turned) {
           T* const to = output + (i + v) * Q + j;
           if (ahead) prefetch(to);
           if (relu) sum[v] = rectified<T>(sum[v]);
-          last ? store_partial(to, sum[v], Q - j) : store(to, sum[v]);
+          one_vector ? store_partial(to, sum[v], Q) : store(to, sum[v]);
         });
       });
     });
@@ -255,21 +258,24 @@ void grad_input_stride2(const Correlation<T>& c) {
   });
 }
 
-// A task is a channel. Lanes and strips of rows are summed on their own first, which keeps rounding errors small.
-template <class T, int64_t stride>
+// A task is a channel. Lanes and strips of rows are summed on their own first, which keeps rounding errors small, and the bias of a
+// strip is added in double.
+template <class T, int64_t stride, bool one_vector>
 void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   constexpr int64_t strip = 32;
   const Axes axes = forward_axes(g);
-  const BiasSums<T> bias_sums(1, g.K, grad_bias);
   parallel_for(g.C, g.N * g.P * ceil_div(g.Q, kLanes<T>) * 9, [&](int64_t k) {
     const int64_t H = g.H, W = g.W, P = g.P, Q = g.Q;
+    if (one_vector != (Q <= kLanes<T>)) __builtin_unreachable();
     const T* const zeros = row_of_zeros<T>(W);
+    const bool has_bias = grad_bias != nullptr;
     Vec<T> total[9] = {};
+    double bias[kLanes<T>] = {};
     for (int64_t n = 0; n < g.N; ++n) {
       const Plane<T> source{input + (n * g.C + k) * H * W, H, W, zeros};
       const T* const gradients = grad_output + (n * g.C + k) * P * Q;
       for (int64_t begin = 0; begin < P; begin += strip) {
-        Vec<T> sum[9] = {};
+        Vec<T> sum[9] = {}, bias_sum = {};
         for_blocks<dot_rows>(begin, std::min(P, begin + strip), [&](int64_t i, auto rows) __attribute__((always_inline)) {
           constexpr int64_t count = rows, input_rows = (count - 1) * stride + 3;
           const T* from[input_rows];
@@ -281,6 +287,7 @@ void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* in
               const T* const at = gradients + (i + v) * Q + j;
               prefetch(at);
               gradient[v] = load_some<T, last>(at, Q - j);
+              if (has_bias) bias_sum += gradient[v];
             });
             unrolled<input_rows>([&](auto d) __attribute__((always_inline)) {
               Vec<T> column[3];
@@ -294,15 +301,20 @@ void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* in
           });
         });
         unrolled<9>([&](auto t) __attribute__((always_inline)) { total[t] += sum[t]; });
-        bias_sums.add(0, k, 1, gradients + begin * Q, 0, 1, 0, (std::min(P, begin + strip) - begin) * Q);
+        add_in_double<T>(bias_sum, bias);
       }
     }
+    if (has_bias) grad_bias[k] = static_cast<T>(sum_of_lanes<T>(bias));
     T* const to = grad_weight + k * 9;
     unrolled<9>([&](auto t) __attribute__((always_inline)) { to[t] = horizontal_sum<T>(total[t]); });
     if (all_finite(to, 9)) return;
     for (int64_t t = 0; t < 9; ++t) to[t] = nchw::grad_weight_element(g, axes, grad_output, input, k, t / 3, t % 3);
   });
-  bias_sums.finish();
+}
+
+template <class T, int64_t stride>
+void correlate(const Correlation<T>& c, bool turned) {
+  c.axes.w.output_size <= kLanes<T> ? correlate<T, stride, true>(c, turned) : correlate<T, stride, false>(c, turned);
 }
 
 template <class T>
@@ -313,6 +325,12 @@ void conv2d_forward(const Correlation<T>& c, int64_t stride) {
 template <class T>
 void conv2d_grad_input(const Correlation<T>& c, int64_t stride) {
   stride == 1 ? correlate<T, 1>(c, true) : c.R == 3 ? grad_input_stride2<T, 3>(c) : grad_input_stride2<T, 5>(c);
+}
+
+template <class T, int64_t stride>
+void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
+  g.Q <= kLanes<T> ? grad_weight_with<T, stride, true>(g, grad_output, input, grad_weight, grad_bias)
+                   : grad_weight_with<T, stride, false>(g, grad_output, input, grad_weight, grad_bias);
 }
 
 template <class T>

@@ -38,6 +38,13 @@ template <class T>
   for (int64_t l = 0; l < kLanes<T>; l += kLanes<double>) store(sum + l, load(sum + l) + load_as_double(lane + l));
 }
 
+template <class T>
+double sum_of_lanes(const double* sum) {
+  double total = 0.0;
+  for (int64_t l = 0; l < kLanes<T>; ++l) total += sum[l];
+  return total;
+}
+
 // Four vectors, `stride` apart. They are added before the sum is taken to double, which costs more than the sum.
 template <class T>
 [[gnu::always_inline]] inline Vec<T> sum_of_four(const T* from, int64_t stride) {
@@ -54,8 +61,7 @@ double sum_of_planes(const T* plane, int64_t planes, int64_t plane_stride, int64
     for (; x + L <= size; x += L) add_in_double<T>(load(plane + x), sum);
     for (; x < size; ++x) total += double(plane[x]);
   }
-  for (int64_t l = 0; l < L; ++l) total += sum[l];
-  return total;
+  return total + sum_of_lanes<T>(sum);
 }
 
 // sum[k] += the channels k of some pixels, `stride` apart: in the order of memory.

@@ -48,7 +48,6 @@ inline bool packs_channels(const Conv2dGeometry& g, int64_t block_positions) {
 }
 
 // What is packed next: of tensors beyond the caches it is asked for while the present block is multiplied, some pixels a tile.
-inline constexpr int64_t beyond_caches = int64_t(12) << 20;
 template <class T>
 struct UpcomingPixels {
   const T* from;
@@ -92,7 +91,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     const bool channels_first = g.layout == Layout::nchw || taps_count == 1;
     const int64_t channel_step = channels_first ? taps_count : 1, tap_step = channels_first ? 1 : channels;
     const bool packs = packs_channels(g, max_positions);
-    const bool asks = packs && g.stride_h == 1 && g.stride_w == 1 && g.N * (out.n + in.n) * int64_t(sizeof(T)) > beyond_caches;
+    const bool asks = packs && g.stride_h == 1 && g.stride_w == 1 && beyond_caches(g.N * (out.n + in.n) * int64_t(sizeof(T)));
     // Panels that are written side by side: not all in the same sets of L1.
     const int64_t input_panel = max_positions * channel_panel + 64 / sizeof(T),
                   gradient_panel = max_positions * nr<T> + 64 / sizeof(T);
