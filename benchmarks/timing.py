@@ -76,12 +76,17 @@ def ratio(numerator, denominator):
 
 
 def cpu_name():
+    """As Linux calls it; with its numbers, for the name may be that of many years."""
     try:
         with open("/proc/cpuinfo") as file:
-            names = (line.split(":")[1].strip() for line in file if line.lower().startswith(("model name", "cpu model")))
-            return next(names, platform.processor() or platform.machine())
+            first = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
     except OSError:
-        return platform.processor() or platform.machine()
+        first = {}
+    first = {key.strip(): value.strip() for key, value in first.items()}
+    name = first.get("model name") or first.get("cpu model") or platform.processor() or platform.machine()
+    if "cpu family" in first:
+        name += f" (family {first['cpu family']}, model {first.get('model', '?')})"
+    return name
 
 
 def cpu_flags():

@@ -22,15 +22,7 @@ template <int64_t count, class Body>
   unrolled(body, std::make_integer_sequence<int64_t, count>{});
 }
 
-// v is computed here, and in a register: GCC would rather read memory again for every use, or put off a sum until it is stored.
-template <class V>
-[[gnu::always_inline]] inline void settle(V& v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
-}
+// As load, in a register.
 template <class T>
 [[gnu::always_inline]] inline Vec<T> load_once(const T* from) {
   Vec<T> v = load(from);

@@ -68,7 +68,7 @@ void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
 // How many elements ahead of use rows of channels_last tensors are prefetched, whole pixels: to L2, which waits for more lines
 // at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none. None are where both
 // tensors fit into caches: there it would only be more instructions.
-inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 24 << 10;  // bytes
+inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 48 << 10;  // bytes
 template <class T>
 int64_t pixels_ahead(int64_t bytes, int64_t channels, int64_t elements) {
   return beyond_caches(elements * int64_t(sizeof(T))) ? ceil_div(bytes, channels * int64_t(sizeof(T))) * channels : 0;
@@ -237,8 +237,8 @@ void correlate(const Correlation<T>& c) {
   });
 }
 
-// Pixels of grad_output in a register tile of grad_weight: 3 x 3 sums + 4 pixels + 1 of 16 registers. Where the rows of the source
-// are next to each other, the tile has two rows: what it loads of the source meets up to two rows of taps.
+// Pixels of grad_output in a register tile of grad_weight: 3 x 3 sums + 4 pixels + 1 of 16 registers. Where rows of windows are
+// next to each other the tile has two: what it loads of the source then meets two rows of taps.
 inline constexpr int64_t dot_pixels = 4;
 template <int64_t rows>
 inline constexpr int64_t dot_columns = rows == 1 || TORCHCNN_VECTOR_REGISTERS >= 32 ? dot_pixels : dot_pixels / 2;

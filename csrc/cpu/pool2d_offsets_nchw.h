@@ -123,6 +123,7 @@ template <class T, int S, int stride, int pad, int count>
   constexpr int64_t L = kLanes<A>;
   const int64_t W = g.W, Q = g.Q, row_step = g.stride_h * S;
   const auto add = [&](Taps<A, S>& taps, Vec<I> gradient, Vec<I> code, int p) __attribute__((always_inline)) {
+    settle(gradient);  // else it is read for each column again, under a mask
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
       const Vec<A> chosen = (Vec<A>)(gradient & (code == codes[s - p * row_step]));

@@ -92,6 +92,16 @@ inline void store_partial(T* to, Vec<T> v, int64_t count) {
   copy_few<kLanes<T> / 2>(lanes, count, to);
 }
 
+// v is computed here, and in a register: GCC would rather read memory again for every use, or put off a sum until it is stored.
+template <class V>
+[[gnu::always_inline]] inline void settle(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // Lanes 0, 2, 4, ... (odd = 0) or 1, 3, 5, ... (odd = 1) of the 2 kLanes elements of a, b.
 template <class T, size_t... lane>
 inline Vec<T> every_second(Vec<T> a, Vec<T> b, int odd, std::index_sequence<lane...>) {
