@@ -258,8 +258,8 @@ void grad_input_stride2(const Correlation<T>& c) {
   });
 }
 
-// A task is a channel. Lanes and strips of rows are summed on their own first, which keeps rounding errors small; what strips give
-// to the bias is added in double.
+// A task is a channel. Lanes and strips of rows are summed on their own first, which keeps rounding errors small; what strips
+// give to the bias is added in double.
 template <class T, int64_t stride, bool one_vector>
 void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   constexpr int64_t strip = 32;
