@@ -84,8 +84,9 @@ def title(setting):
     return f"{TITLES[table]}, {TENSORS[layout]}, {'one thread' if threads == 1 else f'{threads} threads'}, {isa}"
 
 
-def torch_versions(members):
-    return "torch " + ", ".join(sorted({row["torch_version"] for rows in members.values() for row in rows}))
+def measured_with(members):
+    rows = [row for group in members.values() for row in group]
+    return ", ".join([*sorted({f"torch {row['torch_version']}" for row in rows}), *sorted({row["cpu"] for row in rows})])
 
 
 def markdown(settings):
@@ -97,7 +98,7 @@ def markdown(settings):
         directions = list(dict.fromkeys(direction for _, direction in members))
         lines += [
             "",
-            f"**{title(setting)}, {torch_versions(members)}**",
+            f"**{title(setting)}, {measured_with(members)}**",
             "",
             f"| class | {' | '.join(directions)} |",
             "| --- |" + " ---: |" * len(directions),
@@ -105,10 +106,6 @@ def markdown(settings):
         for group in dict.fromkeys(group for group, _ in members):
             cells = [cell(members.get((group, direction))) for direction in directions]
             lines.append(f"| {group} | {' | '.join(cells)} |")
-    rows = [row for members in settings.values() for group in members.values() for row in group]
-    used = {(row["cpu"], row["isa"], row["torch_version"], row["torch_isa"]) for row in rows}
-    machines = "; ".join(f"{cpu}, kernels {isa}, torch {torch} ({wide})" for cpu, isa, torch, wide in sorted(used))
-    lines += ["", f"Measured on: {machines}."]
     return "\n".join(lines)
 
 

@@ -241,6 +241,7 @@ def test_picture_and_readme(harness, tmp_path, capsys):
     ]
     assert f"| 1x1 | {(ratios[0] * ratios[1]) ** 0.5:.2f} ({min(ratios):.2f}) |" in table
     assert f"| class | {' | '.join(harness.floors.POOL['max pool'])} |" in table
+    assert f"torch {torch.__version__}, {harness.timing.cpu_name()}**" in table
 
 
 def test_readme_without_markers_stays(harness, tmp_path):
