@@ -77,12 +77,14 @@ def ratio(numerator, denominator):
 
 def cpu_name():
     """As Linux calls it; with its numbers, for the name may be that of many years."""
+    first = {}  # of each key
     try:
         with open("/proc/cpuinfo") as file:
-            first = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+            for line in file:
+                key, _, value = line.partition(":")
+                first.setdefault(key.strip().lower(), value.strip())
     except OSError:
-        first = {}
-    first = {key.strip(): value.strip() for key, value in first.items()}
+        pass
     name = first.get("model name") or first.get("cpu model") or platform.processor() or platform.machine()
     if "cpu family" in first:
         name += f" (family {first['cpu family']}, model {first.get('model', '?')})"

@@ -1,5 +1,6 @@
 // Depthwise convolution where vectors run along the channels: of channels_last tensors, and of NCHW tensors whose planes were put
-// into that order (conv2d_depthwise_nchw.h). A register tile is a run of output pixels of one row. Taps outside the image are
+// into that order (conv2d_depthwise_nchw.h). A register tile is a run of output pixels of a row, in grad_weight
+// of one or two. Taps outside the image are
 // left out: rows for a whole output row, columns for the tiles near an edge. Weights lie as
 //
 //   packed_weight[r S + s][channel]
@@ -254,7 +255,7 @@ struct Pair {
 };
 
 // sum += grad_output * source for tap rows a ... a + tap_rows - 1, whose source rows are inside for all row positions of
-// `i_range`, `rows` of them at a time.
+// `i_range`, `rows` of them at a time, of which it is a multiple.
 template <class T, int64_t tap_rows, int64_t taps, int64_t step, int64_t known_column, int64_t rows = 1>
 [[gnu::noinline]] void dot_rows(const Axes& axes, const Pair<T>& pair, int64_t a, const Range& i_range, const Range& j_range,
                                 const Range& v_range) {
@@ -412,7 +413,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   T* partial = workspace<T>(Slot::partial_sums, chunks * slices * size);
   const int64_t ahead = pixels_ahead<T>(dot_ahead, C, g.N * C * (g.H * g.W + g.P * g.Q));
   const BiasSums<T> bias_sums(slices, C, grad_bias);
-  const int64_t bias_rows = ceil_div(32, g.Q);  // that are summed together, soon after the products have read them
+  // That are summed together, soon after the products have read them; two at least, for the tiles.
+  const int64_t bias_rows = std::max<int64_t>(2, ceil_div(32, g.Q));
 
   parallel_for(chunks * slices, rows / slices * g.Q * filter * chunk, [&](int64_t task) {
     const int64_t slice = task % slices, v_begin = task / slices * chunk, v_end = std::min(v_begin + chunk, vectors.count());

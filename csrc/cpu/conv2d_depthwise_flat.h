@@ -26,8 +26,7 @@ bool applies(const Conv2dGeometry& g) {
   constexpr int64_t most_elements = 400;
   return TORCHCNN_VECTOR_BYTES == 32 && g.layout == Layout::nchw && g.K == g.C && g.R == 3 && g.S == 3 && g.pad_h == 1 &&
          g.pad_w == 1 && g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1 && g.H <= most_elements &&
-         g.W <= most_elements && g.W != kLanes<T> && 2 * g.W < 3 * kLanes<T> && g.H * g.W >= kLanes<T> &&
-         g.H * g.W <= most_elements;
+         g.W != kLanes<T> && g.W < 3 * kLanes<T> / 2 && g.H * g.W >= kLanes<T> && g.H * g.W <= most_elements;
 }
 
 template <class T>

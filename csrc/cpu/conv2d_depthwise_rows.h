@@ -262,7 +262,8 @@ void grad_input_stride2(const Correlation<T>& c) {
 // give to the bias is added in double.
 template <class T, int64_t stride, bool one_vector>
 void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
-  constexpr int64_t strip = 32;
+  constexpr int64_t most_vectors = 128;  // of a strip
+  const int64_t strip = std::clamp<int64_t>(most_vectors / ceil_div(g.Q, kLanes<T>) / dot_rows, 1, 8) * dot_rows;
   const Axes axes = forward_axes(g);
   parallel_for(g.C, g.N * g.P * ceil_div(g.Q, kLanes<T>) * 9, [&](int64_t k) {
     const int64_t H = g.H, W = g.W, P = g.P, Q = g.Q;

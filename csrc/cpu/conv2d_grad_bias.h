@@ -1,5 +1,5 @@
 // grad_bias, the sum of each channel of grad_output: on its own, and beside a kernel of grad_weight, which has a block of
-// grad_output in the caches.
+// grad_output in the caches. (Depthwise rows, which have it in registers, sum it themselves.)
 //
 //   grad_bias[k] = sum_{n,p,q} grad_output[n,k,p,q]
 //

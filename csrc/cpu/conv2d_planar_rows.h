@@ -20,16 +20,6 @@ namespace torchcnn::TORCHCNN_ISA::planar_rows {
 
 using implicit_gemm::View;
 
-// Keeps v in a register: else GCC reads what has only few uses from memory again for each, and the loads become the limit.
-template <class V>
-[[gnu::always_inline]] inline void hold(V& v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
-}
-
 struct Buffer {
   int64_t first_column, step, width;  // width: elements of each remainder
   int64_t remainder_stride, row_stride, channel_stride;

@@ -105,7 +105,7 @@ template <class T, int rows, int vectors>
 #pragma GCC unroll 8
           for (int v = 0; v < vectors; ++v) {
             Vec<T> right = load(from[v] + *o);
-            planar_rows::hold(right);
+            settle(right);
 #pragma GCC unroll 12
             for (int m = 0; m < rows; ++m) sum[m][v] += left[m] * right;
           }

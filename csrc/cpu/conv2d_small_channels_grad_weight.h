@@ -75,7 +75,7 @@ template <class T, int filters, int taps>
 #pragma GCC unroll 8
     for (int t = 0; t < taps; ++t) {
       Vec<T> right = load(seen[t] + x);
-      planar_rows::hold(right);
+      settle(right);
 #pragma GCC unroll 4
       for (int f = 0; f < filters; ++f) sum[f][t] += g[f] * right;
     }
