@@ -1,7 +1,6 @@
 // Depthwise convolution where vectors run along the channels: of channels_last tensors, and of NCHW tensors whose planes were put
-// into that order (conv2d_depthwise_nchw.h). A register tile is a run of output pixels of a row, in grad_weight
-// of one or two. Taps outside the image are
-// left out: rows for a whole output row, columns for the tiles near an edge. Weights lie as
+// into that order (conv2d_depthwise_nchw.h). A register tile is a run of output pixels of a row, in grad_weight of one or two.
+// Taps outside the image are left out: rows for a whole output row, columns for the tiles near an edge. Weights lie as
 //
 //   packed_weight[r S + s][channel]
 //
@@ -67,8 +66,8 @@ void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
 }
 
 // How many elements ahead of use rows of channels_last tensors are prefetched, whole pixels: to L2, which waits for more lines
-// at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none. None are where both
-// tensors fit into caches: there it would only be more instructions.
+// at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none. Where both tensors fit
+// into caches nothing is prefetched: it would only be more instructions.
 inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 48 << 10;  // bytes
 template <class T>
 int64_t pixels_ahead(int64_t bytes, int64_t channels, int64_t elements) {
@@ -377,10 +376,10 @@ void dot(const Axes& axes, const Pair<T>& pair, const Range& rows, const Range& 
             const Range top = rows_of(a), bottom = rows_of(a + 2);
             const Range all{top.begin, std::max(top.begin, bottom.end)};
             int64_t i = all.begin;
-            if constexpr (step == 1 && known_column == 0)
-              if (h.step == 1 && phase_h.offset_step == 1)
-                for (; i + 2 <= all.end; i += 2)
-                  dot_rows<T, 3, taps, step, known_column, 2>(axes, pair, a, {i, i + 2}, j_range, v_range);
+            if constexpr (step == 1 && known_column == 0) {
+              if (h.step == 1 && phase_h.offset_step == 1) i += (all.end - all.begin) / 2 * 2;
+              if (all.begin < i) dot_rows<T, 3, taps, step, known_column, 2>(axes, pair, a, {all.begin, i}, j_range, v_range);
+            }
             if (i < all.end) dot_rows<T, 3, taps, step, known_column>(axes, pair, a, {i, all.end}, j_range, v_range);
             for (int64_t r = a; r < a + 3; ++r) {
               const Range valid = rows_of(r);

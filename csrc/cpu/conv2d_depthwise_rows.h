@@ -200,6 +200,11 @@ void correlate(const Correlation<T>& c, bool turned) {
   });
 }
 
+template <class T, int64_t stride>
+void correlate(const Correlation<T>& c, bool turned) {
+  c.axes.w.output_size <= kLanes<T> ? correlate<T, stride, true>(c, turned) : correlate<T, stride, false>(c, turned);
+}
+
 // grad_input of stride 2: the four elements (2 i + a, 2 j + b) together, which read the same of grad_output. Tiles are two
 // vectors where weights have to be read from memory.
 template <class T, int64_t R>
@@ -314,8 +319,9 @@ void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* in
 }
 
 template <class T, int64_t stride>
-void correlate(const Correlation<T>& c, bool turned) {
-  c.axes.w.output_size <= kLanes<T> ? correlate<T, stride, true>(c, turned) : correlate<T, stride, false>(c, turned);
+void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
+  g.Q <= kLanes<T> ? grad_weight_with<T, stride, true>(g, grad_output, input, grad_weight, grad_bias)
+                   : grad_weight_with<T, stride, false>(g, grad_output, input, grad_weight, grad_bias);
 }
 
 template <class T>
@@ -326,12 +332,6 @@ void conv2d_forward(const Correlation<T>& c, int64_t stride) {
 template <class T>
 void conv2d_grad_input(const Correlation<T>& c, int64_t stride) {
   stride == 1 ? correlate<T, 1>(c, true) : c.R == 3 ? grad_input_stride2<T, 3>(c) : grad_input_stride2<T, 5>(c);
-}
-
-template <class T, int64_t stride>
-void grad_weight_with(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
-  g.Q <= kLanes<T> ? grad_weight_with<T, stride, true>(g, grad_output, input, grad_weight, grad_bias)
-                   : grad_weight_with<T, stride, false>(g, grad_output, input, grad_weight, grad_bias);
 }
 
 template <class T>
