@@ -30,13 +30,6 @@ template <class T>
   return v;
 }
 
-// at += distance, out of the compiler's sight: else it keeps a register, or memory, for every multiple of the distance.
-template <class T>
-[[gnu::always_inline]] inline void advance(T*& at, int64_t distance) {
-  at += distance;
-  asm("" : "+r"(at));
-}
-
 struct Range {
   int64_t begin, end;
 };

@@ -68,7 +68,7 @@ void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
 // How many elements ahead of use rows of channels_last tensors are prefetched, whole pixels: to L2, which waits for more lines
 // at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none. Where both tensors fit
 // into caches nothing is prefetched: it would only be more instructions.
-inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 48 << 10;  // bytes
+inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 96 << 10;  // bytes
 template <class T>
 int64_t pixels_ahead(int64_t bytes, int64_t channels, int64_t elements) {
   return beyond_caches(elements * int64_t(sizeof(T))) ? ceil_div(bytes, channels * int64_t(sizeof(T))) * channels : 0;
@@ -114,6 +114,9 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
     for (int64_t j = j_range.begin; j < j_range.end; j += pixels_of_tile) {
       const int64_t first = j * column_step + phase_w.offset, count = std::min(pixels_of_tile, j_range.end - j);
       const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, width - first);
+      // Where rows are skipped, the end of one is not followed by one that is still to come.
+      const bool in_row = step == 1 || j * column_step * column + ahead < image.source_row;
+      const int64_t read_ahead = in_row ? ahead : ahead + (h.step - 1) * image.source_row;
       const auto tile = [&](int64_t c, auto clipped) __attribute__((always_inline)) {
         T* const output = outputs + j * output_column + c;
         Vec<T> sum[pixels_of_tile];
@@ -131,9 +134,9 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
             const T* at = weight;
             unrolled<taps>([&](auto s) __attribute__((always_inline)) { tap[s] = load(at), advance(at, weight_column); });
             at = from;
-            if (known_column == 0 && ahead > 0 && a + h.step >= range.end)
+            if (known_column == 0 && image.ahead > 0 && a + h.step >= range.end)
               unrolled<pixels_of_tile * step>(
-                  [&](auto d) __attribute__((always_inline)) { __builtin_prefetch(at + d * column + ahead, 0, 2); });
+                  [&](auto d) __attribute__((always_inline)) { __builtin_prefetch(at + d * column + read_ahead, 0, 2); });
             unrolled<columns>([&](auto d) __attribute__((always_inline)) {
               if (!clipped || (d >= begin && d < end)) {
                 const Vec<T> input = load_once(at);
@@ -164,7 +167,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
         unrolled<pixels_of_tile>([&](auto v) __attribute__((always_inline)) {
           if (v < count) {
             store(output + v * output_column, relu ? rectified<T>(sum[v]) : sum[v]);
-            if (known_column == 0 && ahead > 0) __builtin_prefetch(output + v * output_column + ahead, 1, 2);
+            if (known_column == 0 && step != 2 && ahead > 0) __builtin_prefetch(output + v * output_column + ahead, 1, 2);
           }
         });
       };

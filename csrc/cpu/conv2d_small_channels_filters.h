@@ -5,10 +5,10 @@
 //   forward      output[x][k] = bias[k] + sum_{c,t} input(x, (c,t)) weight[(c,t)][k]      x = (n, i, j), t = (r, s)
 //   grad_weight  grad_weight[(c,t)][k] = sum_x input(x, (c,t)) grad_output[x][k]          channels_last only
 //
-// The input is broadcast, from a padded copy of its rows (conv2d_planar_rows.h) in which the pixels that a tap sees are adjacent
-// whatever the stride: in forward the register tile is some pixels of a row by up to two vectors of filters, in grad_weight some
-// (c, t) by up to two vectors. An element of forward is summed in runs of at most max_run terms; one of grad_weight over pieces
-// of rows, then over these.
+// The input is broadcast, so it may lie as it does: its rows are read in place, or, where there is padding, from a copy. In
+// forward the register tile is some pixels of a row by up to two vectors of filters, in grad_weight some (c, t) by up to two
+// vectors. An element of forward is summed in runs of at most max_run terms; one of grad_weight over pieces of rows, then over
+// these.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 #include "conv2d_gemm.h"
 #include "conv2d_grad_bias.h"
 #include "conv2d_implicit_gemm.h"
-#include "conv2d_planar_rows.h"
 #include "conv2d_small_channels.h"
+#include "conv2d_windows.h"
 #include "runtime.h"
 #include "simd.h"
 
@@ -43,53 +43,52 @@ template <class Run>
   }
 }
 
-// The copy of the rows under `rows` rows of the output, and where the terms (c, t) of the sum stand in it.
+// The rows of the input under `rows` rows of the output, in place or padded, and where the terms (c, t) of the sum stand in them.
 template <class T>
 struct Input {
-  planar_rows::View<const T> view;
-  planar_rows::Buffer buffer;
-  int64_t pad, halo;
+  implicit_gemm::View<const T> view;
+  implicit_gemm::Window window;
+  int64_t pixel_step, row_step;  // from one pixel of the output to the next
 
-  explicit Input(const Conv2dGeometry& g, const T* input) : view{input, g.input_strides(), g.H, g.W}, pad(g.pad_h) {
-    const int64_t columns = (g.Q - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
-    const int64_t width = ceil_div(ceil_div(columns, g.stride_w), kLanes<T>) * kLanes<T>, channel = g.stride_w * width;
-    buffer = {-g.pad_w, g.stride_w, width, width, g.C_per_group() * channel, channel};
-    halo = (g.R - 1) * g.dilation_h + 1;
-  }
-  int64_t input_rows(const Conv2dGeometry& g, int64_t rows) const { return (rows - 1) * g.stride_h + halo; }
-  int64_t rows_in(const Conv2dGeometry& g, int64_t elements) const {
-    return std::max<int64_t>(1, (elements / buffer.row_stride - halo) / g.stride_h + 1);
+  Input(const Conv2dGeometry& g, const T* input, int64_t rows) : view{input, g.input_strides(), g.H, g.W} {
+    const implicit_gemm::Tap corners[] = {{-g.pad_h, -g.pad_w, 0},
+                                          {(g.R - 1) * g.dilation_h - g.pad_h, (g.S - 1) * g.dilation_w - g.pad_w, 0}};
+    window = implicit_gemm::window_of(corners, 2, view.strides, g.H, g.W, g.C_per_group(), rows, g.P, g.Q, g.stride_h, g.stride_w,
+                                      g.layout, sizeof(T), false);
+    pixel_step = g.stride_w * window.strides.w, row_step = g.stride_h * window.strides.h;
   }
   void fill_offsets(const Conv2dGeometry& g, int64_t* offset) const {
-    for (int64_t c = 0; c < g.C_per_group(); ++c) {
-      for (int64_t r = 0; r < g.R; ++r) {
-        for (int64_t s = 0; s < g.S; ++s) {
-          const int64_t shift = s * g.dilation_w;
-          *offset++ = r * g.dilation_h * buffer.row_stride + c * buffer.channel_stride +
-                      shift % g.stride_w * buffer.remainder_stride + shift / g.stride_w;
-        }
-      }
-    }
+    const Strides& to = window.strides;
+    for (int64_t c = 0; c < g.C_per_group(); ++c)
+      for (int64_t r = 0; r < g.R; ++r)
+        for (int64_t s = 0; s < g.S; ++s) *offset++ = c * to.c + r * g.dilation_h * to.h + s * g.dilation_w * to.w;
   }
-  const T* copy(const Conv2dGeometry& g, int64_t n, int64_t group, int64_t first_row, int64_t rows) const {
-    const int64_t C = g.C_per_group(), count = input_rows(g, rows), row = first_row * g.stride_h - pad;
-    T* to = workspace<T>(Slot::patches, count * buffer.row_stride + kLanes<T>);
-    planar_rows::fill_padded(view, g.N, n, group * C, C, row, 1, count, buffer, to);
-    return to;
+  const T* read(const Conv2dGeometry& g, int64_t n, int64_t group, int64_t first_row) const {
+    return implicit_gemm::read_window(view, window, n, 1, group * g.C_per_group(), g.C_per_group(), first_row * g.stride_h,
+                                      g.layout);
   }
 };
+
+// Rows of the output whose input, padded, has at most so many elements; at least one.
+inline int64_t rows_over(const Conv2dGeometry& g, int64_t elements) {
+  const int64_t row = ((g.Q - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1) * g.C_per_group();
+  return std::max<int64_t>(1, (elements / row - (g.R - 1) * g.dilation_h - 1) / g.stride_h + 1);
+}
 
 // How far before their tile pixels of the output are fetched, and vectors to a cache line.
 inline constexpr int64_t pixels_ahead = 12;
 inline constexpr int line_vectors = std::max(1, 64 / TORCHCNN_VECTOR_BYTES);
 
-// to[p][...] = bias + sum_d pixel[offset[d] + p] weight[d][...], rectified if need be.
+// to[p][...] = bias + sum_d pixel[offset[d] + p pixel_step] weight[d][...], rectified if need be.
 template <class T, int pixels, int vectors>
-[[gnu::noinline]] void output_tile(int64_t depth, const T* pixel, const int64_t* offset, const T* weight, const T* bias,
-                                   bool relu, T* to, int64_t to_row) {
+[[gnu::noinline]] void output_tile(int64_t depth, const T* pixel, int64_t pixel_step, const int64_t* offset, const T* weight,
+                                   const T* bias, bool relu, T* to, int64_t to_row) {
   constexpr int64_t L = kLanes<T>;
   const int64_t run_length = ceil_div(depth, ceil_div(depth, max_run));
-  T total[pixels * vectors * L] = {};  // read from the second run on, which compilers do not see
+#pragma GCC unroll 12
+  for (int p = 0; p < pixels; ++p)  // what is written soon: lines of a few filters each, which look like no stream
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v += line_vectors) __builtin_prefetch(to + (p + pixels_ahead) * to_row + v * L, 1);
   for (int64_t first = 0; first < depth; first += run_length) {
     const int64_t end = std::min(depth, first + run_length);
     Vec<T> sum[pixels][vectors];
@@ -97,40 +96,25 @@ template <class T, int pixels, int vectors>
     for (int p = 0; p < pixels; ++p)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[p][v] = first == 0 && bias != nullptr ? load(bias + v * L) : Vec<T>{};
-    if (first == 0) {  // what is written soon: lines of a few filters each, which look like no stream
-#pragma GCC unroll 12
-      for (int p = 0; p < pixels; ++p)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v += line_vectors) __builtin_prefetch(to + (p + pixels_ahead) * to_row + v * L, 1);
-    }
     for (int64_t d = first; d < end; ++d) {
       const T *at = pixel + offset[d], *w = weight + d * nr<T>;
       Vec<T> right[vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) right[v] = load(w + v * L);
 #pragma GCC unroll 12
-      for (int p = 0; p < pixels; ++p)
+      for (int p = 0; p < pixels; ++p, advance(at, pixel_step))
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum[p][v] += at[p] * right[v];
+        for (int v = 0; v < vectors; ++v) sum[p][v] += *at * right[v];
     }
-    if (first > 0) {
+    T* out = to;
 #pragma GCC unroll 12
-      for (int p = 0; p < pixels; ++p)
+    for (int p = 0; p < pixels; ++p, out += to_row) {
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum[p][v] += load(total + (p * vectors + v) * L);
+      for (int v = 0; v < vectors; ++v) {
+        if (first > 0) sum[p][v] += load(out + v * L);
+        store(out + v * L, relu && end == depth ? rectified<T>(sum[p][v]) : sum[p][v]);
+      }
     }
-    const bool last = end == depth;
-    if (last && relu) {
-#pragma GCC unroll 12
-      for (int p = 0; p < pixels; ++p)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum[p][v] = rectified<T>(sum[p][v]);
-    }
-    T* out = last ? to : total;
-#pragma GCC unroll 12
-    for (int p = 0; p < pixels; ++p, out += last ? to_row : vectors * L)
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) store(out + v * L, sum[p][v]);
   }
 }
 
@@ -140,7 +124,11 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
   const int64_t K = g.K_per_group(), depth = g.C_per_group() * g.R * g.S, panels = ceil_div(K, nr<T>);
   const bool nchw = g.layout == Layout::nchw;
   const Strides out = g.output_strides();
-  const Input<T> source(g, input);
+  // Rows may be split at will, since that changes no sum.
+  const int64_t share = ceil_div(g.N * g.G * g.P, 4 * thread_count());
+  const int64_t wanted = std::min({rows_over(g, buffer_elements), output_elements / (K * g.Q), share, g.P});
+  const int64_t blocks = ceil_div(g.P, std::max<int64_t>(1, wanted));
+  const Input<T> source(g, input, ceil_div(g.P, blocks));
   int64_t* offset = workspace<int64_t>(Slot::offsets, depth);
   source.fill_offsets(g, offset);
   T* packed = workspace<T>(Slot::packed_weight, g.G * panels * depth * nr<T>);
@@ -149,14 +137,10 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
       gemm::pack_transposed(weight + (group * K + panel * nr<T>)*depth, depth, std::min(nr<T>, K - panel * nr<T>), depth,
                             packed + (group * panels + panel) * depth * nr<T>, [](int64_t d) { return d; });
 
-  // Rows may be split at will, since that changes no sum.
-  const int64_t share = ceil_div(g.N * g.G * g.P, 4 * thread_count());
-  const int64_t wanted = std::min({source.rows_in(g, buffer_elements), output_elements / (K * g.Q), share, g.P});
-  const int64_t blocks = ceil_div(g.P, std::max<int64_t>(1, wanted));
   parallel_for(g.N * g.G * blocks, g.P / blocks * g.Q * depth * panels * 2, [&](int64_t task) {
     const int64_t block = task % blocks, n = task / blocks / g.G, group = task / blocks % g.G;
     const int64_t begin = block * g.P / blocks, rows = (block + 1) * g.P / blocks - begin;
-    const T* buffer = source.copy(g, n, group, begin, rows);
+    const T* buffer = source.read(g, n, group, begin);
     T* result = output + n * out.n + group * K * out.c + begin * out.h;
     T* tile = nchw ? workspace<T>(Slot::tile, panels * rows * g.Q * nr<T>) : nullptr;
     for (int64_t i = 0; i < rows; ++i) {
@@ -166,12 +150,14 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
         const T* bias = epilogue.bias == nullptr ? nullptr : epilogue.bias + group * K + k;
         T* const to = nchw ? tile + (panel * rows + i) * g.Q * nr<T> : result + i * out.h + k;
         const int64_t to_row = nchw ? nr<T> : out.w;
-        const T* row = buffer + i * g.stride_h * source.buffer.row_stride;
+        const T* row = buffer + i * source.row_step;
         for_even_tiles(g.Q, [&]<int pixels>(int64_t j, std::integral_constant<int, pixels>) {
           if (K - k > kLanes<T>)
-            output_tile<T, pixels, 2>(depth, row + j, offset, w, bias, epilogue.relu, to + j * to_row, to_row);
+            output_tile<T, pixels, 2>(depth, row + j * source.pixel_step, source.pixel_step, offset, w, bias, epilogue.relu,
+                                      to + j * to_row, to_row);
           else
-            output_tile<T, pixels, 1>(depth, row + j, offset, w, bias, epilogue.relu, to + j * to_row, to_row);
+            output_tile<T, pixels, 1>(depth, row + j * source.pixel_step, source.pixel_step, offset, w, bias, epilogue.relu,
+                                      to + j * to_row, to_row);
         });
       }
     }
@@ -187,10 +173,10 @@ void conv2d_forward(const Conv2dGeometry& g, const T* input, const T* weight, co
 
 // Rows of pixels of grad_output and of the input under them.
 struct GradientRows {
-  int64_t rows, columns, gradient_row, pixel_stride, input_row;
+  int64_t rows, columns, gradient_row, gradient_step, input_row, input_step;
 };
 
-// sums[t][...] += sum_x input[offset[t] + x] gradient[x][...] over some rows.
+// sums[t][...] += sum_x input[offset[t] + x input_step] gradient[x][...] over some rows.
 template <class T, int taps, int vectors>
 [[gnu::noinline]] void weight_tile(const GradientRows& at, const T* gradient, const T* input, const int64_t* offset, T* sums) {
   constexpr int64_t L = kLanes<T>;
@@ -200,14 +186,14 @@ template <class T, int taps, int vectors>
 #pragma GCC unroll 12
     for (int t = 0; t < taps; ++t) seen[t] = input + i * at.input_row + offset[t];
     const T* right = gradient + i * at.gradient_row;
-    for (int64_t x = 0; x < at.columns; ++x, right += at.pixel_stride) {
+    for (int64_t x = 0; x < at.columns; ++x, right += at.gradient_step) {
       Vec<T> g[vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) g[v] = load(right + v * L);
 #pragma GCC unroll 12
       for (int t = 0; t < taps; ++t)
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum[t][v] += seen[t][x] * g[v];
+        for (int v = 0; v < vectors; ++v) sum[t][v] += seen[t][x * at.input_step] * g[v];
     }
   }
 #pragma GCC unroll 12
@@ -221,10 +207,10 @@ template <class T>
 void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
   const int64_t K = g.K_per_group(), depth = g.C_per_group() * g.R * g.S, panels = ceil_div(K, nr<T>), weights = g.K * depth;
   const Strides out = g.output_strides();
-  const Input<T> source(g, input);
+  const int64_t blocks_of_image = ceil_div(g.P, rows_over(g, buffer_elements / 2)), blocks = g.N * blocks_of_image;
+  const Input<T> source(g, input, ceil_div(g.P, blocks_of_image));
   int64_t* offset = workspace<int64_t>(Slot::offsets, depth);
   source.fill_offsets(g, offset);
-  const int64_t blocks_of_image = ceil_div(g.P, source.rows_in(g, buffer_elements / 2)), blocks = g.N * blocks_of_image;
   const int64_t rows_together = std::max<int64_t>(1, gradient_pixels / g.Q), pieces = ceil_div(g.Q, gradient_pixels);
 
   const int64_t slices = gemm::slices_of(g.G, blocks);
@@ -237,18 +223,18 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     for (int64_t block = slice * blocks / slices; block < (slice + 1) * blocks / slices; ++block) {
       const int64_t n = block / blocks_of_image, part = block % blocks_of_image;
       const int64_t begin = part * g.P / blocks_of_image, rows = (part + 1) * g.P / blocks_of_image - begin;
-      const T* buffer = source.copy(g, n, group, begin, rows);
+      const T* buffer = source.read(g, n, group, begin);
       for (int64_t i = 0; i < rows; i += rows_together) {
         for (int64_t piece = 0; piece < pieces; ++piece) {
           const int64_t j = piece * g.Q / pieces, columns = (piece + 1) * g.Q / pieces - j;
-          const GradientRows at{std::min(rows_together, rows - i), columns, out.h, out.w, g.stride_h * source.buffer.row_stride};
+          const GradientRows at{std::min(rows_together, rows - i), columns, out.h, out.w, source.row_step, source.pixel_step};
           const T* const pixels = grad_output + n * out.n + (begin + i) * out.h + j * out.w + group * K;
           for (int64_t row = 0; row < at.rows; ++row)
             bias_sums.add_pixels(slice, group * K, K, pixels + row * out.h, out.w, columns);
           for (int64_t panel = 0; panel < panels; ++panel) {
             const int64_t k = panel * nr<T>;
             const T* gradient = pixels + k;
-            const T* seen = buffer + i * at.input_row + j;
+            const T* seen = buffer + i * at.input_row + j * at.input_step;
             for_even_tiles(depth, [&]<int taps>(int64_t first, std::integral_constant<int, taps>) {
               T* to = sums + (panel * depth + first) * nr<T>;
               if (K - k > kLanes<T>)

@@ -102,6 +102,13 @@ template <class V>
 #endif
 }
 
+// at += distance, out of the compiler's sight: else it keeps a register, or memory, for every multiple of the distance.
+template <class T>
+[[gnu::always_inline]] inline void advance(T*& at, int64_t distance) {
+  at += distance;
+  asm("" : "+r"(at));
+}
+
 // Lanes 0, 2, 4, ... (odd = 0) or 1, 3, 5, ... (odd = 1) of the 2 kLanes elements of a, b.
 template <class T, size_t... lane>
 inline Vec<T> every_second(Vec<T> a, Vec<T> b, int odd, std::index_sequence<lane...>) {
