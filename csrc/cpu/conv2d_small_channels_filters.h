@@ -76,7 +76,7 @@ inline int64_t rows_over(const Conv2dGeometry& g, int64_t elements) {
 }
 
 // How far before their tile pixels of the output are fetched, and vectors to a cache line.
-inline constexpr int64_t pixels_ahead = 12;
+inline constexpr int64_t pixels_ahead = 24;
 inline constexpr int line_vectors = std::max(1, 64 / TORCHCNN_VECTOR_BYTES);
 
 // to[p][...] = bias + sum_d pixel[offset[d] + p pixel_step] weight[d][...], rectified if need be.

@@ -321,16 +321,18 @@ void fill_plane(T* to, int64_t count, T value) {  // count >= kLanes
   for (int64_t x = 0; x < count; x += kLanes<A>) store_narrow(to + std::min(x, count - kLanes<A>), wide);
 }
 
-// Planes are zero but for one element each. Those of a group are zeroed together.
+// Planes are zero but for one element each. Those that fit into L1 together are zeroed together, by memset, which fills whole
+// cache lines without reading them first.
 template <class T, class Offset>
 void offset_pool2d_grad_input_global(const Pool2dGeometry& g, const T* grad_output, const Offset* offsets, T* grad_input) {
-  const int64_t count = g.H * g.W;
-  for_each_group_of_planes<Arithmetic<T>>(g, 1, [&](int64_t first, int64_t planes) {
-    T* group = grad_input + first * count;
-    fill_plane(group, planes * count, T{});
-    for (int64_t l = 0; l < planes; ++l) {
-      const uint64_t offset = static_cast<uint64_t>(offsets[first + l]);
-      if (offset < static_cast<uint64_t>(count)) group[l * count + static_cast<int64_t>(offset)] = grad_output[first + l];
+  const int64_t count = g.H * g.W, planes = g.N * g.C;
+  const int64_t together = std::max<int64_t>(1, 16 * 1024 / (count * int64_t(sizeof(T))));
+  parallel_for(ceil_div(planes, together), together * count / kLanes<Arithmetic<T>>, [&](int64_t task) {
+    const int64_t first = task * together, end = std::min(planes, first + together);
+    std::memset(static_cast<void*>(grad_input + first * count), 0, static_cast<size_t>((end - first) * count) * sizeof(T));
+    for (int64_t nc = first; nc < end; ++nc) {
+      const uint64_t offset = static_cast<uint64_t>(offsets[nc]);
+      if (offset < static_cast<uint64_t>(count)) grad_input[nc * count + static_cast<int64_t>(offset)] = grad_output[nc];
     }
   });
 }
