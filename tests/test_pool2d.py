@@ -378,6 +378,18 @@ def test_global_pooling(size, dtype, layout, device):
     assert_exact(grad_input.cpu(), scatter(grad_output.cpu(), first_maximum, size))
 
 
+@pytest.mark.parametrize("size", [(1, 5, 70, 72), (3, 41, 7, 7)], ids=str)
+def test_gradient_of_global_maximum_is_zero_elsewhere(size, dtype, layout, device):
+    """Planes that are zeroed one by one and several at a time, in memory that held something else."""
+    truth = small_integers(size)
+    torch.full(size, torch.nan, dtype=dtype, device=device)  # freed at once: what comes next is likely to get its memory
+    _, grad_output, grad_input = with_gradient(
+        torchcnn.functional.global_max_pool2d, layout(truth.to(device, dtype)), small_integers
+    )
+    first_maximum = truth.flatten(-2).argmax(-1)[..., None, None]
+    assert_exact(grad_input.cpu(), scatter(grad_output.cpu(), first_maximum, size))
+
+
 # Planes of odd sizes and of whole vectors, of one part and of several, of a warp and of a block; channels that fill no block.
 @pytest.mark.parametrize("layout", [cases.contiguous, cases.channels_last], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("size", [(3, 40, 7, 7), (2, 24, 25, 23), (1, 56, 5, 16)], ids=str)

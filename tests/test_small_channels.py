@@ -46,7 +46,11 @@ GEOMETRIES = {
     "filters_of_groups": ((2, 12, 14, 13), (64, 3, 3, 3), 1, 1, 1, 4),
     "filters_and_a_long_sum": ((1, 3, 50, 207), (16, 3, 11, 11), (4, 1), 2, 1, 1),
     "filters_in_place": ((2, 3, 66, 51), (32, 3, 4, 4), 4, 0, 1, 1),
-    "filters_in_place_of_groups": ((2, 12, 14, 13), (64, 3, 3, 2), (1, 2), 0, (2, 1), 4),
+    "filters_in_place_of_strides": ((2, 3, 27, 32), (32, 3, 5, 5), (3, 2), 0, 1, 1),
+    "filters_in_place_in_blocks": ((1, 3, 120, 420), (16, 3, 4, 3), (3, 2), 0, 1, 1),
+    "filters_of_groups_without_padding": ((2, 12, 14, 13), (64, 3, 3, 2), (1, 2), 0, (2, 1), 4),
+    "filters_padded_above": ((2, 3, 20, 40), (32, 3, 3, 3), 1, (1, 0), 1, 1),
+    "filters_padded_beside": ((2, 3, 20, 40), (32, 3, 3, 3), 1, (0, 1), 1, 1),
     "filters_dilated": ((2, 5, 20, 20), (16, 5, 3, 4), (1, 2), 4, (3, 2), 1),
     "odd_everything": ((3, 19, 23, 47), (41, 19, 3, 2), 3, (2, 1), 1, 1),
 }
@@ -94,6 +98,13 @@ def test_rule_sends_few_channels_here():
         ("filters", True, ("forward", "grad_weight")),
         ("filters_of_groups", True, ("forward", "grad_weight")),
         ("filters_and_a_long_sum", False, ("forward",)),
+        ("filters_in_place", True, ("forward", "grad_weight")),
+        ("filters_in_place_of_strides", True, ("forward", "grad_weight")),
+        ("filters_in_place_of_strides", False, ("forward",)),
+        ("filters_in_place_in_blocks", True, ("forward", "grad_weight")),
+        ("filters_of_groups_without_padding", True, ("forward", "grad_weight")),
+        ("filters_padded_above", True, ("forward", "grad_weight")),
+        ("filters_padded_beside", True, ("forward", "grad_weight")),
     ):
         lines = torchcnn.explain(*GEOMETRIES[name], channels_last).splitlines()
         for direction in directions:
@@ -187,9 +198,9 @@ def test_what_scratch_memory_held_does_not_matter(name, memory_format):
 
 @pytest.mark.parametrize("relu", [False, True])
 def test_bias_and_relu(relu, dtype, memory_format):
-    """Also where the result passes through a tile: rows shorter than a vector, channels_last; and with vectors of filters."""
-    for W, K in ((9, 7), (30, 7), (9, 16), (30, 48)):
-        input, weight, bias, _ = move(make_tensors((2, 3, 9, W), (K, 3, 3, 3), (1, 1), small_integers), dtype, memory_format)
+    """Also through a tile (rows shorter than a vector, channels_last), and by vectors of filters, in one run and in several."""
+    for W, K, C in ((9, 7, 3), (30, 7, 3), (9, 16, 3), (30, 48, 3), (30, 48, 9), (14, 16, 9)):
+        input, weight, bias, _ = move(make_tensors((2, C, 9, W), (K, C, 3, 3), (1, 1), small_integers), dtype, memory_format)
         expected = F.conv2d(input.double(), weight.double(), bias.double(), 1, 1)
         actual = torchcnn.functional.conv2d(input, weight, bias, 1, 1, activation="relu" if relu else None)
         assert_exact(actual, expected.relu() if relu else expected)
@@ -197,7 +208,18 @@ def test_bias_and_relu(relu, dtype, memory_format):
 
 @pytest.mark.parametrize(
     "name",
-    ["lenet", "stem", "filters", "narrow_groups", "patchify_4", "many_source_channels", "few_filters", "strung_rows_of_groups"],
+    [
+        "lenet",
+        "stem",
+        "filters",
+        "filters_in_place",
+        "filters_in_place_in_blocks",
+        "narrow_groups",
+        "patchify_4",
+        "many_source_channels",
+        "few_filters",
+        "strung_rows_of_groups",
+    ],
 )
 def test_bits_do_not_depend_on_threads(name, memory_format):
     input_size, weight_size, *options = GEOMETRIES[name]

@@ -65,13 +65,13 @@ void for_known_taps(const Axis& axis, const Phase& phase, const Body& body) {
   body.template operator()<0, 0>();
 }
 
-// How many elements ahead of use rows of channels_last tensors are prefetched, whole pixels: to L2, which waits for more lines
-// at once than L1, for reading and for writing. The sums of grad_weight read two tensors and write none. Where both tensors fit
-// into caches nothing is prefetched: it would only be more instructions.
+// How many elements ahead of use rows of large channels_last tensors are prefetched, whole pixels: to L2, which waits for more
+// lines at once than L1, for reading and for writing. At stride 2, which reads four times what it writes, and for the sums of
+// grad_weight, for reading alone.
 inline constexpr int64_t correlate_ahead = 12 << 10, dot_ahead = 96 << 10;  // bytes
 template <class T>
 int64_t pixels_ahead(int64_t bytes, int64_t channels, int64_t elements) {
-  return beyond_caches(elements * int64_t(sizeof(T))) ? ceil_div(bytes, channels * int64_t(sizeof(T))) * channels : 0;
+  return worth_asking_ahead(elements * int64_t(sizeof(T))) ? ceil_div(bytes, channels * int64_t(sizeof(T))) * channels : 0;
 }
 
 // An image in the order of this file, or a part of it. Pointers are to row 0 and column 0, distances in elements.
@@ -114,7 +114,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
     for (int64_t j = j_range.begin; j < j_range.end; j += pixels_of_tile) {
       const int64_t first = j * column_step + phase_w.offset, count = std::min(pixels_of_tile, j_range.end - j);
       const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, width - first);
-      // Where rows are skipped, the end of one is not followed by one that is still to come.
+      // At stride 2 the row after this one has its turn together with it, and the next one to come is another row below.
       const bool in_row = step == 1 || j * column_step * column + ahead < image.source_row;
       const int64_t read_ahead = in_row ? ahead : ahead + (h.step - 1) * image.source_row;
       const auto tile = [&](int64_t c, auto clipped) __attribute__((always_inline)) {
@@ -134,7 +134,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
             const T* at = weight;
             unrolled<taps>([&](auto s) __attribute__((always_inline)) { tap[s] = load(at), advance(at, weight_column); });
             at = from;
-            if (known_column == 0 && image.ahead > 0 && a + h.step >= range.end)
+            if (known_column == 0 && ahead > 0 && a + h.step >= range.end)
               unrolled<pixels_of_tile * step>(
                   [&](auto d) __attribute__((always_inline)) { __builtin_prefetch(at + d * column + read_ahead, 0, 2); });
             unrolled<columns>([&](auto d) __attribute__((always_inline)) {
@@ -415,8 +415,7 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
   T* partial = workspace<T>(Slot::partial_sums, chunks * slices * size);
   const int64_t ahead = pixels_ahead<T>(dot_ahead, C, g.N * C * (g.H * g.W + g.P * g.Q));
   const BiasSums<T> bias_sums(slices, C, grad_bias);
-  // That are summed together, soon after the products have read them; two at least, for the tiles.
-  const int64_t bias_rows = std::max<int64_t>(2, ceil_div(32, g.Q));
+  const int64_t bias_rows = ceil_div(32, g.Q);  // that are summed together, soon after the products have read them
 
   parallel_for(chunks * slices, rows / slices * g.Q * filter * chunk, [&](int64_t task) {
     const int64_t slice = task % slices, v_begin = task / slices * chunk, v_end = std::min(v_begin + chunk, vectors.count());
@@ -424,20 +423,19 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     T* sum = workspace<T>(Slot::tile, size);
     fill(total, size, T(0));
     const int64_t row_end = (slice + 1) * rows / slices;
-    for (int64_t row_begin = slice * rows / slices; row_begin < row_end; row_begin += flush) {
+    for (int64_t row = slice * rows / slices; row < row_end;) {
       fill(sum, size, T(0));
-      const int64_t flush_end = std::min(row_end, row_begin + flush);
-      for (int64_t first = row_begin; first < flush_end; first += bias_rows) {
-        const int64_t end = std::min(flush_end, first + bias_rows);
-        for (int64_t row = first, count; row < end; row += count) {
+      for (const int64_t flush_end = std::min(row_end, row + flush); row < flush_end;) {
+        const int64_t first = row;
+        for (int64_t count; row < std::min(flush_end, first + bias_rows); row += count) {
           const int64_t n = row / g.P, i = row % g.P;
-          count = i == 0 ? 1 : std::min<int64_t>(2, std::min(end - row, g.P - i));
+          count = i == 0 ? 1 : std::min<int64_t>(2, std::min(row_end - row, g.P - i));  // two may be one more than asked for
           const Pair<T> pair{
               grad_output + n * g.P * g.Q * C, input + n * g.H * g.W * C, sum, C, g.Q * C, g.W * C, chunk * lanes, ahead, false};
           dot<T, 0>(axes, pair, {i, i + count}, {0, g.Q}, {v_begin, v_end});
         }
         const int64_t c = v_begin * lanes, channels = std::min(C, v_end * lanes) - c;
-        bias_sums.add_pixels(slice, c, channels, grad_output + first * g.Q * C + c, C, (end - first) * g.Q);
+        bias_sums.add_pixels(slice, c, channels, grad_output + first * g.Q * C + c, C, (row - first) * g.Q);
       }
       add_to(total, sum, size);
     }

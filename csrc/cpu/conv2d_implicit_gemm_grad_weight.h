@@ -91,7 +91,8 @@ void conv2d_grad_weight(const Conv2dGeometry& g, const T* grad_output, const T* 
     const bool channels_first = g.layout == Layout::nchw || taps_count == 1;
     const int64_t channel_step = channels_first ? taps_count : 1, tap_step = channels_first ? 1 : channels;
     const bool packs = packs_channels(g, max_positions);
-    const bool asks = packs && g.stride_h == 1 && g.stride_w == 1 && beyond_caches(g.N * (out.n + in.n) * int64_t(sizeof(T)));
+    const bool asks =
+        packs && g.stride_h == 1 && g.stride_w == 1 && worth_asking_ahead(g.N * (out.n + in.n) * int64_t(sizeof(T)));
     // Panels that are written side by side: not all in the same sets of L1.
     const int64_t input_panel = max_positions * channel_panel + 64 / sizeof(T),
                   gradient_panel = max_positions * nr<T> + 64 / sizeof(T);

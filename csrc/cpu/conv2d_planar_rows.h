@@ -1,6 +1,6 @@
 // Rows of an image, channel by channel, with the padding written out: what the kernels that compute vectors of pixels read
-// (conv2d_small_channels*.h). For a stride above 1 the columns of equal remainder lie side by side, so that the pixels under one
-// tap are a vector whatever the stride:
+// (conv2d_small_channels.h and _grad_weight.h). For a stride above 1 the columns of equal remainder lie side by side, so that the
+// pixels under one tap are a vector whatever the stride:
 //
 //   buffer[row row_stride + c channel_stride + (column mod step) remainder_stride + column / step]    columns from first_column
 //

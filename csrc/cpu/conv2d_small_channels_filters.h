@@ -5,10 +5,10 @@
 //   forward      output[x][k] = bias[k] + sum_{c,t} input(x, (c,t)) weight[(c,t)][k]      x = (n, i, j), t = (r, s)
 //   grad_weight  grad_weight[(c,t)][k] = sum_x input(x, (c,t)) grad_output[x][k]          channels_last only
 //
-// The input is broadcast, so it may lie as it does: its rows are read in place, or, where there is padding, from a copy. In
-// forward the register tile is some pixels of a row by up to two vectors of filters, in grad_weight some (c, t) by up to two
-// vectors. An element of forward is summed in runs of at most max_run terms; one of grad_weight over pieces of rows, then over
-// these.
+// The input is broadcast, so it may lie as it does: its rows are read in place, or, where there are padding or groups, from a
+// copy. In forward the register tile is some pixels of a row by up to two vectors of filters, in grad_weight some (c, t) by up to
+// two vectors. An element of forward is summed in runs of at most max_run terms, which meet in the output; one of grad_weight
+// over pieces of rows, then over these.
 #pragma once
 
 #include <algorithm>
@@ -43,18 +43,23 @@ template <class Run>
   }
 }
 
-// The rows of the input under `rows` rows of the output, in place or padded, and where the terms (c, t) of the sum stand in them.
+// The rows of the input under `rows` rows of the output, in place or copied, and where the terms (c, t) of the sum stand in them.
 template <class T>
 struct Input {
   implicit_gemm::View<const T> view;
   implicit_gemm::Window window;
-  int64_t pixel_step, row_step;  // from one pixel of the output to the next
+  int64_t pixel_step, row_step;  // in the window, from what one pixel or row of the output reads to what the next one reads
 
   Input(const Conv2dGeometry& g, const T* input, int64_t rows) : view{input, g.input_strides(), g.H, g.W} {
     const implicit_gemm::Tap corners[] = {{-g.pad_h, -g.pad_w, 0},
                                           {(g.R - 1) * g.dilation_h - g.pad_h, (g.S - 1) * g.dilation_w - g.pad_w, 0}};
     window = implicit_gemm::window_of(corners, 2, view.strides, g.H, g.W, g.C_per_group(), rows, g.P, g.Q, g.stride_h, g.stride_w,
                                       g.layout, sizeof(T), false);
+    // In place, the channels of a group would lie far apart, often by a power of two, and share a few sets of L1.
+    if (g.G > 1) {
+      const int64_t pixel = g.C_per_group(), line = window.columns * pixel;
+      window.in_place = false, window.strides = {window.rows * line, 1, line, pixel};
+    }
     pixel_step = g.stride_w * window.strides.w, row_step = g.stride_h * window.strides.h;
   }
   void fill_offsets(const Conv2dGeometry& g, int64_t* offset) const {

@@ -9,6 +9,8 @@
 // group, if small, go through their blocks side by side, so that no plane waits for itself.
 #pragma once
 
+#include <cstring>
+
 #include "conv2d_gemm.h"
 #include "pool2d_extremum_nchw.h"
 

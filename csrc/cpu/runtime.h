@@ -26,7 +26,7 @@ void parallel_for(int64_t tasks, int64_t task_cost, Task&& task) {
 
 // Whether tensors of so many bytes together are worth asking for ahead. Between 8 and 16 MiB that costs a tenth where the last
 // operator has left them in the caches, and gains up to a third where it has not.
-inline bool beyond_caches(int64_t bytes) { return bytes > int64_t(8) << 20; }
+inline bool worth_asking_ahead(int64_t bytes) { return bytes > int64_t(8) << 20; }
 
 // Scratch memory of the calling thread, 64-byte aligned, kept from call to call because touching fresh pages costs more than
 // the arithmetic of a small layer. A slot is valid until the same thread asks for it again, or the operator ends.
