@@ -114,7 +114,7 @@ template <class T, int64_t taps, int64_t step, int64_t known_column, int64_t pix
     for (int64_t j = j_range.begin; j < j_range.end; j += pixels_of_tile) {
       const int64_t first = j * column_step + phase_w.offset, count = std::min(pixels_of_tile, j_range.end - j);
       const int64_t begin = std::max<int64_t>(0, -first), end = std::min(columns, width - first);
-      // At stride 2 the row after this one has its turn together with it, and the next one to come is another row below.
+      // Strides above 1 read several new rows at once: where one of them ends, the one below it has been read as well.
       const bool in_row = step == 1 || j * column_step * column + ahead < image.source_row;
       const int64_t read_ahead = in_row ? ahead : ahead + (h.step - 1) * image.source_row;
       const auto tile = [&](int64_t c, auto clipped) __attribute__((always_inline)) {

@@ -56,10 +56,7 @@ struct Input {
     window = implicit_gemm::window_of(corners, 2, view.strides, g.H, g.W, g.C_per_group(), rows, g.P, g.Q, g.stride_h, g.stride_w,
                                       g.layout, sizeof(T), false);
     // In place, the channels of a group would lie far apart, often by a power of two, and share a few sets of L1.
-    if (g.G > 1) {
-      const int64_t pixel = g.C_per_group(), line = window.columns * pixel;
-      window.in_place = false, window.strides = {window.rows * line, 1, line, pixel};
-    }
+    if (g.G > 1) implicit_gemm::copy_window(window, g.C_per_group(), g.layout, sizeof(T));
     pixel_step = g.stride_w * window.strides.w, row_step = g.stride_h * window.strides.h;
   }
   void fill_offsets(const Conv2dGeometry& g, int64_t* offset) const {

@@ -37,6 +37,18 @@ struct Window {
   int64_t step_h, step_w;  // from one element of it to the next in the source
 };
 
+// Has the window copied: as densely as `channels` channels lie.
+inline void copy_window(Window& w, int64_t channels, Layout layout, int64_t element_size) {
+  w.in_place = false;
+  if (layout == Layout::channels_last) {
+    w.strides = {w.rows * w.columns * channels, 1, w.columns * channels, channels};
+  } else {
+    int64_t plane = w.rows * w.columns;
+    if (plane * element_size % 1024 == 0) plane += 64 / element_size;  // or every channel would fall into the same sets of L1
+    w.strides = {channels * plane, plane, w.columns, 1};
+  }
+}
+
 // The window for blocks of `rows` rows of a grid of grid_rows x grid_columns positions. `inside`: no position reads the padding.
 inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& source, int64_t source_rows, int64_t source_columns,
                         int64_t channels, int64_t rows, int64_t grid_rows, int64_t grid_columns, int64_t step_h, int64_t step_w,
@@ -55,14 +67,7 @@ inline Window window_of(const Tap* taps, int64_t tap_count, const Strides& sourc
                           (grid_columns - 1) * step_w + last_column < source_columns;
   const bool spread = layout == Layout::channels_last || source.c * element_size % 1024 != 0;
   w.in_place = w.step_w == 1 && (no_padding || (inside && spread));
-  if (w.in_place) return w;
-  if (layout == Layout::channels_last) {
-    w.strides = {w.rows * w.columns * channels, 1, w.columns * channels, channels};
-  } else {
-    int64_t plane = w.rows * w.columns;
-    if (plane * element_size % 1024 == 0) plane += 64 / element_size;  // or every channel would fall into the same sets of L1
-    w.strides = {channels * plane, plane, w.columns, 1};
-  }
+  if (!w.in_place) copy_window(w, channels, layout, element_size);
   return w;
 }
 

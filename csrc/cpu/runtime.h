@@ -24,8 +24,8 @@ void parallel_for(int64_t tasks, int64_t task_cost, Task&& task) {
   parallel_ranges(tasks, task_cost, run, const_cast<void*>(static_cast<const void*>(std::addressof(task))));
 }
 
-// Whether tensors of so many bytes together are worth asking for ahead. Between 8 and 16 MiB that costs a tenth where the last
-// operator has left them in the caches, and gains up to a third where it has not.
+// Whether tensors of so many bytes together are worth asking for ahead: from here on that gains more where they have to come from
+// memory than it costs where the last operator has left them in the caches.
 inline bool worth_asking_ahead(int64_t bytes) { return bytes > int64_t(8) << 20; }
 
 // Scratch memory of the calling thread, 64-byte aligned, kept from call to call because touching fresh pages costs more than
